@@ -1,0 +1,250 @@
+"""The one interface of every task: a model, calibration batches, validation batches, a metric."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Batch", "Meter", "ClassificationMeter", "Task", "kl_divergence"]
+
+Batch = tuple[Tensor, Tensor]
+Reference = nn.Module | Callable[[Any], Any] | Sequence[Tensor]
+_T = TypeVar("_T")
+
+
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of softmax distributions, in nats.
+
+    Args:
+        teacher, student: logits [..., classes].
+
+    Returns:
+        Tensor [...], one value a distribution.
+    """
+    log_p = F.log_softmax(teacher.float(), dim=-1)
+    log_q = F.log_softmax(student.float(), dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+class Meter(ABC):
+    """Collects a metric over batches."""
+
+    @abstractmethod
+    def update(self, output: Tensor, targets: Any, reference: Tensor | None) -> None:
+        """Add one batch; ``reference`` is the float model's output on the same inputs."""
+
+    @abstractmethod
+    def result(self) -> dict[str, float]:
+        """Metric name -> value; the first is the main one."""
+
+
+class ClassificationMeter(Meter):
+    """Top-k accuracy; with a reference also mean KL to it and top-1 agreement with it.
+
+    Args:
+        topk: the k of each accuracy, e.g. ``(1, 5)``.
+    """
+
+    def __init__(self, topk: Sequence[int] = (1,)) -> None:
+        self.topk = tuple(topk)
+        self.hits = dict.fromkeys(self.topk, 0)
+        self.samples = 0
+        self.kl = 0.0
+        self.agree = 0
+        self.has_reference = False
+
+    def update(self, output: Tensor, targets: Any, reference: Tensor | None) -> None:
+        targets = targets.to(output.device)
+        order = output.topk(max(self.topk), dim=-1).indices
+        for k in self.topk:
+            self.hits[k] += int((order[:, :k] == targets[:, None]).any(dim=1).sum())
+        self.samples += len(targets)
+        if reference is not None:
+            self.has_reference = True
+            self.kl += float(kl_divergence(reference, output).double().sum())
+            self.agree += int((reference.argmax(dim=-1) == output.argmax(dim=-1)).sum())
+
+    def result(self) -> dict[str, float]:
+        samples = max(self.samples, 1)
+        metrics = {f"top{k}": self.hits[k] / samples for k in self.topk}
+        if self.has_reference:
+            metrics |= {"kl": self.kl / samples, "agreement": self.agree / samples}
+        return metrics | {"samples": float(self.samples)}
+
+
+class Task(ABC):
+    """A pretrained model with the data to quantise it on and the metric to judge it by.
+
+    Example:
+        task = cora.tasks.resolve_task("cifar10-resnet20")
+        model = task.model()
+        task.evaluate(model, limit=1000)    # {"top1": 0.81, "samples": 1000.0}
+    """
+
+    name: str = ""
+    description: str = ""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The pretrained float model, in eval mode; a new one at each call."""
+
+    @abstractmethod
+    def calibration(self, samples: int = 1600, seed: int = 0) -> list[Any]:
+        """Batches (inputs, targets), never from the validation data.
+
+        Args:
+            samples: number of samples over all batches.
+            seed: chooses (or renders) them; the same seed gives the same batches.
+        """
+
+    @abstractmethod
+    def validation(self, limit: int | None = None) -> Iterable[Any]:
+        """Batches (inputs, targets); ``limit`` keeps the first so many samples."""
+
+    @abstractmethod
+    def meter(self) -> Meter:
+        """A new meter of the task's metric."""
+
+    def missing(self) -> str | None:
+        """None when weights and data are on this machine, else what is missing and how to get it."""
+        return None
+
+    def output_logits(self, output: Any) -> Tensor | None:
+        """Logits [..., classes] in the model's output, on which KL to the float model is taken.
+
+        None means that the output is a regression: use the mean squared error.
+        """
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{self.name}: expected a tensor output, got {type(output).__name__}")
+        return output
+
+    def label_loss(self, output: Any, targets: Tensor) -> Tensor:
+        """Loss against the labels, for the option to search with labels."""
+        logits = self.output_logits(output)
+        if logits is None:
+            raise ValueError(f"{self.name}: this task has no loss against labels")
+        return F.cross_entropy(logits.flatten(0, -2), targets.flatten().to(logits.device))
+
+    def example_input(self) -> Tensor:
+        """One input, batch of one, for benchmarks and tracing."""
+        inputs: Tensor = next(iter(self.validation(limit=1)))[0]
+        return inputs
+
+    def outputs(
+        self, model: nn.Module, limit: int | None = None, progress: bool = False
+    ) -> list[Tensor]:
+        """The model's outputs on the validation batches, to pass as ``reference`` many times."""
+        return [
+            self._tensor(output).cpu()
+            for output, _ in self._run(model, limit, progress, f"{self.name}: reference")
+        ]
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        limit: int | None = None,
+        reference: Reference | None = None,
+        progress: bool = False,
+    ) -> dict[str, float]:
+        """The task's metric on the validation data.
+
+        Args:
+            model: a model with the interface of ``self.model()``; its mode is restored afterwards.
+            limit: number of validation samples, None for all.
+            reference: the float model, or what ``outputs`` returned for it: adds ``kl`` (or an
+                output error) and ``agreement``.
+            progress: show a bar.
+
+        Returns:
+            Metric name -> value; the first is the main one.
+        """
+        meter = self.meter()
+        runs = self._run(model, limit, progress, self.name)
+        if reference is None:
+            expected: Iterator[Tensor | None] = itertools.repeat(None)
+        elif isinstance(reference, Sequence):
+            expected = iter(reference)
+        else:
+            expected = (self._tensor(out) for out, _ in self._run(reference, limit, False, ""))
+        for output, targets in runs:
+            output = self._tensor(output)
+            teacher = next(expected, output[:0])
+            if teacher is not None:
+                if len(teacher) < len(output):
+                    raise ValueError(
+                        f"reference: expected outputs for all samples of the validation batch "
+                        f"({len(output)}), got {len(teacher)}; compute them with task.outputs()"
+                    )
+                teacher = teacher[: len(output)].to(output.device)
+            meter.update(output, targets, teacher)
+        return meter.result()
+
+    def _tensor(self, output: Any) -> Tensor:
+        logits = self.output_logits(output)
+        tensor: Tensor = output if logits is None else logits
+        return tensor
+
+    def _run(
+        self, model: Any, limit: int | None, progress: bool, title: str
+    ) -> Iterator[tuple[Any, Any]]:
+        """Yield (output, targets) a validation batch, in eval mode and without gradients."""
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit: expected at least 1, got {limit}")
+        module = model if isinstance(model, nn.Module) else None
+        device = _device(module)
+        training = module is not None and module.training
+        if module is not None:
+            module.eval()
+        try:
+            for inputs, targets in _bar(self.validation(limit), progress, title):
+                with torch.no_grad():
+                    output = _call(model, inputs, device)
+                yield output, targets
+        finally:
+            if module is not None:
+                module.train(training)
+
+
+def _device(module: nn.Module | None) -> torch.device:
+    if module is not None:
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _call(model: Any, inputs: Any, device: torch.device) -> Any:
+    """Call with a tensor, a tuple of positional inputs or a dict of named ones."""
+    if isinstance(inputs, Tensor):
+        return model(inputs.to(device))
+    if isinstance(inputs, dict):
+        return model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()})
+    return model(*(v.to(device) if isinstance(v, Tensor) else v for v in inputs))
+
+
+def _bar(iterable: Iterable[_T], progress: bool, title: str) -> Iterable[_T]:
+    if not progress:
+        return iterable
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return iterable
+    bar: Iterable[_T] = tqdm(iterable, desc=title, unit="batch", leave=False)
+    return bar
+
+
+def batches(inputs: Tensor, targets: Tensor, size: int) -> list[Batch]:
+    """Cut tensors along their first axis into batches of at most ``size``."""
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def check_samples(samples: int, available: int | None = None) -> None:
+    """Raise ValueError unless 1 <= samples <= available."""
+    if samples < 1 or (available is not None and samples > available):
+        upper = "" if available is None else f" and at most {available}"
+        raise ValueError(f"samples: expected at least 1{upper}, got {samples}")

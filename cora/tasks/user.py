@@ -1,0 +1,277 @@
+"""A user's own model and data, named ``module:object`` or ``file.py:object``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from cora.tasks.base import ClassificationMeter, Meter, Reference, Task, kl_divergence
+
+__all__ = ["UserTask", "load_module", "load_object"]
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such Python file (searched from {Path.cwd()})")
+    name = f"_cora_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def load_module(name: str) -> ModuleType:
+    """Import ``package.module``, or the file when the name ends in ``.py``.
+
+    Modules are also found in the current folder, as ``python -m`` finds them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: no such module.
+    """
+    if name.endswith(".py"):
+        return _import_file(Path(name).expanduser())
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ImportError(
+                f"no Python module named {name!r} in {here} or the installed packages"
+            ) from error
+        raise
+    finally:
+        sys.path.remove(here)
+
+
+def load_object(name: str) -> Any:
+    """The object that ``package.module:object`` or ``path/to/file.py:object`` names.
+
+    Raises:
+        ValueError: the name has no ``:object`` part.
+        FileNotFoundError, ImportError: there is no such file or module.
+        AttributeError: it has no such object; the message lists what it has.
+
+    Example:
+        build = load_object("mymodel.py:build")
+    """
+    module_name, separator, attribute = name.rpartition(":")
+    if not separator or not module_name or not attribute:
+        raise ValueError(f"expected 'module:object' or 'file.py:object', got {name!r}")
+    found: Any = load_module(module_name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            public = ", ".join(n for n in vars(found) if not n.startswith("_")) or "nothing"
+            raise AttributeError(f"{module_name!r} has no {attribute!r}; it has: {public}")
+        found = getattr(found, part)
+    return found
+
+
+def _call_with(function: Callable[..., Any], **options: Any) -> Any:
+    """Call with those of the options that the function takes."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return function(**options)
+    return function(**{key: value for key, value in options.items() if key in parameters})
+
+
+def _size(value: Any) -> int:
+    """Samples in a batch: the length of the first tensor in it."""
+    if isinstance(value, dict):
+        value = next(iter(value.values()))
+    if isinstance(value, (tuple, list)):
+        return _size(value[0])
+    return len(value)
+
+
+def _split(batch: Any) -> tuple[Any, Tensor | None]:
+    """(inputs, targets or None) of a tensor, an (inputs, targets) pair or a dict with labels."""
+    if isinstance(batch, dict):
+        inputs = dict(batch)
+        for key in ("labels", "label", "targets", "target"):
+            if key in inputs:
+                return inputs, inputs.pop(key)
+        return inputs, None
+    if isinstance(batch, (tuple, list)):
+        return batch[0], batch[1] if len(batch) > 1 else None
+    return batch, None
+
+
+class _AnyMeter(Meter):
+    """Top-1 where targets are classes; with a reference KL and agreement, else relative error."""
+
+    def __init__(self, regression: bool) -> None:
+        self.regression = regression
+        self.classes = ClassificationMeter()
+        self.kl = self.error = self.energy = 0.0
+        self.agree = self.count = self.samples = 0
+
+    def update(self, output: Tensor, targets: Any, reference: Tensor | None) -> None:
+        self.samples += len(output)
+        if isinstance(targets, Tensor) and not targets.is_floating_point():
+            if targets.shape == output.shape[:-1]:
+                self.classes.update(output.flatten(0, -2), targets.flatten(), None)
+        if reference is None:
+            return
+        if self.regression:
+            self.error += float((output - reference).double().square().sum())
+            self.energy += float(reference.double().square().sum())
+            return
+        kl = kl_divergence(reference, output)
+        self.count += kl.numel()
+        self.kl += float(kl.double().sum())
+        self.agree += int((reference.argmax(dim=-1) == output.argmax(dim=-1)).sum())
+
+    def result(self) -> dict[str, float]:
+        metrics = {"top1": self.classes.result()["top1"]} if self.classes.samples else {}
+        if self.count:
+            metrics |= {"kl": self.kl / self.count, "agreement": self.agree / self.count}
+        if self.energy:
+            metrics["relative_error"] = self.error / self.energy
+        return metrics | {"samples": float(self.samples)}
+
+
+class UserTask(Task):
+    """A task made of a user's functions.
+
+    Args:
+        name: for messages.
+        build: returns the float model; called ``model`` or ``build`` in the user's file.
+        calibration: returns batches; may take ``samples`` and ``seed``.
+        validation: returns batches; may take ``limit``.
+        evaluate: ``evaluate(model)`` returns a dict or a number; may take what Task.evaluate takes.
+        output_logits, label_loss: as in Task.
+        regression: the model's output is not logits; compare by squared error.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[..., nn.Module],
+        calibration: Callable[..., Iterable[Any]],
+        validation: Callable[..., Iterable[Any]] | None = None,
+        evaluate: Callable[..., Any] | None = None,
+        output_logits: Callable[[Any], Tensor | None] | None = None,
+        label_loss: Callable[[Any, Tensor], Tensor] | None = None,
+        regression: bool = False,
+    ) -> None:
+        self.name = name
+        self.description = f"the user's own: {name}"
+        self._build = build
+        self._calibration = calibration
+        self._validation = validation
+        self._evaluate = evaluate
+        self._output_logits = output_logits
+        self._label_loss = label_loss
+        self.regression = regression
+
+    @classmethod
+    def from_object(cls, name: str, found: Any) -> UserTask:
+        """Collect the functions from a module or another object that has them.
+
+        Raises:
+            TypeError: it lacks ``build`` (or ``model``) or ``calibration``.
+        """
+        build = getattr(found, "build", None) or getattr(found, "model", None)
+        calibration = getattr(found, "calibration", None)
+        for label, function in (("build (or model)", build), ("calibration", calibration)):
+            if not callable(function):
+                raise TypeError(
+                    f"{name!r} is no task: it must define the function {label}; a task needs "
+                    "build() and calibration(), and may have validation() and evaluate(model)"
+                )
+        return cls(
+            name,
+            build,
+            calibration,
+            validation=getattr(found, "validation", None),
+            evaluate=getattr(found, "evaluate", None),
+            output_logits=getattr(found, "output_logits", None),
+            label_loss=getattr(found, "label_loss", None),
+            regression=bool(getattr(found, "regression", False)),
+        )
+
+    def model(self) -> nn.Module:
+        model = self._build()
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{self.name}: build() must return a torch.nn.Module, got {type(model)}"
+            )
+        return model.eval()
+
+    def calibration(self, samples: int = 1600, seed: int = 0) -> list[Any]:
+        kept, seen = [], 0
+        for batch in _call_with(self._calibration, samples=samples, seed=seed):
+            if seen >= samples:
+                break
+            kept.append(batch)
+            seen += _size(batch)
+        if not kept:
+            raise ValueError(f"{self.name}: calibration() returned no batches")
+        return kept
+
+    def validation(self, limit: int | None = None) -> Iterable[Any]:
+        if self._validation is None:
+            raise ValueError(f"{self.name}: no validation() is defined, so it cannot be evaluated")
+        seen = 0
+        for batch in _call_with(self._validation, limit=limit):
+            if limit is not None and seen >= limit:
+                return
+            seen += _size(batch)
+            yield _split(batch)
+
+    def output_logits(self, output: Any) -> Tensor | None:
+        if self._output_logits is not None:
+            return self._output_logits(output)
+        return None if self.regression else super().output_logits(output)
+
+    def label_loss(self, output: Any, targets: Tensor) -> Tensor:
+        if self._label_loss is not None:
+            return self._label_loss(output, targets)
+        return super().label_loss(output, targets)
+
+    def meter(self) -> Meter:
+        return _AnyMeter(self.regression)
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        limit: int | None = None,
+        reference: Reference | None = None,
+        progress: bool = False,
+    ) -> dict[str, float]:
+        if self._evaluate is None:
+            return super().evaluate(model, limit, reference, progress)
+        result = (
+            _call_with(
+                self._evaluate, model=model, limit=limit, reference=reference, progress=progress
+            )
+            if "model" in inspect.signature(self._evaluate).parameters
+            else self._evaluate(model)
+        )
+        return dict(result) if isinstance(result, dict) else {"metric": float(result)}
+
+    def example_input(self) -> Any:
+        inputs, _ = _split(next(itertools.islice(self.calibration(1), 1)))
+        return inputs[:1] if isinstance(inputs, Tensor) else inputs
