@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 __all__ = ["Batch", "Meter", "ClassificationMeter", "Task", "kl_divergence"]
 
@@ -95,8 +96,8 @@ class Task(ABC):
         """The pretrained float model, in eval mode; a new one at each call."""
 
     @abstractmethod
-    def calibration(self, samples: int = 1600, seed: int = 0) -> list[Any]:
-        """Batches (inputs, targets), never from the validation data.
+    def calibration(self, samples: int = 1600, seed: int = 0) -> Sequence[Any]:
+        """Batches (inputs, targets), never from the validation data; can be iterated repeatedly.
 
         Args:
             samples: number of samples over all batches.
@@ -112,7 +113,10 @@ class Task(ABC):
         """A new meter of the task's metric."""
 
     def missing(self) -> str | None:
-        """None when weights and data are on this machine, else what is missing and how to get it."""
+        """None when weights and data are on this machine, else what is missing, and how to get it.
+
+        Looks at folders and installed packages only, never at the network.
+        """
         return None
 
     def output_logits(self, output: Any) -> Tensor | None:
@@ -230,17 +234,44 @@ def _call(model: Any, inputs: Any, device: torch.device) -> Any:
 def _bar(iterable: Iterable[_T], progress: bool, title: str) -> Iterable[_T]:
     if not progress:
         return iterable
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return iterable
     bar: Iterable[_T] = tqdm(iterable, desc=title, unit="batch", leave=False)
     return bar
 
 
 def batches(inputs: Tensor, targets: Tensor, size: int) -> list[Batch]:
     """Cut tensors along their first axis into batches of at most ``size``."""
-    return list(zip(inputs.split(size), targets.split(size), strict=True))
+    starts = range(0, len(inputs), size)
+    return [(inputs[i : i + size], targets[i : i + size]) for i in starts]
+
+
+class LazyBatches(Sequence[Batch]):
+    """Batches of images kept as bytes and converted when asked for: four times less memory.
+
+    Args:
+        images: uint8 [N, ...].
+        targets: [N, ...].
+        size: samples a batch.
+        convert: uint8 images of one batch -> the model's input.
+    """
+
+    def __init__(
+        self, images: Tensor, targets: Tensor, size: int, convert: Callable[[Tensor], Tensor]
+    ) -> None:
+        self.parts = batches(images, targets, size)
+        self.convert = convert
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        images, targets = self.parts[index]
+        return self.convert(images), targets
 
 
 def check_samples(samples: int, available: int | None = None) -> None:

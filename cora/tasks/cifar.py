@@ -7,13 +7,11 @@ import os
 import pickle
 import tarfile
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -28,8 +26,9 @@ from cora.tasks.data import (
     locate,
     missing_message,
 )
+from cora.tasks.resnet import SmallResNet
 
-__all__ = ["Cifar10", "CifarResNet", "load_cifar10"]
+__all__ = ["Cifar10", "load_cifar10"]
 
 Images = NDArray[np.uint8]
 
@@ -58,56 +57,6 @@ _MEMBERS = {
     "train": tuple(f"data_batch_{i}" for i in range(1, 6)),
     "test": ("test_batch",),
 }
-
-
-class _Block(nn.Module):
-    """Two 3x3 convolutions; a shortcut that subsamples and pads channels with zeros."""
-
-    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.stride = stride
-        self.padding = planes - in_planes
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.stride != 1 or self.padding:
-            half = self.padding // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, half))
-        return F.relu(out + x)
-
-
-class CifarResNet(nn.Module):
-    """ResNet of 6n + 2 layers for 32x32 images (He et al. 2016, section 4.2).
-
-    Args:
-        blocks: blocks a stage, n; 3 for ResNet-20, 5 for ResNet-32.
-        classes: number of outputs.
-    """
-
-    def __init__(self, blocks: int, classes: int = 10) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, blocks, 1)
-        self.layer2 = self._stage(16, 32, blocks, 2)
-        self.layer3 = self._stage(32, 64, blocks, 2)
-        self.linear = nn.Linear(64, classes)
-
-    @staticmethod
-    def _stage(in_planes: int, planes: int, blocks: int, stride: int) -> nn.Sequential:
-        first = _Block(in_planes, planes, stride)
-        return nn.Sequential(first, *(_Block(planes, planes, 1) for _ in range(blocks - 1)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
-        return logits
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -228,7 +177,7 @@ class Cifar10(Task):
         self.depth = depth
         self.data = data
         self.batch_size = batch_size
-        self._load = lru_cache(maxsize=None)(load_cifar10)
+        self._splits: dict[str, tuple[Images, Images]] = {}
 
     def _weights(self) -> Source:
         name, digest = _CHECKPOINTS[self.depth]
@@ -237,6 +186,11 @@ class Cifar10(Task):
             names=(f"cifar10/{name}", name),
             remote=Remote(_WEIGHTS + name, digest),
         )
+
+    def _load(self, split: str) -> tuple[Images, Images]:
+        if split not in self._splits:
+            self._splits[split] = load_cifar10(split, self.data)
+        return self._splits[split]
 
     def missing(self) -> str | None:
         if locate(self._weights(), self.data) is None:
@@ -247,19 +201,19 @@ class Cifar10(Task):
         return None
 
     def model(self) -> nn.Module:
-        model = CifarResNet((self.depth - 2) // 6)
+        model = SmallResNet((self.depth - 2) // 6)
         model.load_state_dict(load_checkpoint(fetch(self._weights(), self.data)))
         return model.eval()
 
     def calibration(self, samples: int = 1600, seed: int = 0) -> list[Batch]:
-        images, labels = self._load("train", self.data)
+        images, labels = self._load("train")
         check_samples(samples, len(images))
         chosen = np.random.default_rng(seed).permutation(len(images))[:samples]
         targets = torch.from_numpy(labels[chosen].astype(np.int64))
         return batches(normalise(images[chosen]), targets, self.batch_size)
 
     def validation(self, limit: int | None = None) -> Iterator[Batch]:
-        images, labels = self._load("test", self.data)
+        images, labels = self._load("test")
         images, labels = images[:limit], labels[:limit]
         for start in range(0, len(images), 500):
             part = slice(start, start + 500)

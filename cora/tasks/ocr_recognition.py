@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cora.tasks.base import Batch, Meter, Task, batches, check_samples, kl_divergence
 from cora.tasks.data import Source, fetch, load_checkpoint, locate, missing_message
-from cora.tasks.text import Grey, Style, TextSource, missing_renderer, render_line
+from cora.tasks.text import Style, TextSource, missing_renderer, render_line
 
 __all__ = [
     "CHARACTERS",
@@ -171,9 +171,9 @@ class CtcMeter(Meter):
         return metrics | {"samples": float(self.lines)}
 
 
-def to_input(images: Sequence[Grey]) -> Tensor:
-    """uint8 pictures [H, W] of one size -> float32 [N, 1, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.stack(images)).unsqueeze(1).float().div_(255).sub_(0.5).div_(0.5)
+def to_input(images: Tensor) -> Tensor:
+    """uint8 [N, H, W] -> float32 [N, 1, H, W] in [-1, 1]."""
+    return images.unsqueeze(1).float().div_(255).sub_(0.5).div_(0.5)
 
 
 class OcrRecognition(Task):
@@ -233,12 +233,12 @@ class OcrRecognition(Task):
     def calibration(self, samples: int = 1600, seed: int = 0) -> list[Batch]:
         check_samples(samples)
         images, labels = self._render("calibration", samples, seed)
-        return batches(to_input(images.numpy()), labels, self.batch_size)
+        return batches(to_input(images), labels, self.batch_size)
 
     def validation(self, limit: int | None = None) -> list[Batch]:
         lines = self.lines if limit is None else min(limit, self.lines)
         images, labels = self._render("validation", lines, 0)
-        return batches(to_input(images.numpy()), labels, 50)
+        return batches(to_input(images), labels, 50)
 
     def meter(self) -> CtcMeter:
         return CtcMeter()

@@ -11,6 +11,7 @@ from torch import nn
 
 from cora.tasks.base import Task
 from cora.tasks.cifar import Cifar10
+from cora.tasks.imagenet import Imagenet
 from cora.tasks.ocr_recognition import OcrRecognition
 from cora.tasks.user import UserTask, load_module, load_object
 
@@ -22,6 +23,7 @@ _BUILT_IN: dict[str, Callable[[Data], Task]] = {
     "ocr-recognition": lambda data: OcrRecognition(data),
     "cifar10-resnet20": lambda data: Cifar10(20, data),
     "cifar10-resnet32": lambda data: Cifar10(32, data),
+    "imagenet": lambda data: Imagenet(data=data),
 }
 
 
@@ -51,7 +53,8 @@ def resolve_task(name: str, data: Data = None) -> Task:
     """The task that a name means.
 
     Args:
-        name: a built-in name (see ``available_tasks``); or ``file.py`` or ``package.module`` that
+        name: a built-in name (see ``available_tasks``); ``imagenet:timm/NAME`` or
+            ``imagenet:torchvision/NAME``; or ``file.py`` or ``package.module`` that
             defines build() and calibration(); or ``file.py:object`` or ``package.module:object``,
             the object being a Task, something with these functions, or a function returning one.
         data: a data folder for built-in tasks, searched before ``CORA_DATA``.
@@ -66,6 +69,8 @@ def resolve_task(name: str, data: Data = None) -> Task:
     """
     if name in _BUILT_IN:
         return _BUILT_IN[name](data)
+    if name.startswith("imagenet:"):
+        return Imagenet(name.removeprefix("imagenet:"), data)
     if name.endswith(".py"):
         return UserTask.from_object(name, load_module(name))
     if ":" in name:

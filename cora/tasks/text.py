@@ -176,12 +176,12 @@ def render_line(
         size = max(8, int(size * (width - 12) / (box[2] - box[0])))
         box = load_font(name, size).getbbox(text)
     paper = int(rng.integers(150, 256))
-    ink = int(rng.integers(0, paper - style.contrast))
+    ink = int(rng.integers(0, max(1, paper - style.contrast)))
     if rng.random() < 0.12:
         paper, ink = ink, paper
     slack_x, slack_y = width - (box[2] - box[0]), height - (box[3] - box[1])
-    x = int(rng.integers(3, max(4, min(14, slack_x - 2)))) - box[0]
-    y = round(slack_y * rng.uniform(0.35, 0.65)) - box[1]
+    x = int(rng.integers(3, max(4, min(14, int(slack_x) - 2)))) - round(box[0])
+    y = round(slack_y * rng.uniform(0.35, 0.65) - box[1])
     angle, radius = rng.uniform(-style.rotation, style.rotation), rng.uniform(0, style.blur)
     image = Image.new("L", (width, height), paper)
     ImageDraw.Draw(image).text((x, y), text, fill=ink, font=load_font(name, size))

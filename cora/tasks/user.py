@@ -129,9 +129,9 @@ class _AnyMeter(Meter):
 
     def update(self, output: Tensor, targets: Any, reference: Tensor | None) -> None:
         self.samples += len(output)
-        if isinstance(targets, Tensor) and not targets.is_floating_point():
-            if targets.shape == output.shape[:-1]:
-                self.classes.update(output.flatten(0, -2), targets.flatten(), None)
+        labels = isinstance(targets, Tensor) and not targets.is_floating_point()
+        if labels and targets.shape == output.shape[:-1]:
+            self.classes.update(output.flatten(0, -2), targets.flatten(), None)
         if reference is None:
             return
         if self.regression:
@@ -195,12 +195,12 @@ class UserTask(Task):
         """
         build = getattr(found, "build", None) or getattr(found, "model", None)
         calibration = getattr(found, "calibration", None)
-        for label, function in (("build (or model)", build), ("calibration", calibration)):
-            if not callable(function):
-                raise TypeError(
-                    f"{name!r} is no task: it must define the function {label}; a task needs "
-                    "build() and calibration(), and may have validation() and evaluate(model)"
-                )
+        if not callable(build) or not callable(calibration):
+            lacking = "calibration" if callable(build) else "build (or model)"
+            raise TypeError(
+                f"{name!r} is no task: it must define the function {lacking}; a task needs "
+                "build() and calibration(), and may have validation() and evaluate(model)"
+            )
         return cls(
             name,
             build,
@@ -263,13 +263,12 @@ class UserTask(Task):
     ) -> dict[str, float]:
         if self._evaluate is None:
             return super().evaluate(model, limit, reference, progress)
-        result = (
-            _call_with(
-                self._evaluate, model=model, limit=limit, reference=reference, progress=progress
-            )
-            if "model" in inspect.signature(self._evaluate).parameters
-            else self._evaluate(model)
-        )
+        evaluate = self._evaluate
+        if "model" in inspect.signature(evaluate).parameters:
+            options = {"limit": limit, "reference": reference, "progress": progress}
+            result = _call_with(evaluate, model=model, **options)
+        else:
+            result = evaluate(model)
         return dict(result) if isinstance(result, dict) else {"metric": float(result)}
 
     def example_input(self) -> Any:
