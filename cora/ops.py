@@ -1,0 +1,665 @@
+"""The door to the native code: one typed function per op, its fake kernel and its gradient beside it.
+
+A *weight* is a matrix [N, K]: one row per output channel, a convolution's [Cout, Cin/groups, kh, kw]
+flattened in that order. Its codes are unsigned, ``bits`` wide (2..8), packed row by row into whole
+bytes (docs/packed_layout.md). ``scale`` float32 and ``zero_point`` int32 are both [R, G]: R = 1 or N,
+G = 1 or K / group_size, and stand for ``scale * (code - zero_point)``. A zero-point may lie outside
+the range of the codes; its magnitude must stay below 2**24.
+
+Every function raises ``RuntimeError`` ("cora::<op>: <argument> must ..., got ...") for a bad tensor,
+in eager mode and when traced.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "conv2d_lowrank",
+    "dequantize_packed",
+    "fake_quantize",
+    "isa",
+    "linear_lowrank",
+    "lowrank_factors",
+    "pack_bits",
+    "residual_svd_init",
+    "set_isa",
+    "unpack_bits",
+]
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+if not _LIBRARY.exists():
+    raise ImportError(
+        f"cora: {_LIBRARY} is missing: build it with `pip install .` (or `pip install -e .`), "
+        "or leave the source folder if another cora is installed"
+    )
+torch.ops.load_library(_LIBRARY)  # the file holds no Python: schemas and kernels register themselves
+_ops = torch.ops.cora
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_Pair = int | tuple[int, int]
+
+
+# --- CPU level -----------------------------------------------------------------------------------
+
+
+def isa() -> dict[str, str]:
+    """The CPU level in force and the level of the kernel each op takes.
+
+    Returns:
+        ``{"level": "avx512", "fake_quantize": "avx512", "pack_row": "avx2", ...}``.
+
+    Raises:
+        RuntimeError: the environment variable ``CORA_ISA`` names no level of this CPU.
+    """
+    level, *kernels = str(_ops.isa()).split()
+    return {"level": level, **dict(kernel.split("=") for kernel in kernels)}
+
+
+def set_isa(name: str) -> None:
+    """Force a CPU level: ``scalar``, ``avx2`` or ``avx512`` (as ``CORA_ISA`` does at start).
+
+    Raises:
+        RuntimeError: unknown, or not supported by this CPU; the message lists the valid names.
+    """
+    _ops.set_isa(name)
+
+
+# --- Checks shared by the fake kernels (the native ones are csrc/check.cpp) ----------------------
+
+
+def _check(condition: Any, op: str, message: str) -> None:
+    torch._check(condition, lambda: f"cora::{op}: {message}")
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _check_dtype(op: str, name: str, t: Tensor, dtype: torch.dtype) -> None:
+    wanted = str(dtype).removeprefix("torch.")
+    _check(t.dtype == dtype, op, f"{name} must have dtype {wanted}, got {_dtype(t)}")
+
+
+def _check_shape(op: str, name: str, t: Tensor, shape: list[Any]) -> None:
+    fits = t.dim() == len(shape) and all(t.shape[i] == size for i, size in enumerate(shape))
+    _check(fits, op, f"{name} must have shape {shape}, got {list(t.shape)}")
+
+
+def _check_bits(op: str, bits: int) -> None:
+    _check(2 <= bits <= 8, op, f"bits must be 2..8, got {bits}")
+
+
+def _check_float(op: str, name: str, t: Tensor) -> None:
+    wanted = "float32, float16 or bfloat16"
+    _check(t.dtype in _FLOATS, op, f"{name} must have dtype {wanted}, got {_dtype(t)}")
+
+
+def _check_qparams(op: str, scale: Tensor, zero_point: Tensor, rows: Any, cols: Any) -> None:
+    _check_dtype(op, "scale", scale, torch.float32)
+    _check_dtype(op, "zero_point", zero_point, torch.int32)
+    shape = list(scale.shape)
+    fits = len(shape) == 2 and shape[1] >= 1 and (shape[0] == 1 or shape[0] == rows) and cols % shape[1] == 0
+    first = "1" if rows == 1 else f"1 or {rows}"
+    _check(fits, op, f"scale must have shape [{first}, G] with G a divisor of {cols}, got {shape}")
+    _check_shape(op, "zero_point", zero_point, shape)
+
+
+def _row_bytes(k: Any, bits: int) -> Any:
+    return (k * bits + 7) // 8
+
+
+def _check_packed(
+    op: str, name: str, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: Any
+) -> None:
+    _check_bits(op, bits)
+    _check_dtype(op, name, packed, torch.uint8)
+    _check(packed.dim() == 2, op, f"{name} must have 2 dimensions, got shape {list(packed.shape)}")
+    _check(k >= 1, op, f"k must be >= 1, got {k}")
+    _check_shape(op, name, packed, [packed.shape[0], _row_bytes(k, bits)])
+    _check_qparams(op, scale, zero_point, packed.shape[0], k)
+
+
+def _matrix_shape(x: Tensor) -> tuple[Any, Any]:
+    if x.dim() < 2:
+        return 1, x.numel()
+    return x.shape[0], x.shape[1:].numel()
+
+
+# --- fake_quantize -------------------------------------------------------------------------------
+
+
+@overload
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    residual: Literal[False] = False,
+    codes: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, residual: bool = ..., codes: bool = ...
+) -> Any: ...
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    residual: bool = False,
+    codes: bool = False,
+) -> Any:
+    """Quantise and dequantise in one pass: ``q = clamp(rint(x / scale) + zero_point, 0, 2**bits - 1)``.
+
+    Rounds half to even after a true division. Gradients are straight-through: x receives the gradient
+    where its code was not clamped, scale receives ``(q - zero_point) - x / scale`` there and
+    ``q - zero_point`` elsewhere, summed over its elements; zero_point receives none. A NaN takes code 0.
+
+    Args:
+        x: float32, float16 or bfloat16, any shape, seen as the matrix [x.shape[0], -1] (0-d and 1-d: [1, -1]).
+        scale: float32 [R, G], finite and > 0; R = 1 or the matrix' rows, G a divisor of its columns.
+        zero_point: int32 [R, G], within +-2**24.
+        bits: 2..8.
+        residual: also return ``x - out``.
+        codes: also return q.
+
+    Returns:
+        out, x's shape and dtype; or the tuple (out, residual if asked, codes uint8 if asked).
+
+    Source: STE, Bengio et al. 2013; scale gradient, LSQ (Esser et al. 2020).
+    """
+    out, rest, q = _ops.fake_quantize.default(x, scale, zero_point, bits, residual, codes)
+    if not residual and not codes:
+        return out
+    return (out, *([rest] if residual else []), *([q] if codes else []))
+
+
+def _check_fake_quantize(op: str, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> None:
+    _check_bits(op, bits)
+    _check_float(op, "x", x)
+    _check_qparams(op, scale, zero_point, *_matrix_shape(x))
+
+
+@torch.library.register_fake("cora::fake_quantize")
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, residual: bool, codes: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_fake_quantize("fake_quantize", x, scale, zero_point, bits)
+    none = (0,)
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if residual else none),
+        x.new_empty(x.shape if codes else none, dtype=torch.uint8),
+    )
+
+
+@torch.library.register_fake("cora::fake_quantize_backward")
+def _(
+    grad: Tensor, x: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    op = "fake_quantize_backward"
+    _check_fake_quantize(op, x, scale, zero_point, bits)
+    _check_shape(op, "grad", grad, list(x.shape))
+    return x.new_empty(x.shape), scale.new_empty(scale.shape)
+
+
+def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, scale, zero_point, ctx.bits, ctx.residual, _ = inputs
+    ctx.save_for_backward(x, scale, zero_point)
+    ctx.mark_non_differentiable(output[2])
+
+
+def _fake_quantize_backward(
+    ctx: Any, grad_out: Tensor, grad_residual: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    # residual = x - out: its gradient reaches x directly and out with the opposite sign.
+    grad = grad_out - grad_residual if ctx.residual else grad_out
+    grad_x, grad_scale = _ops.fake_quantize_backward.default(grad, *ctx.saved_tensors, ctx.bits)
+    if ctx.residual:
+        grad_x = grad_x + grad_residual
+    return grad_x, grad_scale, None, None, None, None
+
+
+torch.library.register_autograd(
+    "cora::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize
+)
+
+
+# --- Packing -------------------------------------------------------------------------------------
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes into the layout of docs/packed_layout.md.
+
+    Args:
+        codes: uint8 [..., K], each at most 2**bits - 1.
+        bits: 2..8.
+
+    Returns:
+        uint8 [..., ceil(K * bits / 8)].
+    """
+    return _ops.pack_bits.default(codes, bits)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("cora::pack_bits")
+def _(codes: Tensor, bits: int) -> Tensor:
+    op = "pack_bits"
+    _check_bits(op, bits)
+    _check_dtype(op, "codes", codes, torch.uint8)
+    _check(codes.dim() >= 1, op, "codes must have at least 1 dimension, got shape []")
+    return codes.new_empty([*codes.shape[:-1], _row_bytes(codes.shape[-1], bits)])
+
+
+def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of :func:`pack_bits`.
+
+    Args:
+        packed: uint8 [..., ceil(k * bits / 8)].
+        bits: 2..8.
+        k: codes of a row.
+
+    Returns:
+        uint8 [..., k].
+    """
+    return _ops.unpack_bits.default(packed, bits, k)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("cora::unpack_bits")
+def _(packed: Tensor, bits: int, k: int) -> Tensor:
+    op = "unpack_bits"
+    _check_bits(op, bits)
+    _check_dtype(op, "packed", packed, torch.uint8)
+    _check(k >= 0, op, f"k must be >= 0, got {k}")
+    _check(packed.dim() >= 1, op, "packed must have at least 1 dimension, got shape []")
+    size = _row_bytes(k, bits)
+    what = f"last dimension {size} for k = {k} and {bits} bits"
+    _check(packed.shape[-1] == size, op, f"packed must have {what}, got shape {list(packed.shape)}")
+    return packed.new_empty([*packed.shape[:-1], k])
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int) -> Tensor:
+    """``scale * (code - zero_point)`` of a packed weight.
+
+    Args:
+        packed: uint8 [N, ceil(k * bits / 8)].
+        scale: float32 [R, G].
+        zero_point: int32 [R, G].
+        bits: 2..8.
+        k: columns of the weight matrix.
+
+    Returns:
+        float32 [N, k].
+    """
+    return _ops.dequantize_packed.default(packed, scale, zero_point, bits, k)  # type: ignore[no-any-return]
+
+
+@torch.library.register_fake("cora::dequantize_packed")
+def _(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int) -> Tensor:
+    _check_packed("dequantize_packed", "packed", packed, scale, zero_point, bits, k)
+    return packed.new_empty([packed.shape[0], k], dtype=torch.float32)
+
+
+# --- Low-rank initialisation ---------------------------------------------------------------------
+
+
+def lowrank_factors(
+    residual: Tensor, rank: int, groups: int = 1, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best rank-r approximation ``B @ A`` of each group's rows of a residual, optionally weighted.
+
+    Minimises ``||(residual_g - B_g A_g) moment^(1/2)||_F``; without moment, plain. Computed from the
+    Gram matrix of the smaller side in float64 and its eigenvectors; B and A share the singular values
+    evenly (unweighted: B = U sqrt(S), A = sqrt(S) V^T). Each component's sign is fixed by making the
+    entry of U largest in magnitude positive.
+
+    Args:
+        residual: float32 [N, K].
+        rank: 0..min(N / groups, K).
+        groups: divisor of N; rows [g * N/groups, (g+1) * N/groups) are group g.
+        moment: float32 or float64 [groups or 1, K, K], symmetric and positive definite: the second
+            moment E[x x^T] of the layer's (unfolded) input.
+
+    Returns:
+        a float32 [groups * rank, K], b float32 [N, rank], singular values of the (weighted) residual,
+        float32 [groups, min(N / groups, K)], descending.
+
+    Source: CoRa, arXiv 2408.00923, sec. 3; the weighting: QERA, arXiv 2410.06040.
+    """
+    return _ops.lowrank_factors.default(residual, rank, groups, moment)  # type: ignore[no-any-return]
+
+
+def _check_lowrank(
+    op: str, name: str, n: Any, k: Any, matrix: Tensor, rank: int, groups: int, moment: Tensor | None
+) -> None:
+    _check_dtype(op, name, matrix, torch.float32)
+    _check(groups >= 1 and n % groups == 0, op, f"groups must divide the {n} rows, got {groups}")
+    most = min(n // groups, k)
+    _check(0 <= rank <= most, op, f"rank must be 0..{most}, got {rank}")
+    if moment is not None:
+        fits = moment.dtype in (torch.float32, torch.float64)
+        _check(fits, op, f"moment must have dtype float32 or float64, got {_dtype(moment)}")
+        fits = moment.dim() == 3 and (moment.shape[0] == 1 or moment.shape[0] == groups)
+        fits = fits and moment.shape[1] == k and moment.shape[2] == k
+        first = "1" if groups == 1 else f"1 or {groups}"
+        _check(fits, op, f"moment must have shape [{first}, {k}, {k}], got {list(moment.shape)}")
+
+
+@torch.library.register_fake("cora::lowrank_factors")
+def _(
+    residual: Tensor, rank: int, groups: int, moment: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "lowrank_factors"
+    _check(residual.dim() == 2, op, f"residual must have 2 dimensions, got shape {list(residual.shape)}")
+    n, k = residual.shape
+    _check_lowrank(op, "residual", n, k, residual, rank, groups, moment)
+    return (
+        residual.new_empty([groups * rank, k]),
+        residual.new_empty([n, rank]),
+        residual.new_empty([groups, min(n // groups, k)]),
+    )
+
+
+def residual_svd_init(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    rank: int,
+    groups: int = 1,
+    moment: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantise a weight and fit its adapter to what was lost, in one call.
+
+    Args:
+        weight: float32 [N, ...], seen as [N, K].
+        scale: float32 [R, G].
+        zero_point: int32 [R, G].
+        bits: 2..8.
+        rank, groups, moment: as in :func:`lowrank_factors`.
+
+    Returns:
+        packed uint8 [N, ceil(K * bits / 8)], a float32 [groups * rank, K], b float32 [N, rank],
+        singular values float32 [groups, min(N / groups, K)], residual float32 [N, K] (before the adapter).
+    """
+    return _ops.residual_svd_init.default(  # type: ignore[no-any-return]
+        weight, scale, zero_point, bits, rank, groups, moment
+    )
+
+
+@torch.library.register_fake("cora::residual_svd_init")
+def _(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    rank: int,
+    groups: int,
+    moment: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    op = "residual_svd_init"
+    _check(weight.dim() >= 2, op, f"weight must have 2 or more dimensions, got shape {list(weight.shape)}")
+    n, k = _matrix_shape(weight)
+    _check_lowrank(op, "weight", n, k, weight, rank, groups, moment)
+    _check_bits(op, bits)
+    _check_qparams(op, scale, zero_point, n, k)
+    return (
+        weight.new_empty([n, _row_bytes(k, bits)], dtype=torch.uint8),
+        weight.new_empty([groups * rank, k]),
+        weight.new_empty([n, rank]),
+        weight.new_empty([groups, min(n // groups, k)]),
+        weight.new_empty([n, k]),
+    )
+
+
+# --- Packed layers -------------------------------------------------------------------------------
+
+
+def linear_lowrank(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    x_bits: int = 0,
+) -> Tensor:
+    """``x What^T + ((x A^T) * adapter_scale) B^T + bias`` on a packed weight, the adapter fused.
+
+    With ``x_bits`` > 0 the input is quantised first and weight and adapter see the same codes: static
+    with x_scale and x_zero_point (codes ``clamp(rint(x / x_scale) + x_zero_point, 0, 2**x_bits - 1)``),
+    dynamic without (each row from its range min(x, 0)..max(x, 0)). Sums of codes are then exact
+    integers within a scale group, and with an int8 adapter (or none) the result is the same bit for bit
+    on every CPU level and thread count. The float steps are, in this order: each group's integer times its weight
+    scale, summed over groups in order; times x_scale; plus each rank's contribution in order, fused
+    multiply-add (an int8 adapter's hidden value is ``(integer * adapter_scale) * x_scale``); plus bias.
+
+    Args:
+        x: float32, float16 or bfloat16 [..., K].
+        weight: uint8 [N, ceil(K * bits / 8)], packed codes.
+        scale: float32 [R, G].
+        zero_point: int32 [R, G].
+        bits: 2..8.
+        a: int8, float16, bfloat16 or float32 [r, K], or None.
+        b: a's dtype [N, r], or None with a.
+        adapter_scale: float32 [r] with an int8 adapter, else None.
+        bias: float32 [N] or None.
+        x_scale: float32, one element, or None.
+        x_zero_point: int32, one element in 0..2**x_bits - 1, or None with x_scale.
+        x_bits: 0 (float input) or 2..8.
+
+    Returns:
+        x's dtype [..., N].
+    """
+    return _ops.linear_lowrank.default(  # type: ignore[no-any-return]
+        x, weight, scale, zero_point, bits, a, b, adapter_scale, bias, x_scale, x_zero_point, x_bits
+    )
+
+
+def _check_layer(
+    op: str,
+    x: Tensor,
+    n: Any,
+    k: Any,
+    groups: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    adapter_scale: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_bits: int,
+) -> None:
+    _check_float(op, "x", x)
+    _check((a is None) == (b is None), op, "a and b must be given together")
+    if a is not None and b is not None:
+        fits = a.dtype in (torch.int8, *_FLOATS)
+        _check(fits, op, f"a must have dtype int8, float16, bfloat16 or float32, got {_dtype(a)}")
+        _check_dtype(op, "b", b, a.dtype)
+        _check(b.dim() == 2, op, f"b must have 2 dimensions, got shape {list(b.shape)}")
+        rank = b.shape[1]
+        _check_shape(op, "b", b, [n, rank])
+        _check_shape(op, "a", a, [groups * rank, k])
+        if a.dtype == torch.int8:
+            _check(adapter_scale is not None, op, "adapter_scale must be given with an int8 adapter")
+        else:
+            _check(adapter_scale is None, op, "adapter_scale must be None with a float adapter")
+        if adapter_scale is not None:
+            _check_dtype(op, "adapter_scale", adapter_scale, torch.float32)
+            _check_shape(op, "adapter_scale", adapter_scale, [groups * rank])
+    else:
+        _check(adapter_scale is None, op, "adapter_scale must be None without an adapter")
+    if bias is not None:
+        _check_dtype(op, "bias", bias, torch.float32)
+        _check_shape(op, "bias", bias, [n])
+    _check(x_bits == 0 or 2 <= x_bits <= 8, op, f"x_bits must be 0 or 2..8, got {x_bits}")
+    both = (x_scale is None) == (x_zero_point is None)
+    _check(both, op, "x_scale and x_zero_point must be given together")
+    if x_scale is not None and x_zero_point is not None:
+        _check(x_bits > 0, op, "x_scale must be None when x_bits is 0")
+        _check_dtype(op, "x_scale", x_scale, torch.float32)
+        _check_dtype(op, "x_zero_point", x_zero_point, torch.int32)
+        for name, t in (("x_scale", x_scale), ("x_zero_point", x_zero_point)):
+            _check(t.numel() == 1, op, f"{name} must have 1 element, got shape {list(t.shape)}")
+
+
+@torch.library.register_fake("cora::linear_lowrank")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    adapter_scale: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_bits: int,
+) -> Tensor:
+    op = "linear_lowrank"
+    _check(x.dim() >= 1, op, "x must have at least 1 dimension, got shape []")
+    k = x.shape[-1]
+    _check_packed(op, "weight", weight, scale, zero_point, bits, k)
+    n = weight.shape[0]
+    _check_layer(op, x, n, k, 1, a, b, adapter_scale, bias, x_scale, x_zero_point, x_bits)
+    return x.new_empty([*x.shape[:-1], n])
+
+
+def _pair(value: _Pair) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def conv2d_lowrank(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    kernel_size: _Pair,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    x_bits: int = 0,
+) -> Tensor:
+    """``conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias`` on a packed weight, one call.
+
+    Padded positions are the real value 0. A grouped layer has r components a group: rows
+    [g * r, (g+1) * r) of a, and b's rows of group g apply to those. Quantised input and the order of
+    the float steps are as in :func:`linear_lowrank`, dynamic ranges being taken per image.
+
+    Args:
+        x: float32, float16 or bfloat16 [batch, channels, H, W], contiguous or channels_last.
+        weight: uint8 [N, ceil(K * bits / 8)], K = channels / groups * kh * kw.
+        scale: float32 [R, G].
+        zero_point: int32 [R, G].
+        bits: 2..8.
+        kernel_size, stride, padding, dilation: one int, or (vertical, horizontal).
+        groups: divisor of channels and N.
+        a: int8, float16, bfloat16 or float32 [groups * r, K], or None.
+        b: a's dtype [N, r], or None with a.
+        adapter_scale: float32 [groups * r] with an int8 adapter, else None.
+        bias: float32 [N] or None.
+        x_scale: float32, one element, or None.
+        x_zero_point: int32, one element in 0..2**x_bits - 1, or None with x_scale.
+        x_bits: 0 (float input) or 2..8.
+
+    Returns:
+        x's dtype and memory format [batch, N, H', W'].
+    """
+    return _ops.conv2d_lowrank.default(  # type: ignore[no-any-return]
+        x,
+        weight,
+        scale,
+        zero_point,
+        bits,
+        _pair(kernel_size),
+        _pair(stride),
+        _pair(padding),
+        _pair(dilation),
+        groups,
+        a,
+        b,
+        adapter_scale,
+        bias,
+        x_scale,
+        x_zero_point,
+        x_bits,
+    )
+
+
+@torch.library.register_fake("cora::conv2d_lowrank")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    adapter_scale: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_bits: int,
+) -> Tensor:
+    op = "conv2d_lowrank"
+    _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
+    for name, values, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        _check(min(values) >= least, op, f"{name} must be >= {least}, got {list(values)}")
+    channels = x.shape[1]
+    divides = groups >= 1 and channels % groups == 0
+    _check(divides, op, f"groups must divide the {channels} channels, got {groups}")
+    k = channels // groups * kernel_size[0] * kernel_size[1]
+    _check_packed(op, "weight", weight, scale, zero_point, bits, k)
+    n = weight.shape[0]
+    _check(n % groups == 0, op, f"groups must divide the {n} rows of weight, got {groups}")
+    _check_layer(op, x, n, k, groups, a, b, adapter_scale, bias, x_scale, x_zero_point, x_bits)
+    size = []
+    for d in range(2):
+        reach = dilation[d] * (kernel_size[d] - 1) + 1
+        padded = x.shape[2 + d] + 2 * padding[d]
+        what = f"x's padded height and width must be at least {reach} along dimension {2 + d}"
+        _check(padded >= reach, op, f"{what}, got {padded}")
+        size.append((padded - reach) // stride[d] + 1)
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty([x.shape[0], n, *size], dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+# TEMPORARY until the native kernels land: the oracles stand in.
+from cora import reference as _reference  # noqa: E402
+
+torch.library.impl("cora::lowrank_factors", "cpu")(_reference.lowrank_factors)
+torch.library.impl("cora::residual_svd_init", "cpu")(_reference.residual_svd_init)
+torch.library.impl("cora::linear_lowrank", "cpu")(_reference.linear_lowrank)
+torch.library.impl("cora::conv2d_lowrank", "cpu")(_reference.conv2d_lowrank)

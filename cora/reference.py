@@ -1,0 +1,210 @@
+"""Slow, obvious oracles of every op in :mod:`cora.ops`, in plain torch.
+
+Same names and arguments as the ops; imported by tests and benchmarks only. Sums are taken in float64,
+so an oracle is closer to the true value than any kernel; integers are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "conv2d_lowrank",
+    "dequantize_packed",
+    "fake_quantize",
+    "linear_lowrank",
+    "lowrank_factors",
+    "pack_bits",
+    "residual_svd_init",
+    "unpack_bits",
+]
+
+
+def _expand(param: Tensor, rows: int, cols: int) -> Tensor:
+    """Scale or zero-point [R, G] -> [rows, cols]."""
+    return param.repeat_interleave(cols // param.shape[1], dim=1).expand(rows, cols)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    if x.dim() < 2:
+        return x.reshape(1, -1)
+    return x.reshape(x.shape[0], x[0].numel() if x.shape[0] else x.shape[1:].numel())
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    residual: bool = False,
+    codes: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Differentiable by torch's own autograd: a straight-through round inside a clamp."""
+    matrix = _as_matrix(x).float()
+    s, z = (_expand(p, *matrix.shape) for p in (scale, zero_point))
+    ratio = matrix / s
+    rounded = ratio + (ratio.round() - ratio).detach()
+    q = (rounded + z).clamp(0, 2**bits - 1)
+    out = (s * (q - z)).reshape(x.shape)
+    results = [out.to(x.dtype)]
+    if residual:
+        results.append((x.float() - out).to(x.dtype))
+    if codes:
+        results.append(q.detach().reshape(x.shape).to(torch.uint8))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Code i occupies bits [i*bits, (i+1)*bits) of its row, least significant first."""
+    k = codes.shape[-1]
+    rows = codes.reshape(-1, k).long()
+    stream = torch.stack([(rows >> b) & 1 for b in range(bits)], dim=-1).reshape(rows.shape[0], -1)
+    stream = F.pad(stream, (0, -stream.shape[1] % 8)).reshape(rows.shape[0], -1, 8)
+    packed = (stream << torch.arange(8)).sum(-1).to(torch.uint8)
+    return packed.reshape(*codes.shape[:-1], packed.shape[-1])
+
+
+def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
+    """Inverse of :func:`pack_bits`."""
+    rows = packed.reshape(-1, packed.shape[-1]).long()
+    stream = torch.stack([(rows >> b) & 1 for b in range(8)], dim=-1).reshape(rows.shape[0], -1)
+    stream = stream[:, : k * bits].reshape(rows.shape[0], k, bits)
+    codes = (stream << torch.arange(bits)).sum(-1).to(torch.uint8)
+    return codes.reshape(*packed.shape[:-1], k)
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int) -> Tensor:
+    """scale * (q - zero_point), float32 [N, K]."""
+    n = packed.shape[0]
+    q = unpack_bits(packed, bits, k).int()
+    return _expand(scale, n, k) * (q - _expand(zero_point, n, k)).float()
+
+
+def lowrank_factors(
+    residual: Tensor, rank: int, groups: int = 1, moment: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By an SVD in float64 of residual @ moment^(1/2), group by group."""
+    n, k = residual.shape
+    a, b, s = [], [], []
+    for g in range(groups):
+        block = residual.reshape(groups, n // groups, k)[g].double()
+        root, inverse = torch.eye(k, dtype=torch.float64), torch.eye(k, dtype=torch.float64)
+        if moment is not None:
+            values, vectors = torch.linalg.eigh(moment[g % moment.shape[0]].double())
+            values = values.clamp_min(values.max() * 1e-14)
+            root, inverse = vectors * values.sqrt(), (vectors / values.sqrt()).T
+        u, sv, vh = torch.linalg.svd(block @ root, full_matrices=False)
+        sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+        u, vh = u * sign, vh * sign.T
+        half = sv[:rank].sqrt()
+        a.append(half[:, None] * (vh[:rank] @ inverse))
+        b.append(u[:, :rank] * half)
+        s.append(sv)
+    return torch.cat(a).float(), torch.cat(b).float(), torch.stack(s).float()
+
+
+def residual_svd_init(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    rank: int,
+    groups: int = 1,
+    moment: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Quantise, take the residual, factorise it."""
+    matrix = _as_matrix(weight)
+    _, residual, codes = fake_quantize(matrix, scale, zero_point, bits, residual=True, codes=True)
+    a, b, s = lowrank_factors(residual, rank, groups, moment)
+    return pack_bits(codes, bits), a, b, s, residual
+
+
+def _quantize_input(
+    x: Tensor, x_scale: Tensor | None, x_zero_point: Tensor | None, x_bits: int
+) -> Tensor:
+    """x [items, ...] after quantization, float64; dynamic ranges are per item."""
+    if x_bits == 0:
+        return x.double()
+    top = 2**x_bits - 1
+    xf = x.float()
+    if x_scale is not None and x_zero_point is not None:
+        s, z = x_scale.reshape(()), x_zero_point.reshape(()).float()
+    else:
+        shape = (-1,) + (1,) * (x.dim() - 1)
+        lo = xf.flatten(1).amin(1).clamp_max(0).reshape(shape)
+        hi = xf.flatten(1).amax(1).clamp_min(0).reshape(shape)
+        s = (hi - lo) / top
+        s = torch.where(s > 0, s, torch.ones_like(s))
+        z = (-lo / s).round().clamp(0, top)
+    q = ((xf / s).round() + z).clamp(0, top)
+    return (q - z).double() * s.double()
+
+
+def _adapter(a: Tensor, adapter_scale: Tensor | None) -> Tensor:
+    a = a.double()
+    return a if adapter_scale is None else a * adapter_scale.double()[:, None]
+
+
+def linear_lowrank(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    x_bits: int = 0,
+) -> Tensor:
+    """x What^T + ((x A^T) * adapter_scale) B^T + bias."""
+    k, n = x.shape[-1], weight.shape[0]
+    rows = x.reshape(-1, k)
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], n)
+    xh = _quantize_input(rows, x_scale, x_zero_point, x_bits)
+    y = xh @ dequantize_packed(weight, scale, zero_point, bits, k).double().T
+    if a is not None and b is not None:
+        y = y + (xh @ _adapter(a, adapter_scale).T) @ b.double().T
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype).reshape(*x.shape[:-1], n)
+
+
+def conv2d_lowrank(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    x_bits: int = 0,
+) -> Tensor:
+    """conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias, torch's convolution in float64."""
+    n, cin = weight.shape[0], x.shape[1] // groups
+    k = cin * kernel_size[0] * kernel_size[1]
+    xh = _quantize_input(x, x_scale, x_zero_point, x_bits) if x.shape[0] else x.double()
+    shape = (cin, *kernel_size)
+    what = dequantize_packed(weight, scale, zero_point, bits, k).double().reshape(n, *shape)
+    y = F.conv2d(xh, what, None, stride, padding, dilation, groups)
+    if a is not None and b is not None and a.shape[0]:
+        u = F.conv2d(xh, _adapter(a, adapter_scale).reshape(-1, *shape), None, stride, padding, dilation, groups)
+        y = y + F.conv2d(u, b.double()[:, :, None, None], groups=groups)
+    if bias is not None:
+        y = y + bias.double()[:, None, None]
+    return y.to(x.dtype)

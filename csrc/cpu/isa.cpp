@@ -1,0 +1,60 @@
+#include "cpu/isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace cora::cpu {
+
+namespace {
+
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
+
+Isa detect() {
+#if CORA_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
+                    __builtin_cpu_supports("bmi2");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  if (avx2 && avx512) return Isa::kAvx512;
+  if (avx2) return Isa::kAvx2;
+#endif
+  return Isa::kScalar;
+}
+
+Isa parse(const std::string& name, const char* source) {
+  const int best = static_cast<int>(detect());
+  std::string valid;
+  for (int i = 0; i <= best; ++i) {
+    if (name == kNames[i]) return static_cast<Isa>(i);
+    valid += (i ? ", " : "") + std::string(kNames[i]);
+  }
+  throw std::runtime_error("cora: " + std::string(source) + " must be one of {" + valid +
+                           "} on this CPU, got '" + name + "'");
+}
+
+std::atomic<int> g_active{-1};
+
+}  // namespace
+
+const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+Isa active_isa() {
+  int active = g_active.load(std::memory_order_relaxed);
+  if (active < 0) {
+    const char* forced = std::getenv("CORA_ISA");
+    const Isa isa = forced != nullptr && *forced != '\0' ? parse(forced, "CORA_ISA") : detect();
+    active = static_cast<int>(isa);
+    g_active.store(active, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(active);
+}
+
+void set_active_isa(const std::string& name) {
+  g_active.store(static_cast<int>(parse(name, "set_isa")), std::memory_order_relaxed);
+}
+
+}  // namespace cora::cpu

@@ -1,0 +1,156 @@
+// Quantization and unpacking, AVX-512: 16 floats a step, masked tails; division and rounding as the
+// scalar level does them, so codes agree bit for bit. Bits are spread eight codes at a time by pdep
+// (one a cycle), nibbles by byte shifts.
+#include "bits.h"
+#include "cpu/kernels.h"
+
+#if CORA_X86
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+CORA_BEGIN_AVX512
+
+namespace cora::cpu::avx512 {
+
+namespace {
+
+constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+inline __mmask16 tail_mask(int64_t left) {
+  return left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << left) - 1);
+}
+
+struct Vectors {
+  __m512 scale, zero_point, top;
+  explicit Vectors(RunParams p)
+      : scale(_mm512_set1_ps(p.scale)), zero_point(_mm512_set1_ps(p.zero_point)), top(_mm512_set1_ps(p.max_code)) {}
+  /// max's second operand wins over a NaN: it becomes code 0.
+  __m512 clamp(__m512 v) const { return _mm512_min_ps(_mm512_max_ps(v, _mm512_setzero_ps()), top); }
+  __m512 code(__m512 x) const {
+    const __m512 rounded = _mm512_roundscale_ps(_mm512_div_ps(x, scale), kNearestEven);
+    return clamp(_mm512_add_ps(rounded, zero_point));
+  }
+};
+
+/// Unpacks whole octets; reads 8 bytes at a time, so it stops while those 8 are within the row.
+template <int kBits>
+inline int64_t unpack_octets(const uint8_t* packed, int64_t k, int64_t bytes, uint8_t* codes) {
+  int64_t i = 0, at = 0;
+  for (; i + 8 <= k && at + 8 <= bytes; i += 8, at += kBits) {
+    uint64_t octet;
+    std::memcpy(&octet, packed + at, 8);
+    const uint64_t spread = _pdep_u64(octet, octet_mask(kBits));
+    std::memcpy(codes + i, &spread, 8);
+  }
+  return i;
+}
+
+inline int64_t unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes) {
+  const __m512i low = _mm512_set1_epi16(0x000f), high = _mm512_set1_epi16(0x0f00);
+  int64_t i = 0;
+  for (; i + 64 <= k; i += 64) {
+    const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i / 2)));
+    const __m512i out = _mm512_or_si512(_mm512_and_si512(wide, low), _mm512_and_si512(_mm512_slli_epi16(wide, 4), high));
+    _mm512_storeu_si512(codes + i, out);
+  }
+  return i;
+}
+
+}  // namespace
+
+void fake_quantize(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes) {
+  const Vectors v(p);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = tail_mask(count - i);
+    const __m512 in = _mm512_maskz_loadu_ps(mask, x + i);
+    const __m512 q = v.code(in);
+    const __m512 y = _mm512_mul_ps(v.scale, _mm512_sub_ps(q, v.zero_point));
+    _mm512_mask_storeu_ps(out + i, mask, y);
+    if (residual != nullptr) _mm512_mask_storeu_ps(residual + i, mask, _mm512_sub_ps(in, y));
+    if (codes != nullptr) _mm512_mask_cvtepi32_storeu_epi8(codes + i, mask, _mm512_cvtps_epi32(q));
+  }
+}
+
+double fake_quantize_backward(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x) {
+  const Vectors v(p);
+  __m512d sum_low = _mm512_setzero_pd(), sum_high = _mm512_setzero_pd();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = tail_mask(count - i);
+    const __m512 g = _mm512_maskz_loadu_ps(mask, grad + i);
+    const __m512 ratio = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), v.scale);
+    const __m512 rounded = _mm512_roundscale_ps(ratio, kNearestEven);
+    const __m512 shifted = _mm512_add_ps(rounded, v.zero_point);
+    const __mmask16 inside = _mm512_cmp_ps_mask(shifted, _mm512_setzero_ps(), _CMP_GE_OQ) &
+                             _mm512_cmp_ps_mask(shifted, v.top, _CMP_LE_OQ);
+    _mm512_mask_storeu_ps(grad_x + i, mask, _mm512_maskz_mov_ps(inside, g));
+    const __m512 slope = _mm512_mask_sub_ps(_mm512_sub_ps(v.clamp(shifted), v.zero_point), inside, rounded, ratio);
+    const __m512 term = _mm512_mul_ps(g, slope);
+    sum_low = _mm512_add_pd(sum_low, _mm512_cvtps_pd(_mm512_castps512_ps256(term)));
+    sum_high = _mm512_add_pd(sum_high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(term, 1)));
+  }
+  alignas(64) double lanes[8];
+  _mm512_store_pd(lanes, _mm512_add_pd(sum_low, sum_high));
+  double sum = 0;
+  for (double lane : lanes) sum += lane;
+  return sum;
+}
+
+void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
+  const Vectors v(p);
+  const __m512i shift = _mm512_set1_epi32(128);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = tail_mask(count - i);
+    const __m512i q = _mm512_cvtps_epi32(v.code(_mm512_maskz_loadu_ps(mask, x + i)));
+    _mm512_mask_cvtepi32_storeu_epi8(xs + i, mask, _mm512_sub_epi32(q, shift));
+  }
+}
+
+void range(const float* x, int64_t count, float* lo, float* hi) {
+  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 in = _mm512_maskz_loadu_ps(tail_mask(count - i), x + i);
+    low = _mm512_min_ps(in, low);  // a NaN leaves the second operand, as the scalar comparison does
+    high = _mm512_max_ps(in, high);
+  }
+  alignas(64) float lows[16], highs[16];
+  _mm512_store_ps(lows, low);
+  _mm512_store_ps(highs, high);
+  *lo = lows[0];
+  *hi = highs[0];
+  for (int i = 1; i < 16; ++i) {
+    *lo = lows[i] < *lo ? lows[i] : *lo;
+    *hi = highs[i] > *hi ? highs[i] : *hi;
+  }
+}
+
+void unpack_row(const uint8_t* packed, int64_t k, int bits, uint8_t* codes) {
+  const int64_t bytes = row_bytes(k, bits);
+  int64_t done = 0;
+  if (bits == 4) {
+    done = unpack_nibbles(packed, k, codes);
+  } else if (bits == 8) {
+    std::memcpy(codes, packed, static_cast<size_t>(k));
+    return;
+  } else {
+    CORA_DISPATCH_BITS(bits, [&] { done = unpack_octets<kBits>(packed, k, bytes, codes); });
+  }
+  // What is left starts at an octet, so at a whole byte.
+  scalar::unpack_row(packed + done / 8 * bits, k - done, bits, codes + done);
+}
+
+void dequantize(const uint8_t* codes, float scale, int32_t zero_point, int64_t count, float* out) {
+  const __m512 s = _mm512_set1_ps(scale);
+  const __m512i z = _mm512_set1_epi32(zero_point);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = tail_mask(count - i);
+    const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + i));
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(s, _mm512_cvtepi32_ps(_mm512_sub_epi32(q, z))));
+  }
+}
+
+}  // namespace cora::cpu::avx512
+
+CORA_END_TARGET
+#endif

@@ -1,0 +1,31 @@
+// Table of contents: the schema of every op. Implementations register themselves in ops/*.cpp;
+// documentation, fake kernels and autograd are in cora/ops.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(cora, m) {
+  m.def(
+      "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, bool residual, bool codes)"
+      " -> (Tensor out, Tensor residual, Tensor codes)");
+  m.def(
+      "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits)"
+      " -> (Tensor grad_x, Tensor grad_scale)");
+  m.def("pack_bits(Tensor codes, int bits) -> Tensor");
+  m.def("unpack_bits(Tensor packed, int bits, int k) -> Tensor");
+  m.def("dequantize_packed(Tensor packed, Tensor scale, Tensor zero_point, int bits, int k) -> Tensor");
+  m.def(
+      "lowrank_factors(Tensor residual, int rank, int groups, Tensor? moment)"
+      " -> (Tensor a, Tensor b, Tensor singular_values)");
+  m.def(
+      "residual_svd_init(Tensor weight, Tensor scale, Tensor zero_point, int bits, int rank, int groups,"
+      " Tensor? moment) -> (Tensor packed, Tensor a, Tensor b, Tensor singular_values, Tensor residual)");
+  m.def(
+      "linear_lowrank(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int bits, Tensor? a,"
+      " Tensor? b, Tensor? adapter_scale, Tensor? bias, Tensor? x_scale, Tensor? x_zero_point, int x_bits)"
+      " -> Tensor");
+  m.def(
+      "conv2d_lowrank(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int bits, int[2] kernel_size,"
+      " int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? a, Tensor? b,"
+      " Tensor? adapter_scale, Tensor? bias, Tensor? x_scale, Tensor? x_zero_point, int x_bits) -> Tensor");
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> ()");
+}

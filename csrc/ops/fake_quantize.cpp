@@ -1,0 +1,123 @@
+// cora::fake_quantize and its backward: checks, allocation, division of the work.
+#include "bits.h"
+#include "check.h"
+#include "cpu/kernels.h"
+#include "cpu/tables.h"
+
+#include <algorithm>
+
+namespace cora {
+
+namespace {
+
+constexpr int64_t kChunk = 16384;  // elements a task: 64 KiB in, the same out, within L2
+
+/// x seen as a matrix, cut into runs that share one scale, and each run into chunks.
+struct Runs {
+  QParamShape q;
+  int64_t run, chunks_per_run, tasks;
+
+  /// Calls f(offset of the chunk's first element, elements, index into scale) for task i.
+  template <typename F>
+  void visit(int64_t i, const F& f) const {
+    const int64_t index = i / chunks_per_run, start = (i % chunks_per_run) * kChunk;
+    f(index * run + start, std::min(kChunk, run - start), scale_index(i));
+  }
+  int64_t scale_index(int64_t task) const {
+    const int64_t index = task / chunks_per_run;
+    return q.rows == 1 ? index % q.groups : index;
+  }
+};
+
+Runs check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
+                         int64_t bits) {
+  check_bits(op, bits);
+  const ScalarType dtype = x.scalar_type();
+  CORA_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+             "x must have dtype float32, float16 or bfloat16, got ", dtype_text(dtype));
+  check_same_device(op, "scale", scale, x);
+  const int64_t rows = x.dim() >= 2 ? x.size(0) : 1;
+  int64_t cols = x.dim() >= 2 ? 1 : x.numel();
+  for (int64_t d = 1; d < x.dim(); ++d) cols *= x.size(d);
+  Runs runs{};
+  runs.q = check_qparams(op, scale, zero_point, rows, cols);
+  const bool per_tensor = runs.q.rows == 1 && runs.q.groups == 1;
+  runs.run = per_tensor ? rows * cols : runs.q.group_size;
+  runs.chunks_per_run = std::max<int64_t>(1, (runs.run + kChunk - 1) / kChunk);
+  runs.tasks = x.numel() == 0 ? 0 : x.numel() / runs.run * runs.chunks_per_run;
+  return runs;
+}
+
+int64_t grain(const Runs& runs) { return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, runs.run)); }
+
+std::tuple<Tensor, Tensor, Tensor> fake_quantize_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t bits,
+                                                     bool want_residual, bool want_codes) {
+  const char* op = "fake_quantize";
+  const Runs runs = check_fake_quantize(op, x, scale, zero_point, bits);
+  check_qparam_values(op, scale, zero_point);
+  const ScalarType dtype = x.scalar_type();
+  const std::vector<int64_t> shape = sizes_of(x), none{0};
+  const Tensor xf = as_contiguous(to_dtype(x, ScalarType::Float));
+  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
+  Tensor out = empty(shape, ScalarType::Float);
+  Tensor residual = empty(want_residual ? shape : none, ScalarType::Float);
+  Tensor codes = empty(want_codes ? shape : none, ScalarType::Byte);
+
+  const auto kernel = cpu::k_fake_quantize();
+  const float* px = data<float>(xf);
+  const float* ps = data<float>(s);
+  const int32_t* pz = data<int32_t>(z);
+  float* po = mutable_data<float>(out);
+  float* pr = want_residual ? mutable_data<float>(residual) : nullptr;
+  uint8_t* pc = want_codes ? mutable_data<uint8_t>(codes) : nullptr;
+  const float top = static_cast<float>(max_code(static_cast<int>(bits)));
+  parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      runs.visit(i, [&](int64_t at, int64_t count, int64_t si) {
+        kernel(px + at, {ps[si], static_cast<float>(pz[si]), top}, count, po + at, pr ? pr + at : nullptr,
+               pc ? pc + at : nullptr);
+      });
+  });
+  return {to_dtype(out, dtype), to_dtype(residual, dtype), codes};
+}
+
+std::tuple<Tensor, Tensor> fake_quantize_backward_cpu(Tensor grad, Tensor x, Tensor scale, Tensor zero_point,
+                                                      int64_t bits) {
+  const char* op = "fake_quantize_backward";
+  const Runs runs = check_fake_quantize(op, x, scale, zero_point, bits);
+  check_shape(op, "grad", grad, sizes_of(x));
+  const ScalarType dtype = x.scalar_type();
+  const Tensor xf = as_contiguous(to_dtype(x, ScalarType::Float));
+  const Tensor gf = as_contiguous(to_dtype(grad, ScalarType::Float));
+  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
+  Tensor grad_x = empty(sizes_of(x), ScalarType::Float);
+  Tensor grad_scale = empty(sizes_of(scale), ScalarType::Float);
+
+  const auto kernel = cpu::k_fake_quantize_backward();
+  const float* px = data<float>(xf);
+  const float* pg = data<float>(gf);
+  const float* ps = data<float>(s);
+  const int32_t* pz = data<int32_t>(z);
+  float* po = mutable_data<float>(grad_x);
+  const float top = static_cast<float>(max_code(static_cast<int>(bits)));
+  std::vector<double> partial(static_cast<size_t>(runs.tasks));  // summed in order: any thread count agrees
+  parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      runs.visit(i, [&](int64_t at, int64_t count, int64_t si) {
+        partial[i] = kernel(pg + at, px + at, {ps[si], static_cast<float>(pz[si]), top}, count, po + at);
+      });
+  });
+  std::vector<double> total(static_cast<size_t>(scale.numel()), 0.0);
+  for (int64_t i = 0; i < runs.tasks; ++i) total[runs.scale_index(i)] += partial[i];
+  std::copy(total.begin(), total.end(), mutable_data<float>(grad_scale));
+  return {to_dtype(grad_x, dtype), grad_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
+  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_cpu));
+  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_cpu));
+}
+
+}  // namespace cora

@@ -1,0 +1,99 @@
+// cora::pack_bits, unpack_bits, dequantize_packed: between codes and the packed layout of bits.h.
+#include "bits.h"
+#include "check.h"
+#include "cpu/tables.h"
+
+#include <algorithm>
+#include <atomic>
+
+namespace cora {
+
+namespace {
+
+int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return rows;
+}
+
+int64_t grain(int64_t k) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k)); }
+
+Tensor pack_bits_cpu(Tensor codes, int64_t bits) {
+  const char* op = "pack_bits";
+  check_bits(op, bits);
+  check_dtype(op, "codes", codes, ScalarType::Byte);
+  CORA_CHECK(op, codes.dim() >= 1, "codes must have at least 1 dimension, got shape []");
+  const Tensor source = as_contiguous(codes);
+  std::vector<int64_t> shape = sizes_of(codes);
+  const int64_t k = shape.back(), bytes = row_bytes(k, static_cast<int>(bits));
+  shape.back() = bytes;
+  Tensor packed = empty(shape, ScalarType::Byte);
+  const auto kernel = cpu::k_pack_row();
+  const uint8_t* from = data<uint8_t>(source);
+  uint8_t* to = mutable_data<uint8_t>(packed);
+  std::atomic<bool> ok{true};
+  parallel_for(rows_of(codes), grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      if (!kernel(from + row * k, k, static_cast<int>(bits), to + row * bytes)) ok = false;
+  });
+  CORA_CHECK(op, ok, "codes must be <= ", max_code(static_cast<int>(bits)), " for ", bits, " bits, got more");
+  return packed;
+}
+
+Tensor unpack_bits_cpu(Tensor packed, int64_t bits, int64_t k) {
+  const char* op = "unpack_bits";
+  check_bits(op, bits);
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  CORA_CHECK(op, k >= 0, "k must be >= 0, got ", k);
+  CORA_CHECK(op, packed.dim() >= 1, "packed must have at least 1 dimension, got shape []");
+  const int64_t bytes = row_bytes(k, static_cast<int>(bits));
+  std::vector<int64_t> shape = sizes_of(packed);
+  CORA_CHECK(op, shape.back() == bytes, "packed must have last dimension ", bytes, " for k = ", k, " and ", bits,
+             " bits, got shape ", shape_text(packed));
+  shape.back() = k;
+  const Tensor source = as_contiguous(packed);
+  Tensor codes = empty(shape, ScalarType::Byte);
+  const auto kernel = cpu::k_unpack_row();
+  const uint8_t* from = data<uint8_t>(source);
+  uint8_t* to = mutable_data<uint8_t>(codes);
+  parallel_for(rows_of(packed), grain(k), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      kernel(from + row * bytes, k, static_cast<int>(bits), to + row * k);
+  });
+  return codes;
+}
+
+Tensor dequantize_packed_cpu(Tensor packed, Tensor scale, Tensor zero_point, int64_t bits, int64_t k) {
+  const char* op = "dequantize_packed";
+  const QParamShape q = check_packed(op, "packed", packed, scale, zero_point, bits, k);
+  const int64_t n = packed.size(0), bytes = packed.size(1);
+  const Tensor source = as_contiguous(packed), s = as_contiguous(scale), z = as_contiguous(zero_point);
+  Tensor out = empty({n, k}, ScalarType::Float);
+  const auto unpack = cpu::k_unpack_row();
+  const auto dequantize = cpu::k_dequantize();
+  const uint8_t* from = data<uint8_t>(source);
+  const float* ps = data<float>(s);
+  const int32_t* pz = data<int32_t>(z);
+  float* to = mutable_data<float>(out);
+  parallel_for(n, grain(k), [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> codes(static_cast<size_t>(k));
+    for (int64_t row = begin; row < end; ++row) {
+      unpack(from + row * bytes, k, static_cast<int>(bits), codes.data());
+      const int64_t first = q.rows == 1 ? 0 : row * q.groups;
+      for (int64_t g = 0; g < q.groups; ++g)
+        dequantize(codes.data() + g * q.group_size, ps[first + g], pz[first + g], q.group_size,
+                   to + row * k + g * q.group_size);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
+  m.impl("pack_bits", TORCH_BOX(&pack_bits_cpu));
+  m.impl("unpack_bits", TORCH_BOX(&unpack_bits_cpu));
+  m.impl("dequantize_packed", TORCH_BOX(&dequantize_packed_cpu));
+}
+
+}  // namespace cora
