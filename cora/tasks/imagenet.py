@@ -174,8 +174,9 @@ class Preprocessing:
 
 
 def _centre_box(size: tuple[int, int], crop: float) -> Box:
-    side = min(size) * crop
-    left, top = (size[0] - side) / 2, (size[1] - side) / 2
+    """Whole pixels, rounded as EfficientNet's own evaluation does."""
+    side = int(min(size) * crop)
+    left, top = (size[0] - side + 1) // 2, (size[1] - side + 1) // 2
     return left, top, left + side, top + side
 
 

@@ -11,7 +11,9 @@ from torch import nn
 
 from cora.tasks.base import Task
 from cora.tasks.cifar import Cifar10
+from cora.tasks.fashion import FashionMnist
 from cora.tasks.imagenet import Imagenet
+from cora.tasks.ocr_detection import OcrDetection
 from cora.tasks.ocr_recognition import OcrRecognition
 from cora.tasks.user import UserTask, load_module, load_object
 
@@ -21,9 +23,11 @@ Data = str | os.PathLike[str] | None
 
 _BUILT_IN: dict[str, Callable[[Data], Task]] = {
     "ocr-recognition": lambda data: OcrRecognition(data),
+    "ocr-detection": lambda data: OcrDetection(data),
     "cifar10-resnet20": lambda data: Cifar10(20, data),
     "cifar10-resnet32": lambda data: Cifar10(32, data),
     "imagenet": lambda data: Imagenet(data=data),
+    "fashion-mnist": lambda data: FashionMnist(data),
 }
 
 
