@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import torch
@@ -90,6 +91,8 @@ class Task(ABC):
 
     name: str = ""
     description: str = ""
+    default_samples: int = 1600
+    """How many calibration samples suit the task."""
 
     @abstractmethod
     def model(self) -> nn.Module:
@@ -106,7 +109,11 @@ class Task(ABC):
 
     @abstractmethod
     def validation(self, limit: int | None = None) -> Iterable[Any]:
-        """Batches (inputs, targets); ``limit`` keeps the first so many samples."""
+        """Batches (inputs, targets), in a fixed order without a pattern.
+
+        Args:
+            limit: keep the first so many samples, a fair sample of all.
+        """
 
     @abstractmethod
     def meter(self) -> Meter:
@@ -144,10 +151,11 @@ class Task(ABC):
         self, model: nn.Module, limit: int | None = None, progress: bool = False
     ) -> list[Tensor]:
         """The model's outputs on the validation batches, to pass as ``reference`` many times."""
-        return [
-            self._tensor(output).cpu()
-            for output, _ in self._run(model, limit, progress, f"{self.name}: reference")
-        ]
+        title = f"{self.name}: reference"
+        with _eval_mode(model):
+            return [
+                self._tensor(output).cpu() for output, _ in self._run(model, limit, progress, title)
+            ]
 
     def evaluate(
         self,
@@ -169,24 +177,24 @@ class Task(ABC):
             Metric name -> value; the first is the main one.
         """
         meter = self.meter()
-        runs = self._run(model, limit, progress, self.name)
-        if reference is None:
-            expected: Iterator[Tensor | None] = itertools.repeat(None)
-        elif isinstance(reference, Sequence):
-            expected = iter(reference)
-        else:
-            expected = (self._tensor(out) for out, _ in self._run(reference, limit, False, ""))
-        for output, targets in runs:
-            output = self._tensor(output)
-            teacher = next(expected, output[:0])
-            if teacher is not None:
-                if len(teacher) < len(output):
-                    raise ValueError(
-                        f"reference: expected outputs for all samples of the validation batch "
-                        f"({len(output)}), got {len(teacher)}; compute them with task.outputs()"
-                    )
-                teacher = teacher[: len(output)].to(output.device)
-            meter.update(output, targets, teacher)
+        with _eval_mode(model, reference):
+            if reference is None:
+                expected: Iterator[Tensor | None] = itertools.repeat(None)
+            elif isinstance(reference, Sequence):
+                expected = iter(reference)
+            else:
+                expected = (self._tensor(out) for out, _ in self._run(reference, limit, False, ""))
+            for output, targets in self._run(model, limit, progress, self.name):
+                output = self._tensor(output)
+                teacher = next(expected, output[:0])
+                if teacher is not None:
+                    if len(teacher) < len(output):
+                        raise ValueError(
+                            f"reference: expected outputs for all samples of the validation batch "
+                            f"({len(output)}), got {len(teacher)}; compute them with task.outputs()"
+                        )
+                    teacher = teacher[: len(output)].to(output.device)
+                meter.update(output, targets, teacher)
         return meter.result()
 
     def _tensor(self, output: Any) -> Tensor:
@@ -197,27 +205,33 @@ class Task(ABC):
     def _run(
         self, model: Any, limit: int | None, progress: bool, title: str
     ) -> Iterator[tuple[Any, Any]]:
-        """Yield (output, targets) a validation batch, in eval mode and without gradients."""
+        """Yield (output, targets) a validation batch, without gradients."""
         if limit is not None and limit < 1:
             raise ValueError(f"limit: expected at least 1, got {limit}")
-        module = model if isinstance(model, nn.Module) else None
-        device = _device(module)
-        training = module is not None and module.training
-        if module is not None:
-            module.eval()
-        try:
-            for inputs, targets in _bar(self.validation(limit), progress, title):
-                with torch.no_grad():
-                    output = _call(model, inputs, device)
-                yield output, targets
-        finally:
-            if module is not None:
-                module.train(training)
+        device = _device(model)
+        for inputs, targets in _bar(self.validation(limit), progress, title):
+            with torch.no_grad():
+                output = _call(model, inputs, device)
+            yield output, targets
 
 
-def _device(module: nn.Module | None) -> torch.device:
-    if module is not None:
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
+@contextmanager
+def _eval_mode(*models: Any) -> Iterator[None]:
+    """Put modules in eval mode; afterwards each submodule has the mode it had."""
+    roots = [model for model in models if isinstance(model, nn.Module)]
+    modes = [(module, module.training) for root in roots for module in root.modules()]
+    for root in roots:
+        root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _device(model: Any) -> torch.device:
+    if isinstance(model, nn.Module):
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
             return tensor.device
     return torch.device("cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import os
 import pickle
@@ -67,6 +68,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np.empty(0).__reduce__()[0]
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # bytes, where Python 3 wrote the pickle
+            return codecs.encode
         raise pickle.UnpicklingError(f"CIFAR-10 batch: unexpected object {module}.{name}")
 
 
@@ -214,9 +217,9 @@ class Cifar10(Task):
 
     def validation(self, limit: int | None = None) -> Iterator[Batch]:
         images, labels = self._load("test")
-        images, labels = images[:limit], labels[:limit]
-        for start in range(0, len(images), 500):
-            part = slice(start, start + 500)
+        order = np.random.default_rng(0).permutation(len(images))[:limit]  # files go by class
+        for start in range(0, len(order), 500):
+            part = order[start : start + 500]
             yield normalise(images[part]), torch.from_numpy(labels[part].astype(np.int64))
 
     def meter(self) -> ClassificationMeter:

@@ -218,14 +218,16 @@ def _find_folder(data: str | os.PathLike[str] | None) -> Path | None:
     return locate(_IMAGES, data)
 
 
+def _shuffle(items: Sequence[Item]) -> list[Item]:
+    """Order by a hash of the file's name: no pattern, and the same on every machine."""
+    return sorted(items, key=lambda item: (zlib.crc32(item[0].name.encode()), item[0].name))
+
+
 def split_items(items: Sequence[Item]) -> tuple[list[Item], list[Item]]:
-    """(calibration, validation): a quarter, at most 2000, by a hash of the file's name."""
-    order = sorted(items, key=lambda item: (zlib.crc32(item[0].name.encode()), item[0].name))
-    reserved = {path for path, _ in order[: min(len(items) // 4, 2000)]}
-    return (
-        [item for item in order if item[0] in reserved],
-        [item for item in items if item[0] not in reserved],
-    )
+    """(calibration, validation): a quarter, at most 2000, and the rest, by a hash of the name."""
+    order = _shuffle(items)
+    reserved = min(len(items) // 4, 2000)
+    return order[:reserved], order[reserved:]
 
 
 class Imagenet(Task):
@@ -311,7 +313,7 @@ class Imagenet(Task):
             return split_items(items)
         calibration = find_images(train)
         used = {path.name for path, _ in calibration}
-        return calibration, [item for item in items if item[0].name not in used]
+        return calibration, _shuffle([item for item in items if item[0].name not in used])
 
     def calibration(self, samples: int = 1600, seed: int = 0) -> LazyBatches:
         check_samples(samples)

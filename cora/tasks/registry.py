@@ -58,9 +58,9 @@ def resolve_task(name: str, data: Data = None) -> Task:
 
     Args:
         name: a built-in name (see ``available_tasks``); ``imagenet:timm/NAME`` or
-            ``imagenet:torchvision/NAME``; or ``file.py`` or ``package.module`` that
-            defines build() and calibration(); or ``file.py:object`` or ``package.module:object``,
-            the object being a Task, something with these functions, or a function returning one.
+            ``imagenet:torchvision/NAME``; a ``file.py`` that defines build() and calibration(); or
+            ``file.py:object`` or ``package.module:object``, the object being a Task, something
+            with these functions, or a function that returns one.
         data: a data folder for built-in tasks, searched before ``CORA_DATA``.
 
     Raises:
