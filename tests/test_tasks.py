@@ -27,20 +27,13 @@ from cora.tasks import (
 )
 from cora.tasks import data as data_module
 from cora.tasks.base import ClassificationMeter, LazyBatches, kl_divergence
+from cora.tasks.boxes import connected_components, find_boxes, match_boxes
 from cora.tasks.cifar import load_cifar10
 from cora.tasks.data import Remote, download, load_checkpoint
+from cora.tasks.efficientnet import EfficientNetLite0
 from cora.tasks.fashion import FashionMnist, load_fashion_mnist, read_idx
-from cora.tasks.imagenet import EfficientNetLite0, Imagenet, find_images, split_items
-from cora.tasks.ocr_detection import (
-    Craft,
-    DetectionMeter,
-    OcrDetection,
-    connected_components,
-    draw_page,
-    find_boxes,
-    match_boxes,
-    render_page,
-)
+from cora.tasks.imagenet import Imagenet, find_images, split_items
+from cora.tasks.ocr_detection import Craft, DetectionMeter, OcrDetection
 from cora.tasks.ocr_recognition import (
     CHARACTERS,
     Crnn,
@@ -51,6 +44,7 @@ from cora.tasks.ocr_recognition import (
     encode,
     greedy_decode,
 )
+from cora.tasks.pages import draw_page, render_page
 from cora.tasks.resnet import SmallResNet
 from cora.tasks.text import TextSource, missing_renderer, render_line, split_of
 from cora.tasks.words import WORDS

