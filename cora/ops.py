@@ -661,5 +661,3 @@ from cora import reference as _reference  # noqa: E402
 
 torch.library.impl("cora::lowrank_factors", "cpu")(_reference.lowrank_factors)
 torch.library.impl("cora::residual_svd_init", "cpu")(_reference.residual_svd_init)
-torch.library.impl("cora::linear_lowrank", "cpu")(_reference.linear_lowrank)
-torch.library.impl("cora::conv2d_lowrank", "cpu")(_reference.conv2d_lowrank)

@@ -1,5 +1,5 @@
 // Signatures of all raw CPU kernels, torch-free. Each level's file defines those it implements in
-// its own namespace; the KernelTables at the end say who has what. Kernels are single-threaded, own
+// its own namespace; the lists at the end say who has what. Kernels are single-threaded, own
 // no memory, and accept any size (tails are theirs) unless a comment says otherwise.
 #pragma once
 
@@ -38,85 +38,111 @@ using UnpackRowFn = void(const uint8_t* packed, int64_t k, int bits, uint8_t* co
 /// out[i] = scale * (codes[i] - zero_point)
 using DequantizeFn = void(const uint8_t* codes, float scale, int32_t zero_point, int64_t count, float* out);
 
-// --- The tile kernels of linear and conv2d ----------------------------------------------------
+// --- Tile kernels of linear and conv2d ----------------------------------------------------------
 // C [m, 32] += X [m, K] * W [32, K]^T for up to kTileM rows of x and one panel of kTileN weight rows.
-// K is `taps` runs of `run` consecutive elements: rows[t * kTileM + i] points at run t of row i (a
-// linear layer has one run; a convolution one per kernel position, so no im2col is stored).
+// K is `taps` runs of `run` consecutive elements: rows[t * kTileM + i] points at run t of row i. A
+// linear layer has one run, a convolution one per kernel position, so no im2col is stored.
 constexpr int kTileM = 12;
 constexpr int kTileN = 32;
-constexpr int kQuad = 4;  // elements of K that one lane of the integer dot product takes
+constexpr int kQuad = 4;  // elements of K one lane of the integer dot product takes
 
-/// Interleaves codes [lanes][ld] (ld >= last index + 4 readable bytes a row) into an integer panel
-/// panel[t][c / 4][32][4]: element (t, c) of a lane is codes[lane][c * taps + t]; run is rounded up to
-/// a multiple of 4 with zeros, lanes beyond `lanes` are zero.
+/// Codes [lanes][ld] -> integer panel[t][c / 4][32][4]: element (t, c) of a lane is its code c * taps + t.
+/// run is rounded up to a multiple of 4 with zeros; lanes beyond `lanes` are zero. Up to 4 bytes past a
+/// lane's last code are read.
 using InterleaveFn = void(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run,
                           uint8_t* panel);
 
-/// The integer panel above as floats panel_f32[t][c][32] = scale[lane] * (code - zero_point[lane]).
+/// The integer panel as floats: out[t][c][32] = scale[lane] * (code - zero_point[lane]); arrays of 32.
 using PanelF32Fn = void(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps,
-                        int64_t run, float* panel_f32);
+                        int64_t run, float* out);
 
-/// acc[i * 32 + n] += sum x * w, x int8, w unsigned bytes up to 255, int32 without saturation.
-/// run is a multiple of 4 (padded; see InterleaveFn). `lanes` <= 32: only those need be computed.
+/// acc[i * 32 + n] += sum of x * w: x int8, w unsigned up to 255, int32, no saturation on the way.
+/// The last run's up to 3 bytes past `run` are read (times zero). Only `lanes` <= 32 need be computed.
 using TileS8Fn = void(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m,
                       int lanes, int32_t* acc);
 using TileF32Fn = void(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m,
                        int lanes, float* acc);
 
-/// sums[i] = sum over the runs of x (int8).
+/// sums[i] = sum of row i's runs.
 using RowSumsFn = void(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums);
 
-/// c[i*32+n] += float(acc - zx[i]*wsum[n] - zw[n]*xsum[i]) * scale[n]: one scale group's exact integer
-/// becomes float. xsum is the sum of (x - zx) over the group's K; everything fits int32 (the caller checked).
-using RequantizeFn = void(const int32_t* acc, int m, int lanes, const int32_t* zx, const int32_t* wsum,
-                          const int32_t* zw, const int32_t* xsum, const float* scale, float* c);
+/// c[i*32+n] += float(acc - zx[i] * wsum[n] - zw[n] * xsum[i]) * scale[n]: a scale group's exact integer
+/// becomes float. xsum is the sum of x - zx. The result fits int32 (steps may wrap); arrays of 32.
+using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* zw,
+                          const int32_t* xsum, const float* scale, float* c);
 
-/// y[i*ldy + n] = c[i*32+n] * sx[i] (sx may be null: 1), then fma(u[i*ldu + j], b[j*32 + n], y) for j
-/// ascending, then + bias[n] (may be null).
+/// y[i*ldy+n] = c[i*32+n] * sx[i] (null: 1), then fma(u[i*ldu+j], b[j*32+n], y) for j ascending, then
+/// + bias[n] (null: none; else 32 floats).
 using FinishFn = void(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu,
                       const float* b, int64_t rank, const float* bias, float* y, int64_t ldy);
 
-// --- Few rows of x: dot products along K, weights straight from the unpacked row -----------------
-/// out[i] = sum codes * x[i], int32; up to kDotM rows at stride ldx.
+// --- Few rows of x: dot products along K, codes as unpacked --------------------------------------
+/// out[i] = sum of codes * x row i, i < m <= kDotM; out[m] = sum of codes. int32.
 constexpr int kDotM = 4;
 using DotS8Fn = void(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out);
-/// out[i] = sum (code - zero_point) * x[i]
+/// out[i] = sum of (code - zero_point) * x row i
 using DotF32Fn = void(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m,
                       int64_t count, float* out);
 
-/// Depthwise: y[p] = sum_t w[t * channels + c] * x_t[c] over channels (taps in order, fma) + bias.
-using DepthwiseF32Fn = void(const float* const* taps_x, const float* w, const float* bias, int64_t taps,
-                            int64_t channels, float* y);
+// --- Depthwise: one weight row a channel, channels contiguous -------------------------------------
+/// y[c] = sum over t of w[t * channels + c] * rows[t][c], fma, t ascending.
+using DepthwiseF32Fn = void(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y);
+/// y[c] += float(sum over t of (w - zw[c]) * (x - zx)) * scale[c]; the sum fits int32.
+using DepthwiseS8Fn = void(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw,
+                           const float* scale, int64_t taps, int64_t channels, float* y);
+/// y[c] = fma(u[c], b[c], y[c] * sx) + bias[c]; u with b, and bias, may be null.
+using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* b, const float* bias,
+                               int64_t channels);
 
-#define CORA_DECLARE_KERNELS          \
-  FakeQuantizeFn fake_quantize;       \
-  FakeQuantizeBackwardFn fake_quantize_backward; \
-  QuantizeS8Fn quantize_s8;           \
-  RangeFn range;                      \
-  PackRowFn pack_row;                 \
-  UnpackRowFn unpack_row;             \
-  DequantizeFn dequantize;            \
-  InterleaveFn interleave;            \
-  PanelF32Fn panel_f32;               \
-  TileS8Fn tile_s8;                   \
-  TileF32Fn tile_f32;                 \
-  RowSumsFn row_sums;                 \
-  RequantizeFn requantize;            \
-  FinishFn finish;                    \
-  DotS8Fn dot_s8;                     \
-  DotF32Fn dot_f32;                   \
-  DepthwiseF32Fn depthwise_f32;
+/// out[c * ldo + r] = in[r * ldi + c]
+using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo);
 
-namespace scalar { CORA_DECLARE_KERNELS }
-namespace avx2 { CORA_DECLARE_KERNELS }
-namespace avx512 { CORA_DECLARE_KERNELS }
+// The kernels by name: scalar and avx2 have them all, avx512 those of the last list it names.
+#define CORA_KERNELS_COMMON(_)                         \
+  _(FakeQuantizeFn, fake_quantize)                     \
+  _(FakeQuantizeBackwardFn, fake_quantize_backward)    \
+  _(QuantizeS8Fn, quantize_s8)                         \
+  _(RangeFn, range)                                    \
+  _(UnpackRowFn, unpack_row)                           \
+  _(DequantizeFn, dequantize)                          \
+  _(InterleaveFn, interleave)                          \
+  _(PanelF32Fn, panel_f32)                             \
+  _(TileS8Fn, tile_s8)                                 \
+  _(TileF32Fn, tile_f32)                               \
+  _(RowSumsFn, row_sums)                               \
+  _(RequantizeFn, requantize)                          \
+  _(FinishFn, finish)                                  \
+  _(DotS8Fn, dot_s8)                                   \
+  _(DotF32Fn, dot_f32)                                 \
+  _(DepthwiseF32Fn, depthwise_f32)                     \
+  _(DepthwiseS8Fn, depthwise_s8)                       \
+  _(DepthwiseFinishFn, depthwise_finish)               \
+  _(TransposeFn, transpose)
+// Without a 512-bit version (pext is scalar anyway): avx512 takes avx2's.
+#define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 
+#define CORA_DECLARE(Fn, name) Fn name;
+namespace scalar {
+CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
+}  // namespace scalar
+namespace avx2 {
+CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
+}  // namespace avx2
+namespace avx512 {
+CORA_KERNELS_COMMON(CORA_DECLARE)
+}  // namespace avx512
+
+// The tables k_<name>: k_fake_quantize() is the active level's kernel.
 #if CORA_X86
-#define CORA_KERNEL_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, avx512::name}}
-#define CORA_KERNEL_TABLE_AVX2(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, nullptr}}
+#define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, avx512::name}};
+#define CORA_TABLE_UP_TO_AVX2(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, nullptr}};
 #else
-#define CORA_KERNEL_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, nullptr, nullptr}}
-#define CORA_KERNEL_TABLE_AVX2(Fn, name) CORA_KERNEL_TABLE(Fn, name)
+#define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, nullptr, nullptr}};
+#define CORA_TABLE_UP_TO_AVX2(Fn, name) CORA_TABLE(Fn, name)
 #endif
+CORA_KERNELS_COMMON(CORA_TABLE)
+CORA_KERNELS_UP_TO_AVX2(CORA_TABLE_UP_TO_AVX2)
 
 }  // namespace cora::cpu

@@ -2,7 +2,6 @@
 #include "bits.h"
 #include "check.h"
 #include "cpu/kernels.h"
-#include "cpu/tables.h"
 
 #include <algorithm>
 

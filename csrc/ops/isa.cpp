@@ -1,6 +1,6 @@
 // cora::isa, cora::set_isa: which CPU level runs, and which kernel each op takes at that level.
 #include "check.h"
-#include "cpu/tables.h"
+#include "cpu/kernels.h"
 
 namespace cora {
 
@@ -14,13 +14,9 @@ void append(std::string& text, const cpu::KernelTable<Fn>& table) {
 /// "avx512 fake_quantize=avx512 pack_row=avx2 ..."
 std::string isa() {
   std::string text = cpu::isa_name(cpu::active_isa());
-  append(text, cpu::k_fake_quantize);
-  append(text, cpu::k_fake_quantize_backward);
-  append(text, cpu::k_quantize_s8);
-  append(text, cpu::k_range);
-  append(text, cpu::k_pack_row);
-  append(text, cpu::k_unpack_row);
-  append(text, cpu::k_dequantize);
+#define CORA_APPEND(Fn, name) append(text, cpu::k_##name);
+  CORA_KERNELS_COMMON(CORA_APPEND)
+  CORA_KERNELS_UP_TO_AVX2(CORA_APPEND)
   return text;
 }
 

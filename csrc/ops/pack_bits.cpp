@@ -1,7 +1,7 @@
 // cora::pack_bits, unpack_bits, dequantize_packed: between codes and the packed layout of bits.h.
 #include "bits.h"
 #include "check.h"
-#include "cpu/tables.h"
+#include "cpu/kernels.h"
 
 #include <algorithm>
 #include <atomic>
