@@ -654,10 +654,3 @@ def _(
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty([x.shape[0], n, *size], dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-# TEMPORARY until the native kernels land: the oracles stand in.
-from cora import reference as _reference  # noqa: E402
-
-torch.library.impl("cora::lowrank_factors", "cpu")(_reference.lowrank_factors)
-torch.library.impl("cora::residual_svd_init", "cpu")(_reference.residual_svd_init)
