@@ -1,0 +1,44 @@
+"""Low-bit quantization of ConvNets and transformers with low-rank adapters.
+
+Source: CoRa, "Reclaiming Residual Knowledge", arXiv 2408.00923.
+"""
+
+__version__ = "0.1.0"
+
+from .calibration import Calibration
+from .compare import compare
+from .convert import dequantize, quantize
+from .modules import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantLayer,
+    QuantLinear,
+)
+from .quantizer import QuantSpec
+from .report import Report
+from .search import SearchConfig
+from .serialization import load, save
+
+__all__ = [
+    "Calibration",
+    "QuantConv1d",
+    "QuantConv2d",
+    "QuantConv3d",
+    "QuantConvTranspose1d",
+    "QuantConvTranspose2d",
+    "QuantConvTranspose3d",
+    "QuantLayer",
+    "QuantLinear",
+    "QuantSpec",
+    "Report",
+    "SearchConfig",
+    "compare",
+    "dequantize",
+    "load",
+    "quantize",
+    "save",
+]

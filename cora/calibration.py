@@ -1,0 +1,581 @@
+"""What the calibration data tell: input second moments, activation ranges, output sensitivities."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .lowrank import LayerShape
+from .modules import QUANT_LAYERS
+
+__all__ = [
+    "ActivationRange",
+    "Batch",
+    "Calibration",
+    "activation_qparams",
+    "divergence",
+    "input_rows",
+    "output_logits",
+    "quantizable_layers",
+    "reestimate_batch_norm",
+]
+
+ActivationRange = Literal["minmax", "percentile", "mse"]
+
+_LABEL_KEYS = ("labels", "label", "targets", "target")
+_RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
+_PERCENTILE = 0.9999
+
+
+def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that can be quantized, and why other modules with weights stay float.
+
+    Only the exact types in `QUANT_LAYERS` count: a subclass may use its weight in its own way.
+
+    Returns:
+        name -> layer, and name -> reason, both in the order of `model.named_modules()`.
+    """
+    layers: dict[str, nn.Module] = {}
+    kept: dict[str, str] = {}
+    inside_attention: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside_attention):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.append(f"{name}." if name else "")
+            kept[name] = "MultiheadAttention reads its weights itself"
+        elif type(module) in QUANT_LAYERS:
+            layers[name] = module
+        elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            kept[name] = f"{type(module).__name__}: recurrent weights stay float"
+        elif isinstance(module, tuple(QUANT_LAYERS)):
+            kept[name] = (
+                f"{type(module).__name__} is a subclass that may use its weight in its own way"
+            )
+        elif any(True for _ in module.parameters(recurse=False)):
+            kept[name] = f"{type(module).__name__}: not a weight matrix of a kind that is quantized"
+    return layers, kept
+
+
+class Batch:
+    """One calibration batch: the model's arguments and, if there are any, the labels.
+
+    Args:
+        batch: a tensor; a tuple (inputs, labels) or (inputs,), where inputs may be a tensor, tuple or
+            dict; or a dict of named inputs, labels under "labels", "label", "targets" or "target".
+        required: inputs the model requires: a tuple of that many tensors and no more has no labels.
+    """
+
+    def __init__(self, batch: Any, required: int = 1) -> None:
+        self.labels: Any = None
+        if isinstance(batch, list | tuple) and len(batch) > 0:
+            if required > 1 and len(batch) >= required:
+                inputs: Any = tuple(batch[:required])
+                self.labels = batch[required] if len(batch) > required else None
+            else:
+                inputs = batch[0]
+                self.labels = batch[1] if len(batch) > 1 else None
+        else:
+            inputs = batch
+        if isinstance(inputs, Mapping):
+            named = dict(inputs)
+            for key in _LABEL_KEYS:
+                if key in named:
+                    self.labels = named.pop(key)
+            self.args, self.kwargs = (), named
+        elif isinstance(inputs, list | tuple):
+            self.args, self.kwargs = tuple(inputs), {}
+        else:
+            self.args, self.kwargs = (inputs,), {}
+        if not self.tensors():
+            raise TypeError(
+                "calibration: a batch must hold tensors (a tensor, a tuple or a dict of them), "
+                f"got {type(batch).__name__}"
+            )
+
+    def tensors(self) -> list[Tensor]:
+        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
+
+    def __len__(self) -> int:
+        first = self.tensors()[0]
+        return first.shape[0] if first.dim() else 1
+
+    def __getitem__(self, samples: slice | Tensor) -> Batch:
+        """Some of the samples, by slice or index tensor."""
+        size = len(self)
+
+        def take(value: Any) -> Any:
+            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+            return value[samples] if whole else value
+
+        part = copy.copy(self)
+        part.args = tuple(take(v) for v in self.args)
+        part.kwargs = {k: take(v) for k, v in self.kwargs.items()}
+        part.labels = take(self.labels)
+        return part
+
+    def to(self, device: torch.device) -> Batch:
+        part = copy.copy(self)
+        part.args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
+        part.kwargs = {
+            k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()
+        }
+        return part
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        return model(*self.args, **self.kwargs)
+
+
+def _required_inputs(model: nn.Module) -> int:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
+
+
+def output_logits(output: Any) -> Tensor | None:
+    """Logits [..., classes] in a model's output, as far as its form tells; None for a regression.
+
+    A tensor [B, C], [B, T, C] is taken as it is, [B, C, H, W] with its classes moved last, and so the
+    `logits` of an output object. One output value, or anything else, is a regression.
+    """
+    logits = getattr(output, "logits", output)
+    if isinstance(logits, Mapping):
+        logits = logits.get("logits", logits)
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
+        return None
+    if logits.dim() == 4:
+        logits = logits.movedim(1, -1)
+    return logits if logits.shape[-1] > 1 else None
+
+
+def _float_tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, list | tuple):
+        return [t for item in output for t in _float_tensors(item)]
+    return []
+
+
+def divergence(
+    student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
+) -> Tensor:
+    """How far an output is from the float model's: KL in nats a distribution, or relative squared error.
+
+    Args:
+        student: the quantized model's output.
+        teacher: the float model's output on the same input.
+        logits: finds the logits [..., classes] in an output; None means a regression, whose error is
+            taken relative to the teacher's own energy.
+    """
+    p, q = logits(teacher), logits(student)
+    if p is not None and q is not None:
+        log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
+        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    pairs = list(zip(_float_tensors(student), _float_tensors(teacher), strict=True))
+    if not pairs:
+        raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
+    return torch.stack(
+        [(s - t).square().mean() / t.square().mean().clamp(min=1e-12) for s, t in pairs]
+    ).mean()
+
+
+# --- A layer's input as rows of a matrix ---------------------------------------------------------
+
+
+def _windows(layer: nn.Module, x: Tensor) -> Tensor:
+    """A convolution's input as a view [B, Cin, *output, *kernel] of what each output position sees."""
+    dims = len(layer.kernel_size)
+    if x.dim() == dims + 1:
+        x = x.unsqueeze(0)
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    if layer.transposed:
+        # A transposed convolution is a convolution of the zero-stuffed input, the kernel mirrored.
+        batch, channels, *size = x.shape
+        stuffed = x.new_zeros(
+            batch, channels, *[(n - 1) * s + 1 for n, s in zip(size, stride, strict=True)]
+        )
+        stuffed[(..., *[slice(None, None, s) for s in stride])] = x
+        pads = []
+        for d in reversed(range(dims)):
+            edge = dilation[d] * (kernel[d] - 1) - layer.padding[d]
+            pads += [edge, edge + layer.output_padding[d]]
+        x, stride = F.pad(stuffed, pads), (1,) * dims
+    elif any(layer._reversed_padding_repeated_twice):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = x.contiguous()
+    out = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    steps = x.stride()[2:]
+    view = x.as_strided(
+        (*x.shape[:2], *out, *kernel),
+        (
+            *x.stride()[:2],
+            *[step * s for step, s in zip(steps, stride, strict=True)],
+            *[step * d for step, d in zip(steps, dilation, strict=True)],
+        ),
+    )
+    return view.flip([-1 - d for d in range(dims)]) if layer.transposed else view
+
+
+def input_rows(
+    layer: nn.Module, x: Tensor, limit: int | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """What each output position of a layer sees, as rows that meet the rows of its weight matrix.
+
+    Args:
+        layer: a Linear or (transposed) convolution.
+        x: its input.
+        limit: keep about this many positions, drawn with `generator`; None keeps all.
+
+    Returns:
+        float32 [groups, positions, K].
+    """
+    x = x.detach().float()
+    if isinstance(layer, nn.Linear):
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[_draw(len(rows), limit, generator)].unsqueeze(0)
+    view = _windows(layer, x)
+    dims = len(layer.kernel_size)
+    view = view.movedim(1, 1 + dims)  # [B, *output, Cin, *kernel]
+    sizes = view.shape[: 1 + dims]
+    position = _draw(sizes.numel(), limit, generator)
+    index = torch.unravel_index(position, sizes)
+    rows = view[index].reshape(len(position), layer.groups, -1)
+    return rows.transpose(0, 1)
+
+
+def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> Tensor:
+    if limit is None or count <= limit:
+        return torch.arange(count)
+    if count <= 4 * limit:
+        return torch.randperm(count, generator=generator)[:limit]
+    return torch.randint(count, (limit,), generator=generator)
+
+
+def _positions(layer: nn.Module, output: Tensor) -> int:
+    """Output positions a sample."""
+    dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
+    channel = -1 if isinstance(layer, nn.Linear) else output.dim() - dims - 1
+    samples = output.shape[0] if output.dim() > dims + 1 or dims == 0 else 1
+    return max(output.numel() // output.shape[channel] // max(samples, 1), 1)
+
+
+# --- The calibration set -------------------------------------------------------------------------
+
+
+class Calibration:
+    """A float model with its calibration batches, and what they tell, computed once and kept.
+
+    Pass it to `cora.quantize` in place of the batches to quantize one model several times.
+
+    Args:
+        model: the float model; a copy in eval mode is kept, the model itself is not touched.
+        batches: iterable of batches (see `Batch`); a single tensor or dict is one batch.
+        samples: use at most so many samples.
+        seed: of everything that is drawn: positions, sampled labels.
+        memory_limit: bytes of second moments held at once; beyond it they are made in several passes.
+        logits: finds the logits in the model's output; see `output_logits`.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: no samples, non-finite values, or no layer that can be quantized.
+        TypeError: a batch without tensors.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        samples: int = 1600,
+        seed: int = 0,
+        memory_limit: int = 2 << 30,
+        logits: Callable[[Any], Tensor | None] = output_logits,
+        progress: bool = False,
+    ) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.layers, self.kept_float = quantizable_layers(self.model)
+        if not self.layers:
+            kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
+            raise ValueError(f"model: expected at least one layer of {kinds}, found none")
+        for name, layer in self.layers.items():
+            if not torch.isfinite(layer.weight).all():
+                raise ValueError(f"{name}: weight must be finite, got NaN or inf")
+        self.seed, self.logits, self.progress = seed, logits, progress
+        self.memory_limit = memory_limit
+        self.device = next(self.model.parameters()).device
+        self.batches = self._take(batches, samples)
+        self._teacher: list[Any] | None = None
+        self._moments: dict[str, Tensor] = {}
+        self._sensitivity: dict[str, float] | None = None
+
+    def _take(self, batches: Iterable[Any], samples: int) -> list[Batch]:
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        required = _required_inputs(self.model)
+        if isinstance(batches, Tensor | Mapping):
+            batches = [batches]
+        if isinstance(batches, str) or not isinstance(batches, Iterable):
+            raise TypeError(
+                f"calibration: expected an iterable of batches, got {type(batches).__name__}"
+            )
+        taken: list[Batch] = []
+        left = samples
+        for index, item in enumerate(batches):
+            batch = item if isinstance(item, Batch) else Batch(item, required)
+            for tensor in batch.tensors():
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise ValueError(f"calibration: batch {index} must be finite, got NaN or inf")
+            if len(batch) == 0:
+                continue
+            batch = (batch if len(batch) <= left else batch[:left]).to(self.device)
+            taken.append(batch)
+            left -= len(batch)
+            if left <= 0:
+                break
+        if not taken:
+            raise ValueError("calibration: expected at least one sample, got none")
+        return taken
+
+    @property
+    def samples(self) -> int:
+        return sum(len(batch) for batch in self.batches)
+
+    def bar(self, items: Sequence[Any], title: str) -> Iterable[Any]:
+        return tqdm(items, desc=title, leave=False, disable=not self.progress)
+
+    def teacher(self) -> list[Any]:
+        """The float model's output on every batch."""
+        if self._teacher is None:
+            with torch.no_grad():
+                bar = self.bar(self.batches, "float outputs")
+                self._teacher = [batch.run(self.model) for batch in bar]
+        return self._teacher
+
+    @contextmanager
+    def _watch(
+        self, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
+    ) -> Iterator[None]:
+        """Call see(name, input, output) whenever one of the named layers runs."""
+        handles = [
+            self.layers[name].register_forward_hook(
+                lambda _module, inputs, output, name=name: see(name, inputs[0], output)
+            )
+            for name in names
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def moment(self, name: str) -> Tensor:
+        """Second moment of a layer's input, summed over the positions of a sample: [groups, K, K].
+
+        Regularised by a thousandth of its mean diagonal, so it is positive definite. float32.
+        """
+        if name not in self._moments:
+            self._collect_moments(self._chunk(name))
+        return self._moments[name]
+
+    def _moment_bytes(self, name: str) -> int:
+        shape = LayerShape.of(self.layers[name])
+        return 4 * shape.groups * shape.columns**2
+
+    def _chunk(self, name: str) -> list[str]:
+        """`name` and the layers after it whose moments fit in memory together."""
+        names = list(self.layers)
+        chunk, size = [], 0
+        for other in names[names.index(name) :]:
+            size += self._moment_bytes(other)
+            if chunk and size > self.memory_limit:
+                break
+            chunk.append(other)
+        return chunk
+
+    def _collect_moments(self, names: list[str]) -> None:
+        self._moments = {}
+        sums: dict[str, Tensor] = {}
+        rows_seen = dict.fromkeys(names, 0)
+        positions = dict.fromkeys(names, 1)
+        generator = torch.Generator().manual_seed(self.seed)
+        limits = {}
+        for name in names:
+            columns = LayerShape.of(self.layers[name]).columns
+            limits[name] = -(-max(16384, 4 * columns) // len(self.batches))
+
+        def see(name: str, x: Tensor, output: Tensor) -> None:
+            layer = self.layers[name]
+            rows = input_rows(layer, x, limits[name], generator)
+            product = rows.transpose(1, 2) @ rows
+            sums[name] = sums[name].add_(product) if name in sums else product
+            rows_seen[name] += rows.shape[1]
+            positions[name] = _positions(layer, output)
+
+        with torch.no_grad(), self._watch(names, see):
+            for batch in self.bar(self.batches, "second moments"):
+                batch.run(self.model)
+        for name in names:
+            shape = LayerShape.of(self.layers[name])
+            if name in sums:
+                moment = sums[name].mul_(positions[name] / max(rows_seen[name], 1))
+            else:  # the layer never ran on the calibration data
+                moment = torch.zeros(shape.groups, shape.columns, shape.columns)
+            diagonal = moment.diagonal(dim1=-2, dim2=-1)
+            ridge = 1e-3 * diagonal.mean(-1, keepdim=True)
+            diagonal.add_(torch.where(ridge > 0, ridge, torch.ones_like(ridge)))
+            self._moments[name] = moment
+
+    def sensitivity(self) -> dict[str, float]:
+        """Mean squared gradient of the loss with respect to each layer's outputs.
+
+        No labels: of classes they are drawn from the float model itself (so that this is its Fisher
+        information), of a regression the output is projected on random signs.
+        """
+        if self._sensitivity is not None:
+            return self._sensitivity
+        total = dict.fromkeys(self.layers, 0.0)
+        count = 0
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def see(name: str, _x: Tensor, output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                total[name] += float(gradient.double().square().sum()) / output[0].numel()
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        weights = [layer.weight for layer in self.layers.values()]
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            with self._watch(self.layers, see):
+                for batch in self.bar(self.batches, "sensitivity"):
+                    if count >= 256:
+                        break
+                    part = batch[: 256 - count]
+                    loss = self._sampled_loss(part.run(self.model), generator)
+                    torch.autograd.grad(loss, weights, allow_unused=True)
+                    count += len(part)
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        self._sensitivity = {name: value / count for name, value in total.items()}
+        return self._sensitivity
+
+    def _sampled_loss(self, output: Any, generator: torch.Generator) -> Tensor:
+        logits = self.logits(output)
+        if logits is not None:
+            flat = logits.float().reshape(-1, logits.shape[-1])
+            drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
+            # Frames of a sample share its weight, as they do in the divergence.
+            frames = flat.shape[0] / max(logits.shape[0], 1)
+            labels = drawn[:, 0].to(flat.device)
+            return F.cross_entropy(flat, labels, reduction="sum") / max(frames, 1.0) ** 0.5
+        tensors = _float_tensors(output)
+        if not tensors:
+            raise TypeError(f"model: output must hold float tensors, got {type(output).__name__}")
+        losses = []
+        for tensor in tensors:
+            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+            energy = tensor.detach().square().mean().clamp(min=1e-12)
+            losses.append((tensor * signs).sum() / (energy * tensor[0].numel()).sqrt())
+        return torch.stack(losses).sum()
+
+    def activation_qparams(
+        self, bits: int, method: ActivationRange = "mse"
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Static scale and zero-point of each layer's input.
+
+        Args:
+            bits: width of a code.
+            method: "minmax", "percentile" (the central 99.98 %) or "mse".
+        """
+        lows = dict.fromkeys(self.layers, float("inf"))
+        highs = dict.fromkeys(self.layers, float("-inf"))
+        kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        generator = torch.Generator().manual_seed(self.seed)
+        limit = -(-_RANGE_SAMPLES // len(self.batches))
+
+        def see(name: str, x: Tensor, _output: Tensor) -> None:
+            x = x.detach().float().reshape(-1)
+            lows[name] = min(lows[name], float(x.min()))
+            highs[name] = max(highs[name], float(x.max()))
+            kept[name].append(x[_draw(len(x), limit, generator)])
+
+        with torch.no_grad(), self._watch(self.layers, see):
+            for batch in self.bar(self.batches, "activation ranges"):
+                batch.run(self.model)
+        result = {}
+        for name, values in kept.items():
+            sample = torch.cat(values) if values else torch.zeros(1)
+            low, high = (lows[name], highs[name]) if values else (0.0, 0.0)
+            result[name] = activation_qparams(sample, low, high, bits, method)
+        return result
+
+
+def activation_qparams(
+    sample: Tensor, low: float, high: float, bits: int, method: ActivationRange
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of an activation quantizer; its range always holds 0, the padding value.
+
+    Args:
+        sample: float32 [n], values of the activation.
+        low, high: its extremes.
+    """
+    if method not in ActivationRange.__args__:  # type: ignore[attr-defined]
+        expected = ", ".join(ActivationRange.__args__)  # type: ignore[attr-defined]
+        raise ValueError(f"activation_range must be one of {expected}, got {method!r}")
+    levels = 2**bits - 1
+    if method == "percentile":
+        ends = torch.tensor([1 - _PERCENTILE, _PERCENTILE], device=sample.device)
+        low, high = (float(v) for v in torch.quantile(sample, ends))
+    low, high = min(low, 0.0), max(high, 0.0)
+
+    def quantizer(share: float) -> tuple[Tensor, Tensor]:
+        scale = torch.tensor([max(share * (high - low) / levels, 0.0)], dtype=torch.float32)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        zero = torch.round(-share * low / scale).clamp(0, levels).to(torch.int32)
+        return scale.to(sample.device), zero.to(sample.device)
+
+    def error(share: float) -> float:
+        scale, zero = quantizer(share)
+        codes = (torch.round(sample / scale) + zero).clamp(0, levels)
+        return float(((codes - zero) * scale - sample).square().sum())
+
+    shares = [1.0 - 0.02 * i for i in range(46)] if method == "mse" else [1.0]
+    return quantizer(min(shares, key=error))
+
+
+def reestimate_batch_norm(model: nn.Module, batches: Sequence[Batch]) -> None:
+    """Replace the running statistics of every BatchNorm by those of `model` on the batches, in place."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in norms if m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative average
+        norm.train()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                batch.run(model)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

@@ -1,0 +1,257 @@
+"""Weight quantizers: the specification, the choice of scale and zero-point, and what they cost in bits."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "SUPPORTED_BITS",
+    "QParams",
+    "QuantSpec",
+    "choose_qparams",
+    "packed_bytes",
+    "weight_bits",
+    "zero_point_bits",
+]
+
+SUPPORTED_BITS = range(2, 9)
+
+Granularity = Literal["per_tensor", "per_channel", "per_group"]
+Clip = Literal["minmax", "ksigma", "mse"]
+
+# A zero-point beyond 2**24 is not an exact float32 integer, so the kernels could not subtract it exactly.
+_MAX_ZERO_POINT = 2**23
+_FLOAT16_MIN_NORMAL = 2.0**-14
+_FLOAT16_MAX = 65504.0
+# Shares of the full range that clip="mse" tries, largest first: ties keep the wider range.
+_MSE_SHARES = [1.0 - 0.0125 * i for i in range(57)]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantSpec:
+    """How a layer's weight is quantized.
+
+    Args:
+        bits: width of a code, 2..8.
+        granularity: which weights share a scale: the whole tensor, an output channel, or `group_size`
+            neighbours of a row of the weight seen as a matrix [Cout, Cin/groups * kh * kw].
+        group_size: weights a group, for "per_group" only; must divide the length of a row.
+        symmetric: the range is symmetric around zero and no zero-point is stored.
+        clip: how the range is found: "minmax", "ksigma" (mean -+ k standard deviations, never wider
+            than min and max), or "mse" (the share of the range with the least squared error).
+        k: standard deviations for clip="ksigma".
+
+    Raises:
+        ValueError: a field out of range, naming the field, what was expected and what came.
+
+    Example:
+        >>> QuantSpec(bits=3, granularity="per_group", group_size=32)
+    """
+
+    bits: int = 4
+    granularity: Granularity = "per_channel"
+    group_size: int | None = None
+    symmetric: bool = False
+    clip: Clip = "mse"
+    k: float = 3.0
+
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.bits, bool)
+            or not isinstance(self.bits, int)
+            or self.bits not in SUPPORTED_BITS
+        ):
+            raise ValueError(f"QuantSpec: bits must be an integer 2..8, got {self.bits!r}")
+        for field, names in (("granularity", Granularity), ("clip", Clip)):
+            value, allowed = getattr(self, field), names.__args__
+            if value not in allowed:
+                raise ValueError(
+                    f"QuantSpec: {field} must be one of {', '.join(allowed)}, got {value!r}"
+                )
+        if self.granularity == "per_group":
+            size = self.group_size
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"QuantSpec: group_size must be a positive integer for per_group, got {size!r}"
+                )
+        elif self.group_size is not None:
+            raise ValueError(
+                f"QuantSpec: group_size goes with granularity='per_group', got {self.group_size!r} "
+                f"with {self.granularity!r}"
+            )
+        if not isinstance(self.symmetric, bool):
+            raise ValueError(f"QuantSpec: symmetric must be True or False, got {self.symmetric!r}")
+        if not isinstance(self.k, (int, float)) or not 0 < self.k < float("inf"):
+            raise ValueError(f"QuantSpec: k must be a positive number, got {self.k!r}")
+
+    def groups_of(self, columns: int, layer: str = "weight") -> int:
+        """Scales along a row of `columns` weights (1 unless per_group).
+
+        Raises:
+            ValueError: group_size does not divide `columns`.
+        """
+        if self.group_size is None:
+            return 1
+        if columns % self.group_size:
+            raise ValueError(
+                f"{layer}: group_size must divide the {columns} weights of an output channel, "
+                f"got {self.group_size}; choose a divisor, or name the layer in skip"
+            )
+        return columns // self.group_size
+
+    def replace(self, **changes: Any) -> QuantSpec:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class QParams:
+    """Scale and zero-point of a weight matrix [N, K]: What = scale * (code - zero_point).
+
+    Args:
+        scale: float32 [R, G], R = 1 or N and G = 1 or K / group_size; exactly representable in `scale_dtype`.
+        zero_point: int32 [R, G].
+        bits: width of a code.
+        scale_dtype: what the scale is stored as: float16, or float32 where float16 could not hold it.
+        symmetric: the zero-point is 2**(bits - 1) everywhere and is not stored.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    scale_dtype: torch.dtype
+    symmetric: bool
+
+
+def _grouped(weight: Tensor, spec: QuantSpec, layer: str) -> Tensor:
+    """The matrix [N, K] seen as [R, G, weights that share a scale]."""
+    if spec.granularity == "per_tensor":
+        return weight.reshape(1, 1, -1)
+    return weight.reshape(weight.shape[0], spec.groups_of(weight.shape[1], layer), -1)
+
+
+def _scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point whose grid spans [low, high], before the scale is rounded for storage."""
+    levels = 2**spec.bits - 1
+    if spec.symmetric:
+        half = 2 ** (spec.bits - 1)
+        scale = torch.maximum(-low / half, high / (half - 1))
+        return scale, torch.full_like(scale, half)
+    # The floor keeps the zero-point of a narrow range far from zero within exact float32 integers.
+    scale = torch.maximum(
+        (high - low) / levels, torch.maximum(low.abs(), high.abs()) / _MAX_ZERO_POINT
+    )
+    return scale, torch.zeros_like(scale)
+
+
+def _round_scale(scale: Tensor) -> Tensor:
+    """To float16 where it is in float16's normal range; other values stay float32."""
+    fits = (scale >= _FLOAT16_MIN_NORMAL) & (scale <= _FLOAT16_MAX)
+    return torch.where(fits, scale.clamp(max=_FLOAT16_MAX).half().float(), scale)
+
+
+def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Stored scale and zero-point for [low, high]; the zero-point follows the rounded scale."""
+    scale, zero = _scale_and_zero(low, high, spec)
+    scale = _round_scale(torch.where(scale > 0, scale, torch.ones_like(scale)))
+    if not spec.symmetric:
+        zero = torch.round(-low / scale)
+    return scale, zero
+
+
+def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    codes = (torch.round(groups / scale) + zero).clamp_(0, 2**bits - 1)
+    return (codes.sub_(zero).mul_(scale).sub_(groups)).square_().sum(-1, keepdim=True)
+
+
+def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QParams:
+    """Scale and zero-point of a weight.
+
+    A range need not hold 0, constant groups (all zero ones too) are represented exactly, and the
+    scale is rounded to its stored precision before the zero-point is taken, so that what is stored
+    is what was chosen.
+
+    Args:
+        weight: float32 [N, K].
+        spec: bits, granularity and clip.
+        layer: name for error messages.
+
+    Raises:
+        ValueError: the weight is not finite, is empty, or group_size does not divide K.
+    """
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"{layer}: weight must be a non-empty matrix, got shape {list(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{layer}: weight must be finite, got NaN or inf")
+    groups = _grouped(weight.float(), spec, layer)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    constant = low == high
+    value = low.clone()
+    if spec.clip == "ksigma":
+        mean, std = groups.mean(-1, keepdim=True), groups.std(-1, correction=0, keepdim=True)
+        low = torch.maximum(low, mean - spec.k * std)
+        high = torch.minimum(high, mean + spec.k * std)
+    scale, zero = _finish(low, high, spec)
+    if spec.clip == "mse":
+        # Shrink towards the mean, so that a range without 0 shrinks sensibly too.
+        mean = torch.zeros_like(low) if spec.symmetric else groups.mean(-1, keepdim=True)
+        best = torch.full_like(low, float("inf"))
+        for share in _MSE_SHARES:
+            candidate = _finish(mean + share * (low - mean), mean + share * (high - mean), spec)
+            error = _squared_error(groups, *candidate, spec.bits)
+            better = error < best
+            best = torch.where(better, error, best)
+            scale = torch.where(better, candidate[0], scale)
+            zero = torch.where(better, candidate[1], zero)
+    # A constant c is one step away from zero: scale |c| makes it exact, and 0 is exact with any scale.
+    one = torch.ones_like(value)
+    scale = torch.where(constant, torch.where(value == 0, one, value.abs()), scale)
+    if not spec.symmetric:
+        zero = torch.where(constant, (value < 0).float(), zero)
+    scale, zero = scale.squeeze(-1), zero.squeeze(-1)
+    exact = (
+        bool((scale == scale.half().float()).all()) and float(scale.min()) >= _FLOAT16_MIN_NORMAL
+    )
+    return QParams(
+        scale.contiguous(),
+        zero.to(torch.int32).contiguous(),
+        spec.bits,
+        torch.float16 if exact else torch.float32,
+        spec.symmetric,
+    )
+
+
+def packed_bytes(rows: int, columns: int, bits: int) -> int:
+    """Bytes of `rows` packed rows of `columns` codes; a row is padded to a whole byte."""
+    return rows * ((columns * bits + 7) // 8)
+
+
+def zero_point_bits(zero_point: Tensor, bits: int, symmetric: bool) -> int:
+    """Stored width of one zero-point: 0 if symmetric, else the narrowest of `bits`, 8, 16 and 32."""
+    if symmetric:
+        return 0
+    low, high = int(zero_point.min()), int(zero_point.max())
+    if low >= 0 and high < 2**bits:
+        return bits
+    return next(
+        width for width in (8, 16, 32) if -(2 ** (width - 1)) <= low and high < 2 ** (width - 1)
+    )
+
+
+def weight_bits(rows: int, columns: int, qparams: QParams) -> int:
+    """Stored bits of a quantized weight [rows, columns]: codes, scales and zero-points as in the file."""
+    width = zero_point_bits(qparams.zero_point, qparams.bits, qparams.symmetric)
+    count = qparams.scale.numel()
+    packed_zero = (
+        width == qparams.bits
+    )  # zero-points that fit a code are packed like codes, in one row
+    zero = 8 * packed_bytes(1, count, width) if packed_zero else width * count
+    scale = count * qparams.scale_dtype.itemsize * 8
+    return 8 * packed_bytes(rows, columns, qparams.bits) + scale + zero

@@ -1,0 +1,229 @@
+"""What a quantization did: per layer, in total, and how the ranks were found."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lowrank import LayerShape
+from .modules import QuantLayer
+
+__all__ = ["FloatEntry", "LayerReport", "Report", "float_state_bits", "parameter_bits"]
+
+
+def parameter_bits(model: nn.Module) -> int:
+    """Bits that a float model's parameters take: what `rank_budget` is a share of."""
+    return sum(p.numel() * p.element_size() * 8 for p in model.parameters())
+
+
+def float_state_bits(model: nn.Module) -> int:
+    """Bits of everything in a model's state dict, tensors that share storage counted once."""
+    seen: set[tuple[int, int, Any]] = set()
+    total = 0
+    for tensor in model.state_dict().values():
+        key = (tensor.data_ptr(), tensor.numel(), tensor.dtype)
+        if tensor.numel() and key in seen:
+            continue
+        seen.add(key)
+        total += tensor.numel() * tensor.element_size() * 8
+    return total
+
+
+@dataclass(slots=True)
+class LayerReport:
+    """One quantized layer. Energies are of the residual as seen at the layer's output, relative to it.
+
+    Args:
+        name, kind: of the layer.
+        weight_shape: of the float weight.
+        bits, granularity, group_size, clip: the quantizer.
+        rank, full_rank: of the adapter, a group.
+        weights: number of weights.
+        stored_bits: in the file, by part: weight, adapter, bias, activation.
+        residual_before, residual_after: residual energy over output energy, without and with adapter.
+        sqnr_db: signal to quantization noise at the output, decibels, on calibration inputs.
+        weight_error: squared error of the weight over its energy, without adapter.
+        spectrum: leading singular values of the residual, group mean, relative to the first.
+    """
+
+    name: str
+    kind: str
+    weight_shape: list[int]
+    bits: int
+    granularity: str
+    group_size: int | None
+    clip: str
+    rank: int
+    full_rank: int
+    weights: int
+    stored_bits: dict[str, int]
+    residual_before: float
+    residual_after: float
+    sqnr_db: float
+    weight_error: float
+    spectrum: list[float] = field(default_factory=list)
+
+    @property
+    def total_bits(self) -> int:
+        return sum(self.stored_bits.values())
+
+
+@dataclass(slots=True)
+class FloatEntry:
+    """A module that keeps float parameters or buffers, and why."""
+
+    name: str
+    kind: str
+    stored_bits: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Report:
+    """The whole of it; `str(report)` is a table, `to_html` a page with plots.
+
+    Args:
+        layers: the quantized layers, in the model's order.
+        float_entries: what stays float.
+        totals: bits of everything (see `totals_of`).
+        settings: the arguments of the quantization.
+        search: method, ranks' history, losses of the candidates on held-out calibration samples.
+        comparison: rows put beside the result by `cora.compare`, empty otherwise.
+    """
+
+    layers: list[LayerReport]
+    float_entries: list[FloatEntry]
+    totals: dict[str, float]
+    settings: dict[str, Any]
+    search: dict[str, Any]
+    comparison: list[dict[str, Any]] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        return Report(
+            layers=[LayerReport(**layer) for layer in values["layers"]],
+            float_entries=[FloatEntry(**entry) for entry in values["float_entries"]],
+            totals=values["totals"],
+            settings=values["settings"],
+            search=values["search"],
+            comparison=values.get("comparison", []),
+        )
+
+    def to_html(self, path: str | Path) -> None:
+        """Write a self-contained page: totals, comparison, plots of ranks, spectra and search.
+
+        Needs matplotlib.
+        """
+        from .html import write_html  # matplotlib is optional
+
+        write_html(self, path)
+
+    def __str__(self) -> str:
+        head = f"{'layer':<28} {'shape':<18} {'bits':>4} {'rank':>9} {'stored':>10} {'SQNR':>8}"
+        lines = [head, "-" * len(head)]
+        for layer in self.layers:
+            shape = "x".join(map(str, layer.weight_shape))
+            rank = f"{layer.rank}/{layer.full_rank}"
+            kib = layer.total_bits / 8192
+            lines.append(
+                f"{layer.name:<28} {shape:<18} {layer.bits:>4} {rank:>9} {kib:>6.1f} KiB "
+                f"{layer.sqnr_db:>5.1f} dB"
+            )
+        for entry in self.float_entries:
+            kib = entry.stored_bits / 8192
+            lines.append(
+                f"{entry.name:<28} {'float':<18} {'':>4} {'':>9} {kib:>6.1f} KiB  {entry.reason}"
+            )
+        t = self.totals
+        lines += [
+            "-" * len(head),
+            f"stored {t['total_bits'] / 8192:.1f} KiB of {t['float_total_bits'] / 8192:.1f} KiB float "
+            f"({t['compression']:.2f}x); {t['bits_per_weight']:.2f} bits a quantized weight, "
+            f"adapters {t['adapter_share']:.2%} of the float parameters",
+        ]
+        return "\n".join(lines)
+
+
+def totals_of(
+    qmodel: nn.Module, layers: list[LayerReport], entries: list[FloatEntry], model: nn.Module
+) -> dict[str, float]:
+    """Sums over a quantized model, in bits; total_bits is the file without its header.
+
+    `bits_per_weight` counts everything that quantized layers store except biases, over their weights.
+    """
+    adapter = sum(layer.stored_bits["adapter"] for layer in layers)
+    weights = sum(layer.weights for layer in layers)
+    quantized = sum(layer.total_bits for layer in layers)
+    bias = sum(layer.stored_bits["bias"] for layer in layers)
+    rest = sum(entry.stored_bits for entry in entries)
+    float_parameters = parameter_bits(model)
+    float_total = float_state_bits(model)
+    return {
+        "total_bits": quantized + rest,
+        "weight_bits": sum(layer.stored_bits["weight"] for layer in layers),
+        "adapter_bits": adapter,
+        "bias_bits": bias,
+        "activation_bits": sum(layer.stored_bits["activation"] for layer in layers),
+        "float_bits": rest,
+        "float_total_bits": float_total,
+        "float_parameter_bits": float_parameters,
+        "quantized_weights": weights,
+        "bits_per_weight": (quantized - bias) / weights,
+        "adapter_share": adapter / float_parameters,
+        "compression": float_total / (quantized + rest),
+    }
+
+
+def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry]:
+    """Modules outside the packed layers that store tensors of their own."""
+    entries: list[FloatEntry] = []
+    seen: set[int] = set()
+    for name, module in qmodel.named_modules():
+        if isinstance(module, QuantLayer):
+            continue
+        bits = 0
+        own = {**module._parameters, **module._buffers}
+        for key, tensor in own.items():
+            if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            bits += tensor.numel() * tensor.element_size() * 8
+        if bits:
+            reason = next(
+                (
+                    why
+                    for prefix, why in reasons.items()
+                    if name == prefix or name.startswith(prefix + ".")
+                ),
+                "not a weight matrix",
+            )
+            entries.append(FloatEntry(name, type(module).__name__, bits, reason))
+    return entries
+
+
+def versions() -> dict[str, str]:
+    """What the result depends on."""
+    from . import __version__, ops
+
+    return {
+        "cora": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "isa": ops.isa()["level"],
+    }
+
+
+def weight_count(layer: QuantLayer) -> int:
+    shape: LayerShape = layer.shape
+    return shape.rows * shape.columns

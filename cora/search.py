@@ -1,0 +1,548 @@
+"""Rank search: how many singular directions of each layer's residual its adapter keeps, under a budget.
+
+The budget counts stored adapter bits against stored float parameter bits. `allocate` is the one
+interface of all allocators; a new one is a function below and an entry in `ALLOCATORS`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from .calibration import Batch, Calibration, divergence
+from .lowrank import LayerShape, fold, quantize_adapter, rank_bits, truncate
+
+__all__ = [
+    "ALLOCATORS",
+    "Budget",
+    "LayerFit",
+    "SearchConfig",
+    "SearchResult",
+    "allocate",
+    "butterworth_gain",
+    "search_ranks",
+]
+
+Method = Literal["gate", "sensitivity", "energy", "uniform"]
+
+
+@dataclass(frozen=True, slots=True)
+class SearchConfig:
+    """How ranks are chosen.
+
+    Args:
+        method: "gate" (the search: gradient descent through Butterworth gates, from the best closed
+            form, then exchanges), or one of the closed forms: "sensitivity" (residual energy at the
+            output times the loss' sensitivity to it, greedily by bit), "energy" (global water-filling
+            of the singular values), "uniform" (the same share of full rank everywhere).
+        iterations: steps of the search, gradient steps and exchanges together.
+        samples: calibration samples used, at most.
+        batch_size: samples a gradient step.
+        learning_rate: of Adam, on the logarithm of the ranks.
+        order: order n of the Butterworth gate.
+        loss: "kl" (to the float model, no labels; squared error for a regression) or "labels".
+        label_loss: function (output, labels) -> loss for loss="labels"; cross-entropy by default.
+        holdout: share of the samples that takes no part in gradients and picks the best ranks.
+        seed: of everything drawn in the search.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    method: Method = "gate"
+    iterations: int = 120
+    samples: int = 1600
+    batch_size: int = 32
+    learning_rate: float = 0.05
+    order: int = 4
+    loss: Literal["kl", "labels"] = "kl"
+    label_loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
+    holdout: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in Method.__args__:  # type: ignore[attr-defined]
+            expected = ", ".join(Method.__args__)  # type: ignore[attr-defined]
+            raise ValueError(f"SearchConfig: method must be one of {expected}, got {self.method!r}")
+        if self.loss not in ("kl", "labels"):
+            raise ValueError(f"SearchConfig: loss must be 'kl' or 'labels', got {self.loss!r}")
+        for name, low in (("iterations", 0), ("samples", 1), ("batch_size", 1), ("order", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"SearchConfig: {name} must be an integer >= {low}, got {value!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"SearchConfig: learning_rate must be > 0, got {self.learning_rate!r}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"SearchConfig: holdout must be in (0, 1), got {self.holdout!r}")
+
+
+@dataclass(slots=True)
+class LayerFit:
+    """A layer's quantized weight and the full-rank factors of its residual.
+
+    Args:
+        dequantized: What, float32 [N, K].
+        a: [groups * R, K], R the full rank.
+        b: [N, R].
+        singular_values: [groups, R], of the residual as the fit measures it.
+        shape: the weight as a matrix.
+        weight_shape: the layer's weight.
+        transposed: the layer is a transposed convolution.
+    """
+
+    dequantized: Tensor
+    a: Tensor
+    b: Tensor
+    singular_values: Tensor
+    shape: LayerShape
+    weight_shape: torch.Size
+    transposed: bool
+
+    def energies(self) -> Tensor:
+        """Residual energy of each rank, over all groups: float64 [R]."""
+        return self.singular_values.double().square().sum(0)
+
+    def weight(self, matrix: Tensor) -> Tensor:
+        return fold(matrix, self.weight_shape, self.transposed, self.shape.groups)
+
+    def truncated(self, rank: int, adapter_bits: int) -> Tensor:
+        """The weight with an adapter of `rank` as it is stored, in the layer's shape."""
+        if rank == 0:
+            return self.weight(self.dequantized)
+        a, b = truncate(self.a, self.b, rank, self.shape.groups)
+        adapter = quantize_adapter(a, b, adapter_bits, self.shape.groups)
+        return self.weight(self.dequantized + adapter.matrix())
+
+    def gated(self, gain: Tensor) -> Tensor:
+        """The weight with each singular direction scaled by `gain` [R], in the layer's shape."""
+        groups, full = self.shape.groups, self.b.shape[1]
+        b = (self.b * gain).reshape(groups, -1, full)
+        product = b @ self.a.reshape(groups, full, -1)
+        return self.weight(self.dequantized + product.reshape(self.dequantized.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What adapters may cost.
+
+    Args:
+        bits: stored adapter bits allowed, over all layers.
+        cost: layer -> stored bits of one unit of rank.
+        full: layer -> largest useful rank.
+    """
+
+    bits: int
+    cost: Mapping[str, int]
+    full: Mapping[str, int]
+
+    @staticmethod
+    def of(
+        shapes: Mapping[str, LayerShape], share: float, parameter_bits: int, adapter_bits: int
+    ) -> Budget:
+        """The budget of `share` of the `parameter_bits` that the float parameters take.
+
+        Raises:
+            ValueError: share negative, not finite, or too small for one rank in any layer.
+        """
+        if (
+            isinstance(share, bool)
+            or not isinstance(share, (int, float))
+            or not 0 <= share < math.inf
+        ):
+            raise ValueError(f"rank_budget must be a number >= 0, got {share!r}")
+        cost = {name: rank_bits(shape, adapter_bits) for name, shape in shapes.items()}
+        bits = math.floor(share * parameter_bits)
+        cheapest = min(cost.values())
+        if 0 < share and bits < cheapest:
+            raise ValueError(
+                f"rank_budget must be 0 or at least {cheapest / parameter_bits:.2g} "
+                f"(one rank in the cheapest layer), got {share}"
+            )
+        return Budget(bits, cost, {name: shape.full_rank for name, shape in shapes.items()})
+
+    def used(self, ranks: Mapping[str, float]) -> float:
+        return sum(self.cost[name] * rank for name, rank in ranks.items())
+
+    def round(self, ranks: Mapping[str, float]) -> dict[str, int]:
+        """The feasible integer ranks next to real ones: floors, then the largest remainders a bit."""
+        floors = {n: min(int(r + 1e-9), self.full[n]) for n, r in ranks.items()}
+        left = self.bits - self.used(floors)
+        # Floors may exceed the budget when the real ranks do: give back where the remainder is least.
+        while left < 0:
+            name = max((n for n in floors if floors[n]), key=lambda n: (floors[n] - ranks[n], n))
+            floors[name] -= 1
+            left += self.cost[name]
+        order = sorted(ranks, key=lambda n: (floors[n] - ranks[n], n))
+        for name in order:
+            if floors[name] < self.full[name] and self.cost[name] <= left:
+                floors[name] += 1
+                left -= self.cost[name]
+        return self.fill(floors)
+
+    def fill(
+        self, ranks: Mapping[str, int], gain: Mapping[str, Tensor] | None = None
+    ) -> dict[str, int]:
+        """Spend what is left of the budget, on the best gain a bit (or the cheapest rank) first."""
+        filled = dict(ranks)
+        left = self.bits - self.used(filled)
+        while True:
+            open_ = [n for n in filled if filled[n] < self.full[n] and self.cost[n] <= left]
+            if not open_:
+                return filled
+            if gain is None:
+                name = min(open_, key=lambda n: (filled[n] / self.full[n], n))
+            else:
+                name = max(open_, key=lambda n: (float(gain[n][filled[n]]) / self.cost[n], n))
+            filled[name] += 1
+            left -= self.cost[name]
+
+
+def butterworth_gain(order: int, cutoff: Tensor, full: int) -> Tensor:
+    """Squared Butterworth gate of every singular direction: 1 / (1 + (f_i / r)^(2n)).
+
+    Computed as a sigmoid of the difference of logarithms, so that neither the gain nor its gradient
+    overflows at any order. Direction i (from 0) sits at f_i = (i + 1/2) / N, so a cutoff of k / N lies
+    half way between the last direction kept and the first one dropped.
+
+    Args:
+        order: n.
+        cutoff: logarithm of the share r of full rank, a scalar tensor.
+        full: full rank N.
+
+    Returns:
+        float32 [N], the gain T^2 on the singular values.
+
+    Source: CoRa, arXiv 2408.00923, the normalised Butterworth kernel (T on each side of S).
+    """
+    position = (torch.arange(full, dtype=torch.float32, device=cutoff.device) + 0.5) / full
+    return torch.sigmoid(2 * order * (cutoff - position.log()))
+
+
+# --- Closed forms --------------------------------------------------------------------------------
+
+
+def _greedy(gains: Mapping[str, Tensor], budget: Budget) -> dict[str, int]:
+    """Singular directions by gain a bit, largest first, as long as they fit."""
+    return budget.fill(dict.fromkeys(gains, 0), gains)
+
+
+def _uniform(fits: Mapping[str, LayerFit], budget: Budget, _sensitivity: Any) -> dict[str, int]:
+    """The largest common share of full rank that fits, rounded down in every layer."""
+    low, high = 0.0, 1.0
+    if budget.used(budget.full) <= budget.bits:
+        return dict(budget.full)
+    for _ in range(60):
+        middle = (low + high) / 2
+        ranks = {n: int(middle * budget.full[n]) for n in fits}
+        low, high = (middle, high) if budget.used(ranks) <= budget.bits else (low, middle)
+    return budget.fill({n: int(low * budget.full[n]) for n in fits})
+
+
+def _energy(fits: Mapping[str, LayerFit], budget: Budget, _sensitivity: Any) -> dict[str, int]:
+    """Global water-filling: the largest residual energies of the network a stored bit."""
+    return _greedy({n: fit.energies() for n, fit in fits.items()}, budget)
+
+
+def _sensitivity(
+    fits: Mapping[str, LayerFit], budget: Budget, sensitivity: Callable[[], Mapping[str, float]]
+) -> dict[str, int]:
+    """Residual energies times the loss' sensitivity at the layer's output, a stored bit."""
+    weight = sensitivity()
+    return _greedy({n: fit.energies() * weight[n] for n, fit in fits.items()}, budget)
+
+
+ALLOCATORS: dict[str, Callable[..., dict[str, int]]] = {
+    "uniform": _uniform,
+    "energy": _energy,
+    "sensitivity": _sensitivity,
+}
+
+
+def allocate(
+    method: str, fits: Mapping[str, LayerFit], budget: Budget, calibration: Calibration
+) -> dict[str, int]:
+    """Ranks by a closed form: layer -> rank, within the budget.
+
+    Args:
+        method: a name in `ALLOCATORS`.
+    """
+    return ALLOCATORS[method](fits, budget, calibration.sensitivity)
+
+
+# --- The search ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class SearchResult:
+    """Ranks, what led to them, and how each candidate did on the held-out samples."""
+
+    ranks: dict[str, int]
+    method: str
+    history: list[dict[str, Any]] = field(default_factory=list)
+    candidates: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+
+
+class _Evaluator:
+    """The quantized network as a function of its weights, against the float one."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        fits: Mapping[str, LayerFit],
+        config: SearchConfig,
+        simulate: Callable[[torch.nn.Module], Any],
+        adapter_bits: int,
+    ) -> None:
+        self.calibration, self.fits, self.config = calibration, fits, config
+        self.adapter_bits = adapter_bits
+        self.simulate = simulate
+        generator = torch.Generator().manual_seed(config.seed)
+        index = [(i, j) for i, batch in enumerate(calibration.batches) for j in range(len(batch))]
+        order = torch.randperm(len(index), generator=generator)[: config.samples].tolist()
+        held = max(1, round(config.holdout * len(order))) if len(order) > 1 else 1
+        self.train = [index[i] for i in (order[held:] or order)]
+        held_out: dict[int, list[int]] = {}
+        for i in order[:held]:
+            held_out.setdefault(index[i][0], []).append(index[i][1])
+        self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
+        self.generator = generator
+        self._queue: list[tuple[int, int]] = []
+
+    def _loss(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
+        model = self.calibration.model
+        parameters = {f"{name}.weight": weight for name, weight in weights.items()}
+        with self.simulate(model):
+            output = functional_call(model, parameters, batch.args, batch.kwargs)
+        if self.config.loss == "labels":
+            if batch.labels is None:
+                raise ValueError(
+                    "SearchConfig: loss='labels' needs calibration batches with labels"
+                )
+            if self.config.label_loss is not None:
+                return self.config.label_loss(output, batch.labels)
+            logits = self.calibration.logits(output)
+            if logits is None:
+                raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
+            return F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten().to(logits.device))
+        return divergence(output, teacher, self.calibration.logits)
+
+    def next_batch(self) -> tuple[Batch, Any]:
+        """Samples of one calibration batch (inputs of different batches may differ in shape)."""
+        if not self._queue:
+            by_batch: dict[int, list[int]] = {}
+            for i, j in self.train:
+                by_batch.setdefault(i, []).append(j)
+            chunks = []
+            for i, rows in sorted(by_batch.items()):
+                order = torch.randperm(len(rows), generator=self.generator).tolist()
+                size = self.config.batch_size
+                chunks += [
+                    (i, [rows[k] for k in order[s : s + size]]) for s in range(0, len(rows), size)
+                ]
+            order = torch.randperm(len(chunks), generator=self.generator).tolist()
+            self._queue = [chunks[k] for k in order]  # type: ignore[misc]
+        index, rows = self._queue.pop()
+        return self._part(index, torch.tensor(sorted(rows)))  # type: ignore[call-overload]
+
+    def _part(self, index: int, rows: Tensor) -> tuple[Batch, Any]:
+        batch = self.calibration.batches[index]
+        teacher = self.calibration.teacher()[index]
+        return batch[rows], _take(teacher, rows, len(batch))
+
+    def step_loss(self, gains: Mapping[str, Tensor]) -> Tensor:
+        weights = {name: fit.gated(gains[name]) for name, fit in self.fits.items()}
+        return self._loss(weights, *self.next_batch())
+
+    def score(self, ranks: Mapping[str, int]) -> float:
+        """Loss of the network as it would be stored, on the held-out samples."""
+        weights = {
+            name: fit.truncated(ranks[name], self.adapter_bits) for name, fit in self.fits.items()
+        }
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for index, rows in self.held_out:
+                total += float(self._loss(weights, *self._part(index, rows))) * len(rows)
+                count += len(rows)
+        return total / count
+
+
+def _take(output: Any, rows: Tensor, size: int) -> Any:
+    if isinstance(output, Tensor):
+        return output[rows] if output.dim() and output.shape[0] == size else output
+    if isinstance(output, Mapping):
+        return {key: _take(value, rows, size) for key, value in output.items()}
+    if isinstance(output, list | tuple):
+        return [_take(value, rows, size) for value in output]
+    if hasattr(output, "logits"):
+        return {"logits": _take(output.logits, rows, size)}
+    return output
+
+
+def search_ranks(
+    fits: Mapping[str, LayerFit],
+    budget: Budget,
+    calibration: Calibration,
+    config: SearchConfig,
+    adapter_bits: int,
+    simulate: Callable[[torch.nn.Module], Any],
+    equivalent_bits: Callable[[float], float],
+    progress: bool = True,
+) -> SearchResult:
+    """Find ranks within the budget; Ctrl-C ends the search early with the best ranks so far.
+
+    Every closed form is a candidate, the gate search starts from the best of them, and the ranks
+    returned are those with the least loss on held-out samples, measured on the truncated and rounded
+    adapters: the search can stop improving, but not make things worse.
+
+    Args:
+        fits: layer -> quantized weight and residual factors.
+        simulate: context manager that makes the model quantize its activations.
+        equivalent_bits: adapter bits -> stored bits a weight, for the progress bar.
+    """
+    if config.method != "gate" or budget.used(budget.full) <= budget.bits:
+        method = config.method if config.method != "gate" else "uniform"
+        return SearchResult(allocate(method, fits, budget, calibration), method)
+    result = SearchResult({}, "gate")
+    evaluator = _Evaluator(calibration, fits, config, simulate, adapter_bits)
+    best = math.inf
+    bar = tqdm(total=config.iterations, desc="rank search", disable=not progress, leave=False)
+
+    def consider(label: str, ranks: dict[str, int]) -> float:
+        nonlocal best
+        loss = evaluator.score(ranks)
+        used = budget.used(ranks)
+        result.history.append(
+            {"step": bar.n, "kind": label, "loss": loss, "adapter_bits": int(used)}
+        )
+        result.candidates[label] = min(loss, result.candidates.get(label, math.inf))
+        if loss < best:
+            best, result.ranks = loss, dict(ranks)
+        bar.set_postfix_str(
+            f"loss {best:.4f}, budget {used / budget.bits:.1%}, {equivalent_bits(used):.2f} bits"
+        )
+        return loss
+
+    try:
+        for method in ALLOCATORS:
+            consider(method, allocate(method, fits, budget, calibration))
+        steps = config.iterations * 2 // 3
+        _descend(evaluator, budget, config, steps, consider, result, bar)
+        _exchange(evaluator, budget, config.iterations - steps, consider, result, bar)
+    except KeyboardInterrupt:
+        result.interrupted = True
+        if not result.ranks:
+            result.ranks = allocate("uniform", fits, budget, calibration)
+    finally:
+        bar.close()
+    return result
+
+
+def _descend(
+    evaluator: _Evaluator,
+    budget: Budget,
+    config: SearchConfig,
+    steps: int,
+    consider: Callable[[str, dict[str, int]], float],
+    result: SearchResult,
+    bar: Any,
+) -> None:
+    """Adam on the logarithm of each layer's cutoff, kept on the budget by a common factor."""
+    names = list(evaluator.fits)
+    full = torch.tensor([float(budget.full[n]) for n in names])
+    cost = torch.tensor([float(budget.cost[n]) for n in names])
+    start = torch.tensor([float(result.ranks[n]) for n in names])
+    # A rank of 0 starts at a quarter: small enough to round to 0, large enough to feel a gradient.
+    log_rank = start.clamp(min=0.25).log().requires_grad_(True)
+    optimizer = torch.optim.Adam([log_rank], lr=config.learning_rate, betas=(0.9, 0.98))
+    low, high = math.log(0.25), full.log()
+
+    def project() -> None:
+        # Bisection on the common factor: the clamped cost grows with it.
+        with torch.no_grad():
+            lo, hi = -10.0, 10.0
+            for _ in range(50):
+                mid = (lo + hi) / 2
+                spent = ((log_rank + mid).clamp(min=low).minimum(high).exp() * cost).sum()
+                lo, hi = (mid, hi) if spent <= budget.bits else (lo, mid)
+            log_rank.copy_((log_rank + lo).clamp(min=low).minimum(high))
+
+    def integer(values: Tensor) -> dict[str, int]:
+        real = {n: float(v) if v >= 0.5 else 0.0 for n, v in zip(names, values, strict=True)}
+        return budget.round(real)
+
+    project()
+    average = log_rank.detach().clone()
+    check = max(steps // 8, 1)
+    for step in range(steps):
+        gains = {
+            n: butterworth_gain(config.order, log_rank[i] - full[i].log(), budget.full[n])
+            for i, n in enumerate(names)
+        }
+        loss = evaluator.step_loss(gains)
+        (gradient,) = torch.autograd.grad(loss, log_rank)
+        log_rank.grad = torch.nan_to_num(gradient).clamp_(-1, 1)
+        optimizer.step()
+        project()
+        average.lerp_(log_rank.detach(), 0.1)
+        result.history.append(
+            {
+                "step": bar.n,
+                "kind": "gradient",
+                "loss": float(loss.detach()),
+                "adapter_bits": int((log_rank.detach().exp() * cost).sum()),
+            }
+        )
+        bar.update()
+        if (step + 1) % check == 0 or step + 1 == steps:
+            consider("gate", integer(average.exp()))
+
+
+def _exchange(
+    evaluator: _Evaluator,
+    budget: Budget,
+    steps: int,
+    consider: Callable[[str, dict[str, int]], float],
+    result: SearchResult,
+    bar: Any,
+) -> None:
+    """Move bits between two layers as long as the held-out loss falls.
+
+    The donor gives up a part of its rank, the receiver gains what that pays for; pairs are drawn at
+    random and the part halves when a round brings nothing.
+    """
+    names = list(evaluator.fits)
+    if len(names) < 2:
+        return
+    part = 0.3
+    fails = 0
+    for _ in range(steps):
+        donors = [n for n in names if result.ranks[n]]
+        receivers = [n for n in names if result.ranks[n] < budget.full[n]]
+        if not donors or not receivers:
+            return
+        pick = torch.rand(2, generator=evaluator.generator)
+        donor = donors[int(pick[0] * len(donors))]
+        receiver = receivers[int(pick[1] * len(receivers))]
+        bar.update()
+        if donor == receiver:
+            continue
+        ranks = dict(result.ranks)
+        ranks[donor] -= max(1, round(part * ranks[donor]))
+        room = budget.bits - budget.used(ranks)
+        gain = min(int(room // budget.cost[receiver]), budget.full[receiver] - ranks[receiver])
+        if gain < 1:
+            continue
+        ranks[receiver] += gain
+        before = min(h["loss"] for h in result.history if h["kind"] != "gradient")
+        fails = 0 if consider("exchange", budget.fill(ranks)) < before else fails + 1
+        if fails >= len(names):
+            part, fails = part / 2, 0
