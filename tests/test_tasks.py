@@ -46,7 +46,7 @@ from cora.tasks.ocr_recognition import (
 )
 from cora.tasks.pages import draw_page, render_page
 from cora.tasks.resnet import SmallResNet
-from cora.tasks.text import TextSource, missing_renderer, render_line, split_of
+from cora.tasks.text import TextSource, load_font, missing_renderer, render_line, split_of
 from cora.tasks.words import WORDS
 
 needs_fonts = pytest.mark.skipif(
@@ -229,6 +229,14 @@ def test_renderer_is_deterministic() -> None:
     assert first.shape == (64, 128) and first.dtype == np.uint8
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_absent_pillow_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cora.tasks.text.Image", None)
+    load_font.cache_clear()
+    for task in (OcrRecognition(), OcrDetection()):
+        with pytest.raises(DataNotFoundError, match="pip install pillow"):
+            task.validation(1)
 
 
 @needs_fonts

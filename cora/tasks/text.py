@@ -71,7 +71,8 @@ def require_renderer() -> Path:
 @lru_cache(maxsize=512)
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """A font of ``FONTS`` at a size in pixels; simple layout, so the same with every Pillow."""
-    return ImageFont.truetype(require_renderer() / name, size, layout_engine=ImageFont.Layout.BASIC)
+    path = require_renderer() / name
+    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def split_of(text: str) -> str:
