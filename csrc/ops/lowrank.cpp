@@ -34,10 +34,18 @@ Tensor to_tensor(StableIValue v) { return stable::detail::to<Tensor>(v); }
 Tensor transposed(const Tensor& t) { return stable::transpose(t, 1, 2); }
 
 /// Eigenvalues ascending [g, d] and eigenvectors [g, d, d] as columns; both contiguous.
+/// Run by one thread: the reduction to tridiagonal form is thousands of tiny parallel regions, which on
+/// a busy machine wait for each other's cores (512 x 512: 0.02 s alone, 5 s beside another process).
+/// Inside a parallel region LAPACK starts no threads of its own, and the result depends on none.
 std::pair<Tensor, Tensor> eigh(const Tensor& symmetric) {
-  auto stack = call<2>("aten::linalg_eigh", "", symmetric, std::string("L"));
-  const Tensor values = to_tensor(stack[0]), vectors = to_tensor(stack[1]);
-  return {as_contiguous(values), as_contiguous(vectors)};
+  Tensor values, vectors;
+  parallel_for(2, 1, [&](int64_t begin, int64_t) {
+    if (begin != 0) return;
+    auto stack = call<2>("aten::linalg_eigh", "", symmetric, std::string("L"));
+    values = as_contiguous(to_tensor(stack[0]));
+    vectors = as_contiguous(to_tensor(stack[1]));
+  });
+  return {values, vectors};
 }
 
 /// M with M M^T = moment, and how to multiply by M^-1 from the right.
@@ -82,7 +90,10 @@ struct Spectrum {
   Tensor vectors;  // float64 [g, d, rank]: leading eigenvectors as columns
 };
 
-Spectrum leading(const Tensor& gram, int64_t rank) {
+Spectrum leading(const char* op, const Tensor& gram, int64_t rank) {
+  const Tensor dense = as_contiguous(gram);
+  for (int64_t i = 0, d = gram.size(1); i < gram.size(0) * d; ++i)
+    CORA_CHECK(op, std::isfinite(data<double>(dense)[i * d + i % d]), "residual and moment must be finite");
   const auto [lambda, vectors] = eigh(gram);
   const int64_t g = lambda.size(0), d = lambda.size(1);
   Spectrum s{empty({g, d}, ScalarType::Float), empty({g, d, rank}, ScalarType::Double)};
@@ -151,7 +162,7 @@ void check_lowrank(const char* op, const char* name, const Tensor& matrix, int64
              ", ", k, "], got ", shape_text(*moment));
 }
 
-Factors factorise(const Tensor& residual, int64_t rank, int64_t groups, const OptTensor& moment) {
+Factors factorise(const char* op, const Tensor& residual, int64_t rank, int64_t groups, const OptTensor& moment) {
   const int64_t n = residual.size(0) / groups, k = residual.size(1), d = std::min(n, k);
   if (d == 0)
     return {empty({groups * rank, k}, ScalarType::Float), empty({n * groups, rank}, ScalarType::Float),
@@ -167,7 +178,7 @@ Factors factorise(const Tensor& residual, int64_t rank, int64_t groups, const Op
   int left_power = 1;      // twice the power of S still missing in left, and in right
   int right_power = -1;
   if (wide) {
-    s = leading(stable::matmul(weighted ? stable::matmul(r, sxx) : r, transposed(r)), rank);
+    s = leading(op, stable::matmul(weighted ? stable::matmul(r, sxx) : r, transposed(r)), rank);
     left = s.vectors;
     right = stable::matmul(transposed(left), r);  // U^T R = S V^T M^-1
   } else {
@@ -177,7 +188,7 @@ Factors factorise(const Tensor& residual, int64_t rank, int64_t groups, const Op
       root = square_root(sxx);
       gram = stable::matmul(stable::matmul(transposed(root.m), gram), root.m);
     }
-    s = leading(gram, rank);
+    s = leading(op, gram, rank);
     const Tensor rm = weighted ? stable::matmul(r, root.m) : r;
     left = as_contiguous(stable::matmul(rm, s.vectors));  // R M V = U S
     right = weighted ? root.times_inverse(transposed(s.vectors)) : transposed(s.vectors);
@@ -202,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_factors_cpu(Tensor residual, int64_t 
   const char* op = "lowrank_factors";
   CORA_CHECK(op, residual.dim() == 2, "residual must have 2 dimensions, got shape ", shape_text(residual));
   check_lowrank(op, "residual", residual, residual.size(0), residual.size(1), rank, groups, moment);
-  Factors f = factorise(residual, rank, groups, moment);
+  Factors f = factorise(op, residual, rank, groups, moment);
   return {f.a, f.b, f.values};
 }
 
@@ -223,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_svd_init_cpu(Tensor 
   auto quantised = call<6>("cora::fake_quantize", "", matrix, scale, zero_point, bits, true, true);
   const Tensor out = to_tensor(quantised[0]), residual = to_tensor(quantised[1]), codes = to_tensor(quantised[2]);
   const Tensor packed = to_tensor(call<2>("cora::pack_bits", "", codes, bits)[0]);
-  Factors f = factorise(residual, rank, groups, moment);
+  Factors f = factorise(op, residual, rank, groups, moment);
   return {packed, f.a, f.b, f.values, residual};
 }
 
