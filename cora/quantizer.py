@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import ops
+
 __all__ = [
     "SUPPORTED_BITS",
     "QParams",
@@ -28,8 +30,11 @@ Clip = Literal["minmax", "ksigma", "mse"]
 _MAX_ZERO_POINT = 2**23
 _FLOAT16_MIN_NORMAL = 2.0**-14
 _FLOAT16_MAX = 65504.0
+# Beyond it a code's value could overflow float32.
+_MAX_MAGNITUDE = 1e37
 # Shares of the full range that clip="mse" tries, largest first: ties keep the wider range.
-_MSE_SHARES = [1.0 - 0.0125 * i for i in range(57)]
+_MSE_SHARES = [1.0 - 0.0125 * i for i in range(57)] + [0.3 * 0.93**i for i in range(1, 25)]
+_BLOCK = 2**20  # weights whose error is measured at once, to bound memory and stay near the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +169,18 @@ def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]
     return scale, zero
 
 
-def _squared_error(groups: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    codes = (torch.round(groups / scale) + zero).clamp_(0, 2**bits - 1)
-    return (codes.sub_(zero).mul_(scale).sub_(groups)).square_().sum(-1, keepdim=True)
+def _squared_error(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Squared error of each group, [R, G, 1]."""
+    scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.int32)
+    rows = max(1, _BLOCK // matrix.shape[1])
+    errors = []
+    for start in range(0, matrix.shape[0], rows):
+        block = matrix[start : start + rows]
+        own = slice(start, start + rows) if scale.shape[0] > 1 else slice(None)
+        _, residual = ops.fake_quantize(block, scale[own], zero[own], bits, residual=True)
+        errors.append(residual.square_().reshape(len(block), scale.shape[1], -1).sum(-1))
+    error = torch.cat(errors)
+    return (error if scale.shape[0] > 1 else error.sum(0, keepdim=True)).unsqueeze(-1)
 
 
 def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QParams:
@@ -190,7 +204,13 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
         )
     if not torch.isfinite(weight).all():
         raise ValueError(f"{layer}: weight must be finite, got NaN or inf")
-    groups = _grouped(weight.float(), spec, layer)
+    weight = weight.float().contiguous()
+    if float(weight.abs().max()) > _MAX_MAGNITUDE:
+        raise ValueError(
+            f"{layer}: weight must be at most {_MAX_MAGNITUDE:g} in magnitude, "
+            f"got {float(weight.abs().max()):g}"
+        )
+    groups = _grouped(weight, spec, layer)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     constant = low == high
     value = low.clone()
@@ -205,7 +225,7 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
         best = torch.full_like(low, float("inf"))
         for share in _MSE_SHARES:
             candidate = _finish(mean + share * (low - mean), mean + share * (high - mean), spec)
-            error = _squared_error(groups, *candidate, spec.bits)
+            error = _squared_error(weight, *candidate, spec.bits)
             better = error < best
             best = torch.where(better, error, best)
             scale = torch.where(better, candidate[0], scale)
@@ -234,15 +254,17 @@ def packed_bytes(rows: int, columns: int, bits: int) -> int:
 
 
 def zero_point_bits(zero_point: Tensor, bits: int, symmetric: bool) -> int:
-    """Stored width of one zero-point: 0 if symmetric, else the narrowest of `bits`, 8, 16 and 32."""
+    """Stored width of one zero-point: 0 if symmetric, `bits` if all are codes, else 8, 16 or 32.
+
+    Only `bits` stands for unsigned values: 8-bit codes whose zero-points lie outside take 16.
+    """
     if symmetric:
         return 0
     low, high = int(zero_point.min()), int(zero_point.max())
     if low >= 0 and high < 2**bits:
         return bits
-    return next(
-        width for width in (8, 16, 32) if -(2 ** (width - 1)) <= low and high < 2 ** (width - 1)
-    )
+    widths = (width for width in (8, 16, 32) if width > bits)
+    return next(w for w in widths if -(2 ** (w - 1)) <= low and high < 2 ** (w - 1))
 
 
 def weight_bits(rows: int, columns: int, qparams: QParams) -> int:
