@@ -117,7 +117,7 @@ def rank_bits(shape: LayerShape, bits: int) -> int:
 def truncate(a: Tensor, b: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """The leading `rank` terms of factors A [groups * R, K] and B [N, R]."""
     full = b.shape[1]
-    kept = a.reshape(groups, full, -1)[:, :rank].reshape(groups * rank, -1)
+    kept = a.reshape(groups, full, -1)[:, :rank].reshape(groups * rank, a.shape[1])
     return kept, b[:, :rank].contiguous()
 
 
@@ -137,14 +137,27 @@ def quantize_adapter(a: Tensor, b: Tensor, bits: int, groups: int = 1) -> Adapte
             f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {bits!r}"
         )
     rank = b.shape[1]
-    if bits > 8:
-        dtype = torch.float16 if bits == 16 else torch.float32
-        return Adapter(a.to(dtype).contiguous(), b.to(dtype).contiguous(), None, bits)
-    largest = 2 ** (bits - 1) - 1
+    if rank == 0 or bits == 32:
+        kind = {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)
+        scale = a.new_zeros(0) if bits <= 8 else None
+        return Adapter(a.to(kind).contiguous(), b.to(kind).contiguous(), scale, bits)
     rows = b.shape[0] // groups
     grouped_b = b.reshape(groups, rows, rank)
-    step_a = _step(a.abs().amax(1) if a.numel() else a.new_zeros(a.shape[0]), largest)
-    step_b = _step(grouped_b.abs().amax(1) if rank else b.new_zeros(groups, 0), largest)
+    largest_a, largest_b = a.abs().amax(1), grouped_b.abs().amax(1)
+    if bits == 16:
+        # A power of two a rank brings both factors to one magnitude, far from float16's limits.
+        ratio = largest_b.reshape(-1) / largest_a
+        shift = (
+            torch.where((ratio > 0) & torch.isfinite(ratio), ratio, 1.0)
+            .log2()
+            .div(2)
+            .round()
+            .exp2()
+        )
+        a, grouped_b = a * shift[:, None], grouped_b / shift.reshape(groups, 1, rank)
+        return Adapter(a.half(), grouped_b.reshape(b.shape).half(), None, bits)
+    largest = 2 ** (bits - 1) - 1
+    step_a, step_b = _step(largest_a, largest), _step(largest_b, largest)
     codes_a = torch.round(a / step_a[:, None]).clamp_(-largest, largest).to(torch.int8)
     codes_b = torch.round(grouped_b / step_b[:, None]).clamp_(-largest, largest).to(torch.int8)
     return Adapter(codes_a, codes_b.reshape(b.shape), step_a * step_b.reshape(-1), bits)
