@@ -654,3 +654,17 @@ def _(
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty([x.shape[0], n, *size], dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _no_gradient(op: str) -> None:
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            f"cora::{op}: packed layers have no gradient: train the float model, or its merged copy "
+            "from cora.dequantize()"
+        )
+
+    torch.library.register_autograd(f"cora::{op}", backward)
+
+
+_no_gradient("linear_lowrank")
+_no_gradient("conv2d_lowrank")

@@ -15,7 +15,8 @@ bool is_channels_last(const Tensor& x) {
 }
 
 void check_pair(const char* op, const char* name, const std::vector<int64_t>& v, int64_t least) {
-  CORA_CHECK(op, v.size() == 2 && v[0] >= least && v[1] >= least, name, " must be two integers >= ", least);
+  CORA_CHECK(op, v.size() == 2, name, " must have 2 elements, got ", v.size());
+  CORA_CHECK(op, v[0] >= least && v[1] >= least, name, " must be >= ", least, ", got [", v[0], ", ", v[1], "]");
 }
 
 Tensor conv2d_lowrank_cpu(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int64_t bits,

@@ -1,0 +1,67 @@
+"""The CPU level: detection, forcing, and that no kernel silently falls to a lower one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LEVELS, SUPPORTED
+
+from cora import ops
+
+# Kernels that have no version of their own at a level, and the one they take. All others must.
+NEXT_LOWER = {"avx512": {"pack_row": "avx2"}}
+NEEDS = {
+    "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
+    "avx512": {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+}
+
+
+def run_with(level: str) -> subprocess.CompletedProcess[str]:
+    code = "from cora import ops; print(ops.isa()['level'])"
+    env = {**os.environ, "CORA_ISA": level}
+    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+
+
+def test_every_kernel_runs_at_its_level(isa: str) -> None:
+    report = ops.isa()
+    assert report.pop("level") == isa
+    assert len(report) >= 20
+    expected = {name: NEXT_LOWER.get(isa, {}).get(name, isa) for name in report}
+    assert report == expected
+
+
+@pytest.mark.parametrize("level", SUPPORTED)
+def test_environment_caps_the_level(level: str) -> None:
+    result = run_with(level)
+    assert result.stdout.strip() == level, result.stderr
+
+
+def test_unknown_level_in_the_environment() -> None:
+    result = run_with("sse9")
+    assert result.returncode != 0
+    assert f"CORA_ISA must be one of {{{', '.join(SUPPORTED)}}} on this CPU, got 'sse9'" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["", "sse9", "AVX2", *(set(LEVELS) - set(SUPPORTED))])
+def test_unknown_level(name: str) -> None:
+    before = ops.isa()
+    with pytest.raises(RuntimeError, match="set_isa must be one of {scalar"):
+        ops.set_isa(name)
+    assert ops.isa() == before
+
+
+def test_detection_agrees_with_the_kernel() -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "flags" not in cpuinfo.read_text():
+        pytest.skip("no x86 flags in /proc/cpuinfo")
+    line = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.split())
+    expected = ["scalar"]
+    for level in ("avx2", "avx512"):
+        if NEEDS[level] <= flags and len(expected) == LEVELS.index(level):
+            expected.append(level)
+    assert list(SUPPORTED) == expected
