@@ -50,7 +50,7 @@ class SearchConfig:
         order: order n of the Butterworth gate.
         loss: "kl" (to the float model, no labels; squared error for a regression) or "labels".
         label_loss: function (output, labels) -> loss for loss="labels"; cross-entropy by default.
-        holdout: share of the samples that takes no part in gradients and picks the best ranks.
+        holdout: samples that take no part in gradients and pick the best ranks; at most half of all.
         seed: of everything drawn in the search.
 
     Raises:
@@ -65,7 +65,7 @@ class SearchConfig:
     order: int = 4
     loss: Literal["kl", "labels"] = "kl"
     label_loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
-    holdout: float = 0.5
+    holdout: int = 256
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,14 +74,13 @@ class SearchConfig:
             raise ValueError(f"SearchConfig: method must be one of {expected}, got {self.method!r}")
         if self.loss not in ("kl", "labels"):
             raise ValueError(f"SearchConfig: loss must be 'kl' or 'labels', got {self.loss!r}")
-        for name, low in (("iterations", 0), ("samples", 1), ("batch_size", 1), ("order", 1)):
+        lowest = {"iterations": 0, "samples": 1, "batch_size": 1, "order": 1, "holdout": 1}
+        for name, low in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ValueError(f"SearchConfig: {name} must be an integer >= {low}, got {value!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"SearchConfig: learning_rate must be > 0, got {self.learning_rate!r}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"SearchConfig: holdout must be in (0, 1), got {self.holdout!r}")
 
 
 @dataclass(slots=True)
@@ -308,14 +307,15 @@ class _Evaluator:
         generator = torch.Generator().manual_seed(config.seed)
         index = [(i, j) for i, batch in enumerate(calibration.batches) for j in range(len(batch))]
         order = torch.randperm(len(index), generator=generator)[: config.samples].tolist()
-        held = max(1, round(config.holdout * len(order))) if len(order) > 1 else 1
+        held = max(1, min(config.holdout, len(order) // 2))
         self.train = [index[i] for i in (order[held:] or order)]
         held_out: dict[int, list[int]] = {}
         for i in order[:held]:
             held_out.setdefault(index[i][0], []).append(index[i][1])
         self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
         self.generator = generator
-        self._queue: list[tuple[int, int]] = []
+        self._queue: list[tuple[int, list[int]]] = []
+        self._truncated: dict[str, tuple[int, Tensor]] = {}
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
         model = self.calibration.model
@@ -349,9 +349,9 @@ class _Evaluator:
                     (i, [rows[k] for k in order[s : s + size]]) for s in range(0, len(rows), size)
                 ]
             order = torch.randperm(len(chunks), generator=self.generator).tolist()
-            self._queue = [chunks[k] for k in order]  # type: ignore[misc]
+            self._queue = [chunks[k] for k in order]
         index, rows = self._queue.pop()
-        return self._part(index, torch.tensor(sorted(rows)))  # type: ignore[call-overload]
+        return self._part(index, torch.tensor(sorted(rows)))
 
     def _part(self, index: int, rows: Tensor) -> tuple[Batch, Any]:
         batch = self.calibration.batches[index]
@@ -362,11 +362,17 @@ class _Evaluator:
         weights = {name: fit.gated(gains[name]) for name, fit in self.fits.items()}
         return self._loss(weights, *self.next_batch())
 
+    def _weight(self, name: str, rank: int) -> Tensor:
+        """The truncated weight; candidates differ in few layers, so each layer's last one is kept."""
+        kept = self._truncated.get(name)
+        if kept is None or kept[0] != rank:
+            kept = (rank, self.fits[name].truncated(rank, self.adapter_bits))
+            self._truncated[name] = kept
+        return kept[1]
+
     def score(self, ranks: Mapping[str, int]) -> float:
         """Loss of the network as it would be stored, on the held-out samples."""
-        weights = {
-            name: fit.truncated(ranks[name], self.adapter_bits) for name, fit in self.fits.items()
-        }
+        weights = {name: self._weight(name, ranks[name]) for name in self.fits}
         total, count = 0.0, 0
         with torch.no_grad():
             for index, rows in self.held_out:
@@ -408,7 +414,7 @@ def search_ranks(
         simulate: context manager that makes the model quantize its activations.
         equivalent_bits: adapter bits -> stored bits a weight, for the progress bar.
     """
-    if config.method != "gate" or budget.used(budget.full) <= budget.bits:
+    if config.method != "gate" or not budget.bits or budget.used(budget.full) <= budget.bits:
         method = config.method if config.method != "gate" else "uniform"
         return SearchResult(allocate(method, fits, budget, calibration), method)
     result = SearchResult({}, "gate")

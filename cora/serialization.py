@@ -28,7 +28,7 @@ from .modules import QUANT_LAYERS, QuantLayer, QuantWeight
 from .quantizer import QParams, zero_point_bits
 from .report import Report
 
-__all__ = ["FORMAT_VERSION", "load", "save"]
+__all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
 FORMAT_VERSION = 1
 
@@ -114,6 +114,17 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     if report is not None:
         qmodel.report = Report.from_dict(report)
     return qmodel
+
+
+def read_header(path: str | Path) -> dict[str, Any]:
+    """What a packed file says of itself: "format", "layers", "report"; no model is needed.
+
+    The whole file is read and its checksum verified.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    return _read(Path(path))[0]
 
 
 def _join(name: str, key: str) -> str:

@@ -126,6 +126,16 @@ class Task(ABC):
         """
         return None
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation batches, and so `outputs` of the float model on them."""
+        return True
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether `evaluate` can say anything."""
+        return self.has_validation
+
     def output_logits(self, output: Any) -> Tensor | None:
         """Logits [..., classes] in the model's output, on which KL to the float model is taken.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib
 import importlib.util
@@ -212,6 +213,17 @@ class UserTask(Task):
             regression=bool(getattr(found, "regression", False)),
         )
 
+    def with_data(
+        self,
+        calibration: Callable[..., Iterable[Any]] | None = None,
+        validation: Callable[..., Iterable[Any]] | None = None,
+    ) -> UserTask:
+        """The same task with other batches, where they are given."""
+        other = copy.copy(self)
+        other._calibration = calibration or self._calibration
+        other._validation = validation or self._validation
+        return other
+
     def model(self) -> nn.Module:
         model = self._build()
         if not isinstance(model, nn.Module):
@@ -240,6 +252,14 @@ class UserTask(Task):
                 return
             seen += _size(batch)
             yield _split(batch)
+
+    @property
+    def has_validation(self) -> bool:
+        return self._validation is not None
+
+    @property
+    def has_metric(self) -> bool:
+        return self.has_validation or self._evaluate is not None
 
     def output_logits(self, output: Any) -> Tensor | None:
         if self._output_logits is not None:
