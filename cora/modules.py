@@ -201,8 +201,9 @@ class QuantLayer(nn.Module):
         return cls(layer, weight, activation_bits)
 
     def set_activation_range(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Fix the input's quantizer: one-element float32 scale and int32 zero-point."""
-        self.x_scale, self.x_zero_point = scale.reshape(1), zero_point.reshape(1)
+        """Fix the input's quantizer by a scale and a zero-point of one element each."""
+        self.x_scale = scale.reshape(1).float()
+        self.x_zero_point = zero_point.reshape(1).to(torch.int32)
 
     def packed_weight(self) -> QuantWeight:
         """The packed weight and adapter this layer holds."""
@@ -251,10 +252,12 @@ class QuantLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
         # .half() and .bfloat16() change the activations, not what is stored: integers, float32
         # scales and a float adapter stay as they are; .to(device) moves them.
-        kept = {name: buffer.dtype for name, buffer in self._buffers.items() if buffer is not None}
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, dtype in kept.items():
-            self._buffers[name] = self._buffers[name].to(dtype)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
         return self
 
     def _operands(self) -> dict[str, Any]:
@@ -428,7 +431,7 @@ class _QuantConvTranspose(_QuantConv):
         batched = x if x.dim() == self.dims + 2 else x.unsqueeze(0)
         output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
             self,  # type: ignore[arg-type]  # only its output_padding is read
-            batched,
+            x,
             output_size,
             self.stride,
             self.padding,
