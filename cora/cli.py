@@ -1,0 +1,489 @@
+"""The command `cora`: quantize, evaluate, inspect, bench, info.
+
+Results go to stdout, as tables or with --json as one JSON object; progress and errors go to stderr.
+Exit codes: 0; 2 bad input (one line, "cora: error: ..."); 1 any other failure; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+import cora
+from cora import Calibration, QuantSpec, SearchConfig, ops
+from cora.bench import bench, in_memory_bytes
+from cora.report import float_state_bits, versions
+from cora.serialization import read_header
+from cora.tables import comparison_table, kib, text_table
+from cora.tasks import Task, UserTask, available_tasks, load_object, resolve_task
+
+__all__ = ["main"]
+
+_BAD_INPUT = (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError)
+_MODEL_HELP = (
+    "a built-in task (see `cora info`), file.py or module with build() and calibration(), "
+    "file.py:object or module:object"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit code.
+    """
+    args = _parser().parse_args(argv)
+    args.progress = not args.no_progress and sys.stderr.isatty()
+    try:
+        # What a user's model prints must not get between the lines of the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            values, text = args.run(args)
+        print(json.dumps(_plain(values)) if args.json else text, flush=True)
+    except KeyboardInterrupt:
+        print("cora: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # e.g. `cora info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        expected = isinstance(error, _BAD_INPUT)
+        name = "" if expected else f"{type(error).__name__}: "
+        print(f"cora: error: {name}{' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if expected else 1
+    return 0
+
+
+# --- Arguments -----------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"cora: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _folder(text: str) -> str:
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return text
+
+
+def _existing(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {text!r}")
+    return path
+
+
+def _writable(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder, a file was expected")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write into the folder {str(path.parent)!r}")
+    return path
+
+
+def _page(text: str) -> Path:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    return _writable(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cora", description="Low-bit quantization with searched low-rank adapters."
+    )
+    parser.add_argument("--version", action="version", version=f"cora {cora.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON object")
+    common.add_argument("--no-progress", action="store_true", help="no bars on stderr")
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "--data", type=_folder, metavar="DIR", help="data folder of the built-in tasks (CORA_DATA)"
+    )
+
+    def add(
+        name: str, run: Callable[..., Any], about: str, *parents: argparse.ArgumentParser
+    ) -> Any:
+        command = commands.add_parser(
+            name, help=about, description=about, parents=[common, *parents], allow_abbrev=False
+        )
+        command.set_defaults(run=run)
+        return command
+
+    _quantize_arguments(add("quantize", _quantize, "quantize a model into a packed file", data))
+    command = add("evaluate", _evaluate, "a packed file beside its float model", data)
+    _model_arguments(command)
+    command.add_argument("file", type=_existing, metavar="FILE")
+    command.add_argument("--limit", type=_positive, metavar="N", help="validation samples")
+    command = add("inspect", _inspect, "what a packed file holds", data)
+    command.add_argument("file", type=_existing, metavar="FILE")
+    command.add_argument("--model", help=f"also check that the file fits: {_MODEL_HELP}")
+    command.add_argument("--html", type=_page, metavar="PAGE", help="write the report as a page")
+    command = add("bench", _bench, "time a packed file against its float model", data)
+    _model_arguments(command)
+    command.add_argument("file", type=_existing, metavar="FILE")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N")
+    command.add_argument("--threads", type=_positive, nargs="+", default=[1], metavar="N")
+    command.add_argument(
+        "--seconds", type=float, default=2.0, help="for each batch size and number of threads"
+    )
+    command.add_argument(
+        "--shape", type=_positive, nargs="+", metavar="N", help="random inputs of this shape"
+    )
+    add("info", _info, "versions, kernels in use, tasks and their data", data)
+    return parser
+
+
+def _model_arguments(command: Any) -> None:
+    command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    for name in ("calibration", "validation"):
+        command.add_argument(
+            f"--{name}", metavar="SPEC", help="file.py:object or module:object: batches, or a function"
+        )
+
+
+def _quantize_arguments(command: Any) -> None:
+    _model_arguments(command)
+    add = command.add_argument
+    add("-o", "--output", type=_writable, required=True, metavar="FILE", help="*.safetensors")
+    add("--html", type=_page, metavar="PAGE", help="write the report as a page")
+    add("--no-compare", action="store_true", help="skip the rows beside the result")
+    add("--limit", type=_positive, metavar="N", help="validation samples of the comparison")
+    weights = command.add_argument_group("weights")
+    add = weights.add_argument
+    add("--bits", type=int, default=3, choices=range(2, 9))
+    add("--granularity", choices=("per_tensor", "per_channel", "per_group"))
+    add("--group-size", type=_positive, metavar="N", help="weights a scale; implies per_group")
+    add("--clip", choices=("minmax", "ksigma", "mse"), default="mse")
+    add("--k", type=float, default=3.0, help="standard deviations of --clip ksigma")
+    add("--symmetric", action="store_true")
+    add("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay float")
+    add("--first-last", choices=("same", "8bit", "float"), default="same")
+    activations = command.add_argument_group("activations")
+    add = activations.add_argument
+    add("--activation-bits", type=int, choices=range(2, 9))
+    add("--activation", choices=("static", "dynamic"), default="static")
+    add("--activation-range", choices=("minmax", "percentile", "mse"), default="mse")
+    add("--reestimate-bn", action="store_true", help="BatchNorm statistics of the quantized net")
+    adapters = command.add_argument_group("adapters")
+    add = adapters.add_argument
+    add("--rank-budget", type=float, default=0.05, metavar="SHARE", help="0: no adapters")
+    add("--adapter-bits", type=int, default=8, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
+    add("--fit", choices=("weighted", "plain"), default="weighted")
+    add(
+        "--search",
+        choices=("gate", "sensitivity", "energy", "uniform", "none"),
+        default="gate",
+        help="none: no search, uniform ranks",
+    )
+    add("--iterations", type=int, metavar="N", help="steps of the search")
+    add("--samples", type=_positive, metavar="N", help="calibration samples")
+    add("--seed", type=int, default=0)
+    add("--loss", choices=("kl", "labels"), default="kl")
+
+
+# --- The model and its data ----------------------------------------------------------------------
+
+
+def _task(args: argparse.Namespace) -> Task:
+    """The task that MODEL names, with the batches that --calibration and --validation name."""
+    name = args.model
+    given = {
+        part: _as_function(load_object(spec))
+        for part in ("calibration", "validation")
+        if (spec := getattr(args, part, None))
+    }
+    task: Task | None = None
+    if ":" in name and not name.startswith("imagenet:"):
+        build = _builder(load_object(name))
+        if build is not None:
+            task = UserTask(name, build, _no_batches)
+    task = task or resolve_task(name, args.data)
+    if not given:
+        return task
+    if not isinstance(task, UserTask):
+        raise ValueError(f"--{next(iter(given))} goes with a model of your own, {name} has its data")
+    return task.with_data(**given)
+
+
+def _builder(found: Any) -> Callable[[], nn.Module] | None:
+    """A function that gives the model, if the object is a model, or a function or class of one."""
+    if isinstance(found, nn.Module):
+        return lambda: copy.deepcopy(found)
+    if isinstance(found, Task) or hasattr(found, "calibration") or not callable(found):
+        return None
+    made = found()
+    return (lambda: copy.deepcopy(made)) if isinstance(made, nn.Module) else None
+
+
+def _as_function(found: Any) -> Callable[..., Iterable[Any]]:
+    return found if callable(found) else lambda: found
+
+
+def _no_batches() -> NoReturn:
+    raise ValueError("MODEL is a model without data: name batches with --calibration")
+
+
+def _evaluator(
+    task: Task, model: nn.Module, limit: int | None, progress: bool
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """model -> the task's metrics, also against the float model's outputs; None without validation."""
+    if not task.has_metric:
+        return None
+    reference: Any = task.outputs(model, limit, progress) if task.has_validation else model
+    return lambda candidate: task.evaluate(candidate, limit, reference, progress)
+
+
+# --- Commands: each returns the JSON values and the text ------------------------------------------
+
+
+def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    if args.html is not None and args.html.resolve() == args.output.resolve():
+        raise ValueError(f"--html and --output are the same file, {args.output}")
+    granularity = args.granularity or ("per_group" if args.group_size else "per_channel")
+    spec = QuantSpec(args.bits, granularity, args.group_size, args.symmetric, args.clip, args.k)
+    task = _task(args)
+    samples = args.samples or task.default_samples
+    options = {} if args.iterations is None else {"iterations": args.iterations}
+    config = SearchConfig(
+        method="uniform" if args.search == "none" else args.search,
+        samples=samples,
+        seed=args.seed,
+        loss=args.loss,
+        label_loss=task.label_loss,
+        **options,
+    )
+    clock = time.perf_counter()
+    model = task.model()
+    calibration = Calibration(
+        model,
+        task.calibration(samples, args.seed),
+        samples,
+        args.seed,
+        logits=task.output_logits,
+        progress=args.progress,
+    )
+    qmodel = cora.quantize(
+        model,
+        calibration,
+        spec,
+        args.activation_bits,
+        args.rank_budget,
+        args.adapter_bits,
+        config,
+        args.skip,
+        args.progress,
+        fit=args.fit,
+        first_last=args.first_last,
+        activation=args.activation,
+        activation_range=args.activation_range,
+        reestimate_bn=args.reestimate_bn,
+    )
+    seconds = time.perf_counter() - clock
+    cora.save(qmodel, args.output)
+    report = qmodel.report
+    notes = []
+    if report.search["interrupted"]:
+        notes.append("the search was interrupted: these are the best ranks so far, not compared")
+    elif not args.no_compare:
+        evaluate = _evaluator(task, model, args.limit, args.progress)
+        if evaluate is None:
+            notes.append("no validation data: compared on the calibration data")
+        cora.compare(model, calibration, qmodel, evaluate, args.progress)
+        cora.save(qmodel, args.output)  # the report in the file now holds the comparison
+    if args.html is not None:
+        report.to_html(args.html)
+    size = args.output.stat().st_size
+    text = [str(report)]
+    if report.comparison:
+        text += ["", text_table(*comparison_table(report.comparison))]
+    text += ["", *notes, f"{args.output}: {size:,} bytes, quantized in {seconds:.1f} s"]
+    text += [f"{args.html}: the report"] if args.html else []
+    values = {
+        "model": args.model,
+        "file": str(args.output),
+        "file_bytes": size,
+        "html": str(args.html) if args.html else None,
+        "seconds": seconds,
+        "notes": notes,
+        "report": report.to_dict(),
+    }
+    return values, "\n".join(text)
+
+
+def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    task = _task(args)
+    model = task.model()
+    qmodel = cora.load(args.file, model)
+    evaluate = _evaluator(task, model, args.limit, args.progress)
+    if evaluate is None:
+        raise ValueError(f"{args.model}: there are no validation data; name them with --validation")
+    totals = getattr(qmodel, "report", None)
+    packed_bits = totals.totals["bits_per_weight"] if totals else math.nan
+    rows = [
+        {
+            "row": label,
+            "bits_per_weight": bits,
+            "total_bits": float_state_bits(candidate),
+            **evaluate(candidate),
+        }
+        for label, candidate, bits in (("float", model, 32.0), ("packed", qmodel, packed_bits))
+    ]
+    if totals:
+        rows[1]["total_bits"] = totals.totals["total_bits"]
+    text = text_table(*comparison_table(rows))
+    if "samples" in rows[0]:
+        text += f"\n{rows[0]['samples']:.0f} validation samples"
+    return {"model": args.model, "file": str(args.file), "rows": rows}, text
+
+
+def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    header = read_header(args.file)
+    size = args.file.stat().st_size
+    report = cora.Report.from_dict(header["report"]) if header["report"] else None
+    text = [f"{args.file}: {size:,} bytes, format {header['format']}, checksum right"]
+    if args.model:
+        args.calibration = args.validation = None
+        cora.load(args.file, _task(args).model())
+        text.append(f"it fits {args.model}")
+    if report is None:
+        if args.html:
+            raise ValueError(f"{args.file}: it was saved without a report, so there is no page")
+        head = ["layer", "kind", "weight", "bits", "rank"]
+        cells = [
+            [name, la["kind"], str(la["weight_shape"]), str(la["bits"]), str(la["rank"])]
+            for name, la in header["layers"].items()
+        ]
+        text += ["", text_table(head, cells)]
+    else:
+        text += ["", str(report)]
+        if report.comparison:
+            text += ["", text_table(*comparison_table(report.comparison))]
+        if args.html:
+            report.to_html(args.html)
+            text += ["", f"{args.html}: the report"]
+    values = {
+        "file": str(args.file),
+        "file_bytes": size,
+        "format": header["format"],
+        "layers": header["layers"],
+        "fits": args.model,
+        "report": header["report"],
+    }
+    return values, "\n".join(text)
+
+
+def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    task = _task(args)
+    model = task.model()
+    qmodel = cora.load(args.file, model)
+    if args.shape:
+        example: Any = torch.randn(args.shape, generator=torch.Generator().manual_seed(0))
+    else:
+        example = next(iter(task.calibration(min(max(args.batch), task.default_samples), 0)))
+    rows = bench(model, qmodel, example, args.batch, args.threads, args.seconds, args.progress)
+    sizes = {
+        "float_bytes": float_state_bits(model) // 8,
+        "file_bytes": args.file.stat().st_size,
+        "float_memory_bytes": in_memory_bytes(model),
+        "packed_memory_bytes": in_memory_bytes(qmodel),
+    }
+    names = [key.removesuffix("_iqr_ms") for key in rows[0] if key.endswith("_iqr_ms")]
+    head = ["batch", "threads", *[f"{name.replace('_', ' ')}, ms" for name in names], "packed is"]
+    cells = [
+        [
+            str(row["batch"]),
+            str(row["threads"]),
+            *[f"{row[f'{name}_ms']:.2f} (iqr {row[f'{name}_iqr_ms']:.2f})" for name in names],
+            f"{row['speedup']:.2f}x",
+        ]
+        for row in rows
+    ]
+    text = (
+        f"{text_table(head, cells)}\n\nmedians; the last column is the faster float time over the "
+        f"packed one\nfile {kib(8 * sizes['file_bytes'])} KiB, float state "
+        f"{kib(8 * sizes['float_bytes'])} KiB; in memory {kib(8 * sizes['packed_memory_bytes'])} "
+        f"KiB against {kib(8 * sizes['float_memory_bytes'])} KiB"
+    )
+    values = {"model": args.model, "file": str(args.file), "rows": rows, **sizes}
+    return {**values, "machine": versions()}, text
+
+
+def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    isa = ops.isa()
+    library = Path(ops.__file__).with_name("libcora_cuda.so")
+    if not library.is_file():
+        cuda = "no library: cora was built without nvcc"
+    elif not torch.cuda.is_available():
+        cuda = "library built; this torch or machine has no CUDA device"
+    else:
+        cuda = f"library built; {torch.cuda.get_device_name()}"
+    tasks = [
+        {"name": task.name, "description": task.description, "missing": task.missing}
+        for task in available_tasks(args.data)
+    ]
+    known = versions()
+    head = ", ".join(f"{key} {value}" for key, value in known.items() if key != "isa")
+    kernels = ", ".join(f"{op} {level}" for op, level in isa.items() if op != "level")
+    text = [
+        head,
+        f"CPU level {isa['level']} ({torch.get_num_threads()} threads); kernels: {kernels}",
+        f"CUDA: {cuda}",
+        "",
+        "tasks:",
+    ]
+    for task in tasks:
+        text.append(f"  {task['name']:<18} {task['description']}")
+        if task["missing"]:
+            text.append(f"  {'':<18} not available: {' '.join(task['missing'].split())}")
+    values = {
+        "versions": known,
+        "isa": isa,
+        "threads": torch.get_num_threads(),
+        "cuda": {"library": library.is_file(), "device": torch.cuda.is_available(), "state": cuda},
+        "tasks": tasks,
+    }
+    return values, "\n".join(text)
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, which has no infinity and no NaN: those become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())
