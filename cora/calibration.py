@@ -71,13 +71,13 @@ class Batch:
     Args:
         batch: a tensor; a tuple (inputs, labels) or (inputs,), where inputs may be a tensor, tuple or
             dict; or a dict of named inputs, labels under "labels", "label", "targets" or "target".
-        required: inputs the model requires: a tuple of that many tensors and no more has no labels.
+        required: inputs the model requires: of a tuple of tensors the first so many are inputs.
     """
 
     def __init__(self, batch: Any, required: int = 1) -> None:
         self.labels: Any = None
         if isinstance(batch, list | tuple) and len(batch) > 0:
-            if required > 1 and len(batch) >= required:
+            if required > 1 and len(batch) >= required and isinstance(batch[0], Tensor):
                 inputs: Any = tuple(batch[:required])
                 self.labels = batch[required] if len(batch) > required else None
             else:
@@ -268,14 +268,6 @@ def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> T
     return torch.randint(count, (limit,), generator=generator)
 
 
-def _positions(layer: nn.Module, output: Tensor) -> int:
-    """Output positions a sample."""
-    dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
-    channel = -1 if isinstance(layer, nn.Linear) else output.dim() - dims - 1
-    samples = output.shape[0] if output.dim() > dims + 1 or dims == 0 else 1
-    return max(output.numel() // output.shape[channel] // max(samples, 1), 1)
-
-
 # --- The calibration set -------------------------------------------------------------------------
 
 
@@ -374,7 +366,10 @@ class Calibration:
         """Call see(name, input, output) whenever one of the named layers runs."""
         handles = [
             self.layers[name].register_forward_hook(
-                lambda _module, inputs, output, name=name: see(name, inputs[0], output)
+                lambda _module, args, kwargs, output, name=name: see(
+                    name, (*args, *kwargs.values())[0], output
+                ),
+                with_kwargs=True,
             )
             for name in names
         ]
@@ -411,21 +406,19 @@ class Calibration:
     def _collect_moments(self, names: list[str]) -> None:
         self._moments = {}
         sums: dict[str, Tensor] = {}
-        rows_seen = dict.fromkeys(names, 0)
-        positions = dict.fromkeys(names, 1)
-        generator = torch.Generator().manual_seed(self.seed)
-        limits = {}
+        limits, generators = {}, {}
         for name in names:
             columns = LayerShape.of(self.layers[name]).columns
             limits[name] = -(-max(16384, 4 * columns) // len(self.batches))
+            # A layer's own generator: its moment does not depend on which others share the pass.
+            generators[name] = torch.Generator().manual_seed(self.seed)
 
         def see(name: str, x: Tensor, output: Tensor) -> None:
             layer = self.layers[name]
-            rows = input_rows(layer, x, limits[name], generator)
-            product = rows.transpose(1, 2) @ rows
+            rows = input_rows(layer, x, limits[name], generators[name])
+            positions = output.numel() // LayerShape.of(layer).rows
+            product = (rows.transpose(1, 2) @ rows).mul_(positions / max(rows.shape[1], 1))
             sums[name] = sums[name].add_(product) if name in sums else product
-            rows_seen[name] += rows.shape[1]
-            positions[name] = _positions(layer, output)
 
         with torch.no_grad(), self._watch(names, see):
             for batch in self.bar(self.batches, "second moments"):
@@ -433,7 +426,7 @@ class Calibration:
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
-                moment = sums[name].mul_(positions[name] / max(rows_seen[name], 1))
+                moment = sums[name].div_(self.samples)
             else:  # the layer never ran on the calibration data
                 moment = torch.zeros(shape.groups, shape.columns, shape.columns)
             diagonal = moment.diagonal(dim1=-2, dim2=-1)

@@ -288,9 +288,9 @@ class QuantLinear(QuantLayer):
     float_type = nn.Linear
     _geometry = ("in_features", "out_features")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         return ops.linear_lowrank(
-            x, self.codes, self.scale, self.zero_point, self.bits, **self._operands()
+            input, self.codes, self.scale, self.zero_point, self.bits, **self._operands()
         )
 
     def to_float(self) -> nn.Linear:
@@ -332,10 +332,10 @@ class _QuantConv(QuantLayer):
         amounts = [amount for pair in reversed(sides) for amount in pair]
         return F.pad(x, amounts, mode=mode), (0,) * self.dims
 
-    def forward(self, x: Tensor) -> Tensor:
-        batched = x if x.dim() == self.dims + 2 else x.unsqueeze(0)
-        y = self._convolve(*self._padded(batched))
-        return y if batched is x else y.squeeze(0)
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
+        y = self._convolve(*self._padded(x))
+        return y if x is input else y.squeeze(0)
 
     def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         raise NotImplementedError
@@ -427,11 +427,11 @@ class QuantConv3d(_QuantConv):
 class _QuantConvTranspose(_QuantConv):
     """A packed transposed convolution; the weight is unpacked for each call."""
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        batched = x if x.dim() == self.dims + 2 else x.unsqueeze(0)
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        x = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
         output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
             self,  # type: ignore[arg-type]  # only its output_padding is read
-            x,
+            input,
             output_size,
             self.stride,
             self.padding,
@@ -441,7 +441,7 @@ class _QuantConvTranspose(_QuantConv):
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
         y = convolve(
-            self._quantized_input(batched),
+            self._quantized_input(x),
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
             self.stride,
@@ -450,7 +450,7 @@ class _QuantConvTranspose(_QuantConv):
             self.groups,
             self.dilation,
         )
-        return y if batched is x else y.squeeze(0)
+        return y if x is input else y.squeeze(0)
 
 
 class QuantConvTranspose1d(_QuantConvTranspose):
