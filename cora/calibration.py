@@ -31,6 +31,7 @@ __all__ = [
 ActivationRange = Literal["minmax", "percentile", "mse"]
 
 _LABEL_KEYS = ("labels", "label", "targets", "target")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
 _PERCENTILE = 0.9999
 
@@ -183,7 +184,9 @@ def divergence(
     p, q = logits(teacher), logits(student)
     if p is not None and q is not None:
         log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        # A class the float model masks (logit -inf) has no share in the sum.
+        gap = torch.where(log_p == float("-inf"), 0.0, log_p - log_q)
+        return (log_p.exp() * gap).sum(-1).mean()
     pairs = list(zip(_float_tensors(student), _float_tensors(teacher), strict=True))
     if not pairs:
         raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
@@ -306,6 +309,11 @@ class Calibration:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
             raise ValueError(f"model: expected at least one layer of {kinds}, found none")
         for name, layer in self.layers.items():
+            if layer.weight.dtype not in _FLOATS:
+                raise ValueError(
+                    f"{name}: weight must be float32, float16 or bfloat16, got "
+                    f"{str(layer.weight.dtype).removeprefix('torch.')}; try model.float()"
+                )
             if not torch.isfinite(layer.weight).all():
                 raise ValueError(f"{name}: weight must be finite, got NaN or inf")
         self.seed, self.logits, self.progress = seed, logits, progress
@@ -355,9 +363,23 @@ class Calibration:
         """The float model's output on every batch."""
         if self._teacher is None:
             with torch.no_grad():
-                bar = self.bar(self.batches, "float outputs")
-                self._teacher = [batch.run(self.model) for batch in bar]
+                outputs = [self._run(batch) for batch in self.bar(self.batches, "float outputs")]
+            for index, output in enumerate(outputs):
+                if any(tensor.isnan().any() for tensor in _float_tensors(output)):
+                    raise ValueError(f"model: output on calibration batch {index} is NaN")
+            self._teacher = outputs
         return self._teacher
+
+    def _run(self, batch: Batch) -> Any:
+        try:
+            return batch.run(self.model)
+        except (RuntimeError, TypeError, ValueError) as error:
+            tensors = ", ".join(
+                f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in batch.tensors()
+            )
+            raise ValueError(
+                f"calibration: the model does not run on a batch of {tensors}: {error}"
+            ) from error
 
     @contextmanager
     def _watch(
@@ -422,7 +444,7 @@ class Calibration:
 
         with torch.no_grad(), self._watch(names, see):
             for batch in self.bar(self.batches, "second moments"):
-                batch.run(self.model)
+                self._run(batch)
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
@@ -462,7 +484,7 @@ class Calibration:
                     if count >= 256:
                         break
                     part = batch[: 256 - count]
-                    loss = self._sampled_loss(part.run(self.model), generator)
+                    loss = self._sampled_loss(self._run(part), generator)
                     torch.autograd.grad(loss, weights, allow_unused=True)
                     count += len(part)
         finally:
@@ -513,7 +535,7 @@ class Calibration:
 
         with torch.no_grad(), self._watch(self.layers, see):
             for batch in self.bar(self.batches, "activation ranges"):
-                batch.run(self.model)
+                self._run(batch)
         result = {}
         for name, values in kept.items():
             sample = torch.cat(values) if values else torch.zeros(1)

@@ -111,6 +111,13 @@ def test_bad_batches(data: Any, error: type[Exception], message: str) -> None:
         Calibration(trained_net(), data)
 
 
+def test_data_that_do_not_fit_the_model() -> None:
+    for x, seen in ((torch.zeros(2, 4, 8, 8), r"float32 \[2, 4, 8, 8\]"), (torch.zeros(1, 3, 8, 8).double(), "float64"), (torch.zeros(1, 3, 8, 8).byte(), "uint8")):
+        for use in (Calibration.teacher, Calibration.sensitivity, lambda c: c.moment("head"), lambda c: c.activation_qparams(8)):
+            with pytest.raises(ValueError, match=f"calibration: the model does not run on a batch of {seen}"):
+                use(Calibration(trained_net(), x))
+
+
 def test_bad_models() -> None:
     with pytest.raises(ValueError, match="expected at least one layer of Linear, Conv1d"):
         Calibration(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), batches())
@@ -119,6 +126,12 @@ def test_bad_models() -> None:
         net.pointwise.weight[0] = float("inf")
     with pytest.raises(ValueError, match="pointwise: weight must be finite"):
         Calibration(net, batches())
+    with pytest.raises(ValueError, match="head: weight must be float32, float16 or bfloat16, got float64"):
+        Calibration(nn.ModuleDict({"head": nn.Linear(2, 2).double()}), batches())
+    net = trained_net()
+    nn.init.constant_(net.norm.running_var, -1)
+    with pytest.raises(ValueError, match="model: output on calibration batch 0 is NaN"):
+        Calibration(net, batches()).teacher()
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         Calibration(trained_net(), batches(), samples=0)
 
@@ -167,6 +180,10 @@ def test_divergence() -> None:
     assert float(divergence(q, p)) == pytest.approx(expected / 6, rel=1e-5)
     assert float(divergence(p, p)) == 0
     assert torch.isfinite(divergence(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]])))
+    masked_p, masked_q = (F.pad(x, (0, 1), value=float("-inf")) for x in (p, q.requires_grad_(True)))
+    masked = divergence(masked_q, masked_p)
+    assert float(masked.detach()) == pytest.approx(expected / 6, rel=1e-5)
+    assert torch.isfinite(torch.autograd.grad(masked, q)[0]).all()
     t, s = torch.randn(4, 1), torch.randn(4, 1)
     error = float((t - s).square().sum() / t.square().sum())
     assert float(divergence(s, t)) == pytest.approx(error, rel=1e-5)
