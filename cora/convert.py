@@ -152,7 +152,7 @@ def quantize(
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
-    qmodel = replace_layers(qmodel, layers)
+    qmodel = replace_layers(qmodel, layers).eval()
     if reestimate_bn:
         reestimate_batch_norm(qmodel, calibration.batches)
     settings = {

@@ -319,9 +319,14 @@ class _Evaluator:
 
     def _loss(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
         model = self.calibration.model
-        parameters = {f"{name}.weight": weight for name, weight in weights.items()}
-        with self.simulate(model):
-            output = functional_call(model, parameters, batch.args, batch.kwargs)
+        parameters = {
+            f"{name}.weight": weight.to(self.calibration.layers[name].weight.dtype)
+            for name, weight in weights.items()
+        }
+        with self.simulate(model):  # untied: a float module that shares a weight keeps its own
+            output = functional_call(
+                model, parameters, batch.args, batch.kwargs, tie_weights=False
+            )
         if self.config.loss == "labels":
             if batch.labels is None:
                 raise ValueError(

@@ -1,0 +1,359 @@
+"""cora.quantize on small models: what it makes, what it says, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Net, TwoInputs, assert_same_state, batches, state, trained_net
+from torch import Tensor, nn
+
+import cora
+from cora import Calibration, QuantSpec, SearchConfig
+from cora.calibration import divergence, quantizable_layers
+from cora.modules import QuantLayer
+
+NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
+UNIFORM = SearchConfig(method="uniform")
+
+
+def quantize(model: nn.Module, data: Any = None, spec: Any = QuantSpec(3), **options: Any) -> nn.Module:
+    """Quick defaults: closed-form ranks and no bars."""
+    options = {"search": UNIFORM, "progress": False, "rank_budget": 0.1, **options}
+    return cora.quantize(model, batches() if data is None else data, spec, **options)
+
+
+def packed_layers(model: nn.Module) -> dict[str, QuantLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantLayer)}
+
+
+def reasons(qmodel: nn.Module) -> dict[str, str]:
+    return {entry.name: entry.reason for entry in qmodel.report.float_entries}
+
+
+@torch.no_grad()
+def close(a: nn.Module, b: nn.Module, *x: Tensor, atol: float = 1e-3) -> None:
+    torch.testing.assert_close(a(*x), b(*x), atol=atol, rtol=1e-3)
+
+
+# --- The model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_bits": 8, "reestimate_bn": True}, {"search": SearchConfig(iterations=6)}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("training", [False, True])
+def test_the_users_model_is_untouched(training: bool, options: dict[str, Any]) -> None:
+    net, data = trained_net().train(training), batches(labels=True)
+    net.head.weight.requires_grad_(False)
+    net.stem.register_forward_hook(lambda *_: None)
+    before, inputs = state(net), copy.deepcopy(data)
+    qmodel = quantize(net, data, **options)
+    assert_same_state(before, state(net))
+    assert all(torch.equal(x, y) for a, b in zip(data, inputs, strict=True) for x, y in zip(a, b, strict=True))
+    assert not any(module.training for module in qmodel.modules())
+    assert not list(net.stem.named_buffers()) and list(packed_layers(qmodel)) == NAMES
+    shared = {id(t) for t in net.state_dict(keep_vars=True).values()}
+    assert not shared & {id(t) for t in qmodel.state_dict(keep_vars=True).values()}
+    qmodel.norm.weight.data.zero_()
+    assert_same_state(before, state(net))
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("adapter_bits", [4, 8, 16])
+def test_packed_is_the_dequantized_model(adapter_bits: int, activation_bits: int | None) -> None:
+    qmodel = quantize(trained_net(), adapter_bits=adapter_bits, activation_bits=activation_bits)
+    plain = cora.dequantize(qmodel)
+    assert not packed_layers(plain) and packed_layers(qmodel)
+    x = batches()[0]
+    if activation_bits:  # dequantize leaves activations float: put the same quantizers before its layers
+        for name, layer in packed_layers(qmodel).items():
+            def hook(_m: nn.Module, args: tuple[Tensor, ...], layer: QuantLayer = layer) -> Tensor:
+                codes = (args[0] / layer.x_scale).round() + layer.x_zero_point
+                return (codes.clamp(0, 2**8 - 1) - layer.x_zero_point) * layer.x_scale
+
+            plain.get_submodule(name).register_forward_pre_hook(hook)
+    close(qmodel, plain, x, atol=2e-2 if activation_bits else 1e-3)  # a code may fall either way
+
+
+def test_rank_budget_0_is_plain_quantization() -> None:
+    net = trained_net()
+    for search in (None, UNIFORM, SearchConfig()):
+        qmodel = quantize(net, rank_budget=0, search=search)
+        for name, layer in packed_layers(qmodel).items():
+            assert layer.rank == 0 and layer.adapter_a is None
+            kind = type(layer)
+            expected = kind.from_float(net.get_submodule(name), QuantSpec(3), rank=0)
+            assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.weight, expected.weight)
+        assert qmodel.report.totals["adapter_bits"] == 0
+
+
+@pytest.mark.parametrize("fit", ["weighted", "plain"])
+def test_a_large_budget_is_the_float_model(fit: str) -> None:
+    net, x = trained_net(), batches()[0]
+    qmodel = quantize(net, spec=QuantSpec(2), rank_budget=50, adapter_bits=32, search=SearchConfig(), fit=fit)
+    for layer in qmodel.report.layers:
+        assert layer.rank == layer.full_rank
+    close(qmodel, net, x, atol=5e-3)
+
+
+def test_more_budget_is_closer() -> None:
+    net, x = trained_net(), batches()[0]
+    with torch.no_grad():
+        errors = [
+            float((quantize(net, spec=QuantSpec(2), rank_budget=budget)(x) - net(x)).square().mean())
+            for budget in (0, 0.1, 0.3, 0.8)
+        ]
+    assert errors == sorted(errors, reverse=True)
+
+
+# --- Which layers, with what ---------------------------------------------------------------------
+
+
+def test_weight_patterns() -> None:
+    specs = {"body.*": QuantSpec(8), "*ea*": QuantSpec(2, "per_tensor"), "stem": QuantSpec(5)}
+    qmodel = quantize(trained_net(), spec=specs)
+    bits = {name: layer.bits for name, layer in packed_layers(qmodel).items()}
+    assert bits == {"stem": 5, "body.0": 8, "head": 2}
+    assert reasons(qmodel)["pointwise"] == "no pattern in weight matches"
+    first = quantize(trained_net(), spec={"*": QuantSpec(4), "head": QuantSpec(8)})
+    assert {layer.bits for layer in packed_layers(first).values()} == {4}
+
+
+@pytest.mark.parametrize(("skip", "left"), [
+    (["head"], NAMES[:-1]), (("body.*", "stem"), ["depthwise", "pointwise", "head"]),
+    ({"*wise"}, ["stem", "body.0", "head"]), ([], NAMES), (["norm"], NAMES),
+])  # fmt: skip
+def test_skip(skip: Any, left: list[str]) -> None:
+    qmodel = quantize(trained_net(), skip=skip)
+    assert list(packed_layers(qmodel)) == left
+    for name in set(NAMES) - set(left):
+        assert reasons(qmodel)[name] == "named in skip"
+        assert torch.equal(qmodel.get_submodule(name).weight, trained_net().get_submodule(name).weight)
+
+
+def test_skip_errors() -> None:
+    with pytest.raises(ValueError, match="skip: no layer is named 'haed'; did you mean head"):
+        quantize(trained_net(), skip=["haed"])
+    with pytest.raises(ValueError, match="at least one layer to quantize, all stay float"):
+        quantize(trained_net(), skip=["*"])
+
+
+@pytest.mark.parametrize(("policy", "first", "last"), [("same", 3, 3), ("8bit", 8, 8), ("float", None, None)])
+def test_first_last(policy: str, first: int | None, last: int | None) -> None:
+    qmodel = quantize(trained_net(), first_last=policy)
+    bits = [getattr(qmodel.get_submodule(name), "bits", None) for name in NAMES]
+    assert bits == [first, 3, 3, 3, last]
+    if policy == "float":
+        assert "first or last layer" in reasons(qmodel)["stem"]
+
+
+# --- Strange models ------------------------------------------------------------------------------
+
+
+def test_shared_modules_and_tied_weights() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.b = self.a
+            self.list = nn.ModuleList([self.a, nn.ReLU()])
+            self.c.weight = self.a.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(F.relu(self.list[0](F.relu(self.b(F.relu(self.a(x)))))))
+
+    model, x = Shared(), torch.randn(16, 6)
+    for search in (UNIFORM, SearchConfig(iterations=6)):
+        qmodel = quantize(model, x, rank_budget=0.4, search=search)
+        assert qmodel.a is qmodel.b and qmodel.a is qmodel.list[0]
+        assert [layer.name for layer in qmodel.report.layers] == ["a", "c"]
+        close(qmodel, cora.dequantize(qmodel), x)
+    full = quantize(model, x, rank_budget=9, adapter_bits=32)
+    close(full, model, x)
+
+
+def test_an_embedding_tied_to_a_layer_stays_float() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
+            self.middle = nn.Linear(6, 6)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.middle(self.embedding(tokens)))
+
+    model, tokens = Tied(), torch.randint(0, 9, (40, 3))
+    calibration = Calibration(model, tokens)
+    qmodel = quantize(model, calibration, QuantSpec(2), search=SearchConfig(iterations=0, holdout=20))
+    assert torch.equal(qmodel.embedding.weight, model.embedding.weight)
+    assert set(packed_layers(qmodel)) == {"head", "middle"}
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
+    held = tokens[order.sort().values]
+    loss = min(qmodel.report.search["candidates"].values())
+    with torch.no_grad():
+        found = float(divergence(qmodel(held), model(held)))
+    assert found == pytest.approx(loss, rel=1e-3)
+
+
+def test_modules_that_stay_float() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.lstm = nn.LSTM(8, 8, batch_first=True, bidirectional=True)
+            self.norm = nn.LayerNorm(16)
+            self.head = nn.Linear(16, 3)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            x = self.attention(x, x, x)[0]
+            return self.scale * self.head(self.norm(self.lstm(x)[0])).mean(1)
+
+    model, tokens = Mixed().eval(), torch.randint(0, 11, (12, 7))
+    qmodel = quantize(model, tokens, rank_budget=0.05, search=SearchConfig(iterations=6))
+    assert list(packed_layers(qmodel)) == ["head"]
+    why = reasons(qmodel)
+    assert "MultiheadAttention reads its weights itself" in why["attention"]
+    assert "recurrent weights stay float" in why["lstm"]
+    assert {"", "embedding", "norm"} <= set(why)
+    assert sum(entry.stored_bits for entry in qmodel.report.float_entries) == 32 * sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("head")
+    )
+    close(qmodel, cora.dequantize(qmodel), tokens)
+
+
+@pytest.mark.parametrize("search", [UNIFORM, SearchConfig(iterations=6)], ids=["uniform", "gate"])
+@pytest.mark.parametrize("budget", [0, 0.3, 9.0])
+def test_the_model_may_be_a_layer(budget: float, search: SearchConfig) -> None:
+    layer, x = nn.Linear(12, 9), torch.randn(32, 12)
+    qmodel = quantize(layer, x, rank_budget=budget, search=search)
+    assert isinstance(qmodel, cora.QuantLinear) and isinstance(layer, nn.Linear)
+    assert qmodel.report.layers[0].name == ""
+    close(qmodel, cora.dequantize(qmodel), x)
+
+
+@pytest.mark.parametrize("kind", ["Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"])
+def test_every_kind_in_a_model(kind: str) -> None:
+    dims = int(kind[-2])
+    cls = getattr(nn, kind)
+    model = nn.Sequential(cls(4, 8, 3, groups=2), nn.ReLU(inplace=True), cls(8, 4, 2))
+    x = torch.randn(8, 4, *(6,) * dims)
+    for search in (UNIFORM, SearchConfig(iterations=4)):
+        qmodel = quantize(model, x, search=search, activation_bits=8, activation="dynamic")
+        assert qmodel(x).shape == model(x).shape
+    full = quantize(model, x, rank_budget=9, adapter_bits=32)
+    close(full, model, x)
+
+
+def test_two_inputs_dicts_and_generators() -> None:
+    model = TwoInputs()
+    a, b = torch.randn(20, 4), torch.randn(20, 3)
+    for data in ([(a, b)], ({"second": b, "first": a} for _ in range(1)), [((a, b), torch.zeros(20).long())]):
+        qmodel = quantize(model, data, rank_budget=0.5, search=SearchConfig(iterations=4))
+        close(qmodel, cora.dequantize(qmodel), a, b)
+
+
+def test_a_layer_that_never_runs() -> None:
+    net = trained_net()
+    net.unused = nn.Linear(8, 8)
+    for search in (UNIFORM, SearchConfig(iterations=4)):
+        qmodel = quantize(net, search=search, activation_bits=8)
+        assert torch.isfinite(qmodel.unused(torch.randn(2, 8))).all()
+
+
+def test_constant_and_zero_layers() -> None:
+    net, x = trained_net(), batches()[0]
+    nn.init.zeros_(net.pointwise.weight)
+    nn.init.constant_(net.body[0].weight, 0.1)
+    for search in (UNIFORM, SearchConfig(iterations=6)):
+        qmodel = quantize(net, search=search)
+        assert torch.equal(qmodel.body[0].weight, net.body[0].weight)
+        assert torch.equal(qmodel.pointwise.weight, net.pointwise.weight)
+        assert torch.isfinite(qmodel(x)).all()
+        for layer in qmodel.report.layers:
+            assert 0 <= layer.residual_after <= layer.residual_before * 1.01 + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_another_precision(dtype: torch.dtype) -> None:
+    """Half-precision models are quantized like others; float64 ones are refused with the reason."""
+    net = trained_net().to(dtype)
+    data = [x.to(dtype) for x in batches()]
+    for search in (UNIFORM, SearchConfig(iterations=4)):
+        if dtype == torch.float64:
+            with pytest.raises((TypeError, ValueError), match="float64"):
+                quantize(net, data, search=search)
+        else:
+            qmodel = quantize(net, data, search=search)
+            y = qmodel(data[0])
+            assert y.dtype == dtype and torch.isfinite(y).all()
+            error = (y.float() - net(data[0]).float()).square().mean() / net(data[0]).float().square().mean()
+            assert error < 0.5
+
+
+# --- Calibration and batch norm ------------------------------------------------------------------
+
+
+def test_one_calibration_for_several_quantizations() -> None:
+    net = trained_net()
+    calibration = Calibration(net, batches())
+    for bits in (4, 2):
+        for search in (UNIFORM, SearchConfig(iterations=4)):
+            shared = quantize(net, calibration, QuantSpec(bits), search=search)
+            alone = quantize(net, batches(), QuantSpec(bits), search=search)
+            for key, value in alone.state_dict().items():
+                assert torch.equal(value, shared.state_dict()[key]), key
+
+
+def test_reestimate_bn() -> None:
+    net, data = trained_net(), batches()
+    kept = quantize(net, data)
+    assert torch.equal(kept.norm.running_mean, net.norm.running_mean)
+    assert torch.equal(kept.norm.num_batches_tracked, net.norm.num_batches_tracked)
+    changed = quantize(net, data, reestimate_bn=True)
+    mean = torch.stack([changed.stem(x).mean((0, 2, 3)) for x in data]).mean(0)
+    torch.testing.assert_close(changed.norm.running_mean, mean, atol=1e-5, rtol=1e-4)
+    assert not changed.norm.training
+
+
+def test_activation_options() -> None:
+    net, x = trained_net(), batches()[0]
+    dynamic = quantize(net, activation_bits=4, activation="dynamic")
+    assert all(layer.x_scale is None for layer in packed_layers(dynamic).values())
+    scales = {}
+    for method in ("minmax", "percentile", "mse"):
+        static = quantize(net, activation_bits=4, activation_range=method)
+        scales[method] = [float(layer.x_scale) for layer in packed_layers(static).values()]
+        assert torch.isfinite(static(x)).all()
+    assert all(a >= b for a, b in zip(scales["minmax"], scales["mse"], strict=True))
+    assert scales["minmax"] != scales["percentile"]
+
+
+# --- Dequantize ----------------------------------------------------------------------------------
+
+
+def test_dequantize_leaves_the_packed_model() -> None:
+    qmodel = quantize(trained_net())
+    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    plain = cora.dequantize(qmodel)
+    assert {type(m) for m in plain.modules()} == {type(m) for m in Net().modules()}
+    assert plain.state_dict().keys() == Net().state_dict().keys()
+    nn.init.zeros_(plain.norm.weight)
+    assert all(torch.equal(value, qmodel.state_dict()[key]) for key, value in before.items())
+    assert qmodel.report.layers and not hasattr(plain, "report")
+    assert list(quantizable_layers(plain)[0]) == NAMES
+    again = quantize(plain, spec=QuantSpec(8), rank_budget=0)
+    close(again, plain, batches()[0], atol=0.3)
+    with pytest.raises(ValueError, match="qmodel: expected a model with packed layers"):
+        cora.dequantize(Net())
+
+
+def test_quantized_models_copy() -> None:
+    qmodel, x = quantize(trained_net()), batches()[0]
+    twin = copy.deepcopy(qmodel)
+    assert torch.equal(twin(x), qmodel(x)) and twin.report.to_dict() == qmodel.report.to_dict()
