@@ -22,6 +22,7 @@ __all__ = [
     "Calibration",
     "activation_qparams",
     "divergence",
+    "divergences",
     "input_rows",
     "output_logits",
     "quantizable_layers",
@@ -170,29 +171,42 @@ def _float_tensors(output: Any) -> list[Tensor]:
     return []
 
 
-def divergence(
+def divergences(
     student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
 ) -> Tensor:
-    """How far an output is from the float model's: KL in nats a distribution, or relative squared error.
+    """How far each sample's output is from the float model's: KL, or relative squared error.
 
     Args:
         student: the quantized model's output.
         teacher: the float model's output on the same input.
-        logits: finds the logits [..., classes] in an output; None means a regression, whose error is
-            taken relative to the teacher's own energy.
+        logits: finds the logits [samples, ..., classes] in an output; None means a regression, whose
+            error is taken relative to the energy of the teacher's outputs.
+
+    Returns:
+        float32 [samples]: KL in nats, averaged over the distributions of a sample, or the error.
     """
     p, q = logits(teacher), logits(student)
     if p is not None and q is not None:
         log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
         # A class the float model masks (logit -inf) has no share in the sum.
         gap = torch.where(log_p == float("-inf"), 0.0, log_p - log_q)
-        return (log_p.exp() * gap).sum(-1).mean()
+        return (log_p.exp() * gap).sum(-1).reshape(len(p), -1).mean(1)
     pairs = list(zip(_float_tensors(student), _float_tensors(teacher), strict=True))
     if not pairs:
         raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
-    return torch.stack(
-        [(s - t).square().mean() / t.square().mean().clamp(min=1e-12) for s, t in pairs]
-    ).mean()
+    errors = [
+        (s - t).float().square().reshape(len(t), -1).mean(1)
+        / t.float().square().mean().clamp(min=1e-12)
+        for s, t in pairs
+    ]
+    return torch.stack(errors).mean(0)
+
+
+def divergence(
+    student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
+) -> Tensor:
+    """Mean of `divergences`, a scalar."""
+    return divergences(student, teacher, logits).mean()
 
 
 # --- A layer's input as rows of a matrix ---------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from .calibration import Batch, Calibration, divergence
+from .calibration import Batch, Calibration, divergences
 from .lowrank import LayerShape, fold, quantize_adapter, rank_bits, truncate
 
 __all__ = [
@@ -285,6 +285,7 @@ class SearchResult:
 
     ranks: dict[str, int]
     method: str
+    loss: float = math.nan
     history: list[dict[str, Any]] = field(default_factory=list)
     candidates: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
@@ -317,28 +318,24 @@ class _Evaluator:
         self._queue: list[tuple[int, list[int]]] = []
         self._truncated: dict[str, tuple[int, Tensor]] = {}
 
-    def _loss(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
+    def _losses(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
+        """Loss of each sample; a label_loss that gives one number stands for all of them."""
         model = self.calibration.model
-        parameters = {
-            f"{name}.weight": weight.to(self.calibration.layers[name].weight.dtype)
-            for name, weight in weights.items()
-        }
-        with self.simulate(model):  # untied: a float module that shares a weight keeps its own
-            output = functional_call(
-                model, parameters, batch.args, batch.kwargs, tie_weights=False
-            )
-        if self.config.loss == "labels":
-            if batch.labels is None:
-                raise ValueError(
-                    "SearchConfig: loss='labels' needs calibration batches with labels"
-                )
-            if self.config.label_loss is not None:
-                return self.config.label_loss(output, batch.labels)
-            logits = self.calibration.logits(output)
-            if logits is None:
-                raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
-            return F.cross_entropy(logits.flatten(0, -2), batch.labels.flatten().to(logits.device))
-        return divergence(output, teacher, self.calibration.logits)
+        parameters = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
+        with self.simulate(model):
+            output = functional_call(model, parameters, batch.args, batch.kwargs)
+        if self.config.loss == "kl":
+            return divergences(output, teacher, self.calibration.logits)
+        if batch.labels is None:
+            raise ValueError("SearchConfig: loss='labels' needs calibration batches with labels")
+        if self.config.label_loss is not None:
+            return self.config.label_loss(output, batch.labels).mean().expand(len(batch))
+        logits = self.calibration.logits(output)
+        if logits is None:
+            raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
+        labels = batch.labels.flatten().to(logits.device)
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
+        return losses.reshape(len(batch), -1).mean(1)
 
     def next_batch(self) -> tuple[Batch, Any]:
         """Samples of one calibration batch (inputs of different batches may differ in shape)."""
@@ -365,7 +362,7 @@ class _Evaluator:
 
     def step_loss(self, gains: Mapping[str, Tensor]) -> Tensor:
         weights = {name: fit.gated(gains[name]) for name, fit in self.fits.items()}
-        return self._loss(weights, *self.next_batch())
+        return self._losses(weights, *self.next_batch()).mean()
 
     def _weight(self, name: str, rank: int) -> Tensor:
         """The truncated weight; candidates differ in few layers, so each layer's last one is kept."""
@@ -375,15 +372,13 @@ class _Evaluator:
             self._truncated[name] = kept
         return kept[1]
 
-    def score(self, ranks: Mapping[str, int]) -> float:
-        """Loss of the network as it would be stored, on the held-out samples."""
+    def score(self, ranks: Mapping[str, int]) -> Tensor:
+        """Loss of each held-out sample under the network as it would be stored: float32 [n]."""
         weights = {name: self._weight(name, ranks[name]) for name in self.fits}
-        total, count = 0.0, 0
         with torch.no_grad():
-            for index, rows in self.held_out:
-                total += float(self._loss(weights, *self._part(index, rows))) * len(rows)
-                count += len(rows)
-        return total / count
+            return torch.cat(
+                [self._losses(weights, *self._part(index, rows)) for index, rows in self.held_out]
+            )
 
 
 def _take(output: Any, rows: Tensor, size: int) -> Any:
@@ -410,9 +405,11 @@ def search_ranks(
 ) -> SearchResult:
     """Find ranks within the budget; Ctrl-C ends the search early with the best ranks so far.
 
-    Every closed form is a candidate, the gate search starts from the best of them, and the ranks
-    returned are those with the least loss on held-out samples, measured on the truncated and rounded
-    adapters: the search can stop improving, but not make things worse.
+    Every closed form is a candidate, the gate search starts from the best of them, and what it and the
+    exchanges propose is measured on held-out samples with the adapters truncated and rounded. A
+    proposal replaces the best so far if it is better by more than the standard error of the difference
+    (the losses have heavy tails, and many proposals are tried): the search may fail to improve on the
+    closed forms, but does not make things worse.
 
     Args:
         fits: layer -> quantized weight and residual factors.
@@ -424,23 +421,35 @@ def search_ranks(
         return SearchResult(allocate(method, fits, budget, calibration), method)
     result = SearchResult({}, "gate")
     evaluator = _Evaluator(calibration, fits, config, simulate, adapter_bits)
-    best = math.inf
+    best: Tensor | None = None
     bar = tqdm(total=config.iterations, desc="rank search", disable=not progress, leave=False)
 
-    def consider(label: str, ranks: dict[str, int]) -> float:
+    def consider(label: str, ranks: dict[str, int]) -> bool:
         nonlocal best
-        loss = evaluator.score(ranks)
-        used = budget.used(ranks)
+        losses = evaluator.score(ranks)
+        loss, used = float(losses.mean()), budget.used(ranks)
+        accepted = best is None
+        if best is not None:
+            gain = best - losses
+            doubt = 0.0 if label in ALLOCATORS else float(gain.std(correction=0)) / len(gain) ** 0.5
+            accepted = float(gain.mean()) > doubt
+        if accepted:
+            best, result.ranks, result.loss = losses, dict(ranks), loss
         result.history.append(
-            {"step": bar.n, "kind": label, "loss": loss, "adapter_bits": int(used)}
+            {
+                "step": bar.n,
+                "kind": label,
+                "loss": loss,
+                "adapter_bits": int(used),
+                "accepted": accepted,
+            }
         )
         result.candidates[label] = min(loss, result.candidates.get(label, math.inf))
-        if loss < best:
-            best, result.ranks = loss, dict(ranks)
         bar.set_postfix_str(
-            f"loss {best:.4f}, budget {used / budget.bits:.1%}, {equivalent_bits(used):.2f} bits"
+            f"loss {result.loss:.4f}, budget {used / budget.bits:.1%}, "
+            f"{equivalent_bits(used):.2f} bits"
         )
-        return loss
+        return accepted
 
     try:
         for method in ALLOCATORS:
@@ -462,7 +471,7 @@ def _descend(
     budget: Budget,
     config: SearchConfig,
     steps: int,
-    consider: Callable[[str, dict[str, int]], float],
+    consider: Callable[[str, dict[str, int]], bool],
     result: SearchResult,
     bar: Any,
 ) -> None:
@@ -521,7 +530,7 @@ def _exchange(
     evaluator: _Evaluator,
     budget: Budget,
     steps: int,
-    consider: Callable[[str, dict[str, int]], float],
+    consider: Callable[[str, dict[str, int]], bool],
     result: SearchResult,
     bar: Any,
 ) -> None:
@@ -553,7 +562,6 @@ def _exchange(
         if gain < 1:
             continue
         ranks[receiver] += gain
-        before = min(h["loss"] for h in result.history if h["kind"] != "gradient")
-        fails = 0 if consider("exchange", budget.fill(ranks)) < before else fails + 1
+        fails = 0 if consider("exchange", budget.fill(ranks)) else fails + 1
         if fails >= len(names):
             part, fails = part / 2, 0
