@@ -33,6 +33,8 @@ __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 FORMAT_VERSION = 1
 
 _KEY = "cora"
+# What a layer does beside its weight's shape; a file is for layers that do the same.
+_GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
@@ -41,7 +43,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
 
     Args:
         qmodel: what `cora.quantize` or `cora.load` returned.
-        path: of the file, by custom "*.safetensors"; replaced if it exists.
+        path: of the file, by convention "*.safetensors"; replaced if it exists.
 
     Raises:
         ValueError: qmodel has no packed layers.
@@ -55,9 +57,9 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
             tensors.update({_join(name, key): value for key, value in stored.items()})
     if not layers:
         raise ValueError("qmodel: expected a model with packed layers, found none")
-    for key, _, tensor in _float_tensors(qmodel):
+    for key, tensor in _float_tensors(qmodel):
         tensors[key] = tensor.detach()
-    tensors = {key: value.cpu().contiguous() for key, value in sorted(tensors.items())}
+    tensors = _apart({key: value.cpu().contiguous() for key, value in sorted(tensors.items())})
     header = {
         "format": FORMAT_VERSION,
         "layers": layers,
@@ -88,13 +90,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     available = dict(model.named_modules())
     for name, config in header["layers"].items():
         float_layer = available.get(name)
-        kind = type(float_layer).__name__ if float_layer is not None else "nothing"
-        if kind != config["kind"] or list(float_layer.weight.shape) != config["weight_shape"]:
-            found = kind if float_layer is None else _describe(float_layer)
-            raise ValueError(
-                f"{path}: the file is of another architecture: layer {name!r} is "
-                f"{config['kind']} {config['weight_shape']} in the file, the model has {found}"
-            )
+        _check_layer(path, name, float_layer, config)
         prefix = _join(name, "")
         stored = {
             key.removeprefix(prefix): tensors.pop(key)
@@ -113,7 +109,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     _load_float(path, qmodel, tensors)
     if report is not None:
         qmodel.report = Report.from_dict(report)
-    return qmodel
+    return qmodel.cpu()
 
 
 def read_header(path: str | Path) -> dict[str, Any]:
@@ -131,13 +127,46 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _describe(layer: nn.Module) -> str:
-    weight = getattr(layer, "weight", None)
-    return type(layer).__name__ + (f" {list(weight.shape)}" if isinstance(weight, Tensor) else "")
+def _geometry(layer: nn.Module) -> dict[str, Any]:
+    values = {key: getattr(layer, key) for key in _GEOMETRY if hasattr(layer, key)}
+    values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+    return {**values, "bias": layer.bias is not None}
 
 
-def _float_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(key, owner, tensor) of every parameter and persistent buffer outside packed layers, once each."""
+def _check_layer(
+    path: str | Path, name: str, layer: nn.Module | None, config: dict[str, Any]
+) -> None:
+    kind, shape = config["kind"], config["weight_shape"]
+    if layer is None or type(layer).__name__ != kind or list(layer.weight.shape) != shape:
+        found = "nothing" if layer is None else type(layer).__name__
+        weight = getattr(layer, "weight", None)
+        found += f" {list(weight.shape)}" if isinstance(weight, Tensor) else ""
+        raise ValueError(
+            f"{path}: the file is of another architecture: layer {name!r} is {kind} {shape} in the "
+            f"file, the model has {found}"
+        )
+    geometry = _geometry(layer)
+    for key, value in config["geometry"].items():
+        if geometry[key] != value:
+            raise ValueError(
+                f"{path}: the file is of another architecture: layer {name!r} has {key} {value!r} "
+                f"in the file, {geometry[key]!r} in the model"
+            )
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with no two in the same memory, which safetensors refuses."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(key, tensor) of every parameter and persistent buffer outside packed layers, once each."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer):
@@ -146,7 +175,7 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            yield _join(name, key), module, tensor
+            yield _join(name, key), tensor
 
 
 # --- One layer -----------------------------------------------------------------------------------
@@ -170,6 +199,7 @@ def _pack_layer(layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = {
         "kind": layer.float_type.__name__,
         "weight_shape": list(layer.weight_shape),
+        "geometry": _geometry(layer),
         "bits": layer.bits,
         "scale_shape": list(layer.scale.shape),
         "zero_point_bits": width,
@@ -292,7 +322,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _load_float(path: str | Path, qmodel: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Fill parameters and buffers outside packed layers; every one must be there, and no other."""
-    places = {key: (owner, tensor) for key, owner, tensor in _float_tensors(qmodel)}
+    places = dict(_float_tensors(qmodel))
     for what, keys in (
         ("lacks", places.keys() - tensors.keys()),
         ("has a layer the model lacks:", tensors.keys() - places.keys()),
@@ -300,7 +330,7 @@ def _load_float(path: str | Path, qmodel: nn.Module, tensors: dict[str, Tensor])
         if keys:
             names = ", ".join(sorted(keys)[:3])
             raise ValueError(f"{path}: the file is of another architecture: it {what} {names}")
-    for key, (owner, tensor) in places.items():
+    for key, tensor in places.items():
         stored = tensors[key]
         if stored.shape != tensor.shape:
             raise ValueError(
@@ -308,11 +338,23 @@ def _load_float(path: str | Path, qmodel: nn.Module, tensors: dict[str, Tensor])
                 f"file, {list(tensor.shape)} in the model"
             )
         if tensor.is_meta or tensor.dtype != stored.dtype:
-            name = key.rsplit(".", 1)[-1]
-            if name in owner._parameters:
-                owner._parameters[name] = nn.Parameter(stored, requires_grad=False)
-            else:
-                owner._buffers[name] = stored
+            _replace(qmodel, tensor, stored)
         else:
             with torch.no_grad():
                 tensor.copy_(stored)
+    for key, tensor in (*qmodel.named_parameters(), *qmodel.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: {key} is on the meta device and the file does not hold it: "
+                "build the model on the CPU"
+            )
+
+
+def _replace(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put a tensor in the place of another, under every name that holds it."""
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad and new.is_floating_point())
+    for module in model.modules():
+        for name, tensor in {**module._parameters, **module._buffers}.items():
+            if tensor is old:
+                setattr(module, name, new)
