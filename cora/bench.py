@@ -36,7 +36,7 @@ def bench(
     Args:
         model: the float model.
         qmodel: the packed one.
-        example: a batch (see `cora.calibration.Batch`); its samples are repeated to each batch size.
+        example: a batch (see `cora.calibration.Batch`), its samples repeated to each batch size.
         batch_sizes: samples a call.
         threads: numbers of CPU threads.
         seconds: time spent on each combination, at least; and at least 8 rounds.

@@ -166,7 +166,9 @@ def _model_arguments(command: Any) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     for name in ("calibration", "validation"):
         command.add_argument(
-            f"--{name}", metavar="SPEC", help="file.py:object or module:object: batches, or a function"
+            f"--{name}",
+            metavar="SPEC",
+            help="file.py:object or module:object: batches, or a function",
         )
 
 
@@ -230,7 +232,9 @@ def _task(args: argparse.Namespace) -> Task:
     if not given:
         return task
     if not isinstance(task, UserTask):
-        raise ValueError(f"--{next(iter(given))} goes with a model of your own, {name} has its data")
+        raise ValueError(
+            f"--{next(iter(given))} goes with a model of your own, {name} has its data"
+        )
     return task.with_data(**given)
 
 
@@ -255,7 +259,7 @@ def _no_batches() -> NoReturn:
 def _evaluator(
     task: Task, model: nn.Module, limit: int | None, progress: bool
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """model -> the task's metrics, also against the float model's outputs; None without validation."""
+    """model -> metrics, also against the float model's outputs; None without validation data."""
     if not task.has_metric:
         return None
     reference: Any = task.outputs(model, limit, progress) if task.has_validation else model
@@ -417,7 +421,7 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "packed_memory_bytes": in_memory_bytes(qmodel),
     }
     names = [key.removesuffix("_iqr_ms") for key in rows[0] if key.endswith("_iqr_ms")]
-    head = ["batch", "threads", *[f"{name.replace('_', ' ')}, ms" for name in names], "packed is"]
+    head = ["batch", "threads", *[f"{name.replace('_', ' ')}, ms" for name in names], "speed-up"]
     cells = [
         [
             str(row["batch"]),

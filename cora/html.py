@@ -90,7 +90,10 @@ def image(picture: Any, caption: str) -> str:
 def _embed(kind: str, content: bytes, caption: str) -> str:
     text = html.escape(caption)
     data = base64.b64encode(content).decode()
-    return f'<figure><img src="data:{kind};base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    return (
+        f'<figure><img src="data:{kind};base64,{data}" alt="{text}">'
+        f"<figcaption>{text}</figcaption></figure>"
+    )
 
 
 def html_table(
@@ -158,7 +161,7 @@ def write_page(path: str | Path, title: str, lead: str, sections: Sequence[Secti
 
 
 def plot_ranks(report: Report) -> Any:
-    """Each layer's rank as a share of its full rank, and its residual energy without and with it."""
+    """Each layer's rank as a share of full rank, and its residual energy without and with it."""
     layers = report.layers
     drawn, (left, right) = figure(10.5, max(2.4, 0.9 + 0.21 * len(layers)), 2, sharey=True)
     rows = range(len(layers))
@@ -196,7 +199,7 @@ def plot_ranks(report: Report) -> Any:
 
 
 def plot_spectra(report: Report) -> Any:
-    """Singular values of each layer's residual, a dot where its adapter ends; None without spectra."""
+    """Singular values of each layer's residual, a dot where its adapter ends; None if unknown."""
     layers = [layer for layer in report.layers if len(layer.spectrum) > 1]
     if not layers:
         return None
@@ -225,7 +228,7 @@ def plot_spectra(report: Report) -> Any:
 
 
 def plot_search(report: Report) -> Any:
-    """The search's loss: gradient steps, candidates on held-out samples, the best so far; or None."""
+    """The search's loss: gradient steps, candidates on held-out samples, the best; or None."""
     history = report.search.get("history") or []
     if not history:
         return None
@@ -253,9 +256,7 @@ def plot_search(report: Report) -> Any:
             label=f"held-out: {kind}",
         )
     if candidates:
-        best = [
-            min(entry["loss"] for entry in candidates[: i + 1]) for i in range(len(candidates))
-        ]
+        best = [min(entry["loss"] for entry in candidates[: i + 1]) for i in range(len(candidates))]
         axes.step(
             [entry["step"] for entry in candidates],
             best,
@@ -278,7 +279,9 @@ def plot_candidates(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     drawn, axes = figure(9, 0.8 + 0.34 * len(rows))
     known = [row for row in rows if isinstance(row.get(metric), (int, float))]
     colours = [_GREY] * (len(known) - 1) + [_BLUE]
-    bars = axes.barh([str(row["row"]) for row in known], [row[metric] for row in known], color=colours)
+    bars = axes.barh(
+        [str(row["row"]) for row in known], [row[metric] for row in known], color=colours
+    )
     axes.bar_label(bars, fmt="%.4g", fontsize=8, padding=3)
     axes.margins(x=0.12)
     axes.invert_yaxis()
@@ -356,7 +359,9 @@ def report_sections(report: Report) -> list[Section]:
         if metrics:
             content += svg(plot_candidates(report.comparison, metrics[0]), metrics[0])
         sections.append(("Beside the alternatives", content))
-    sections.append(("Ranks", svg(plot_ranks(report), "Rank of each adapter and what it wins back")))
+    sections.append(
+        ("Ranks", svg(plot_ranks(report), "Rank of each adapter and what it wins back"))
+    )
     spectra = plot_spectra(report)
     if spectra is not None:
         caption = "Singular values of the residuals; a dot marks where an adapter ends"

@@ -10,11 +10,15 @@ __all__ = ["comparison_table", "format_metric", "kib", "metrics_of", "text_table
 _PERCENT = frozenset(
     {"agreement", "char_accuracy", "f1", "precision", "recall", "top1", "top5", "word_accuracy"}
 )
+_ORDER = (
+    *("word_accuracy", "char_accuracy", "top1", "top5", "f1", "precision", "recall"),
+    *("kl", "relative_error", "agreement"),
+)
 _NOT_METRICS = frozenset({"row", "bits_per_weight", "total_bits", "samples", "seconds"})
 
 
 def format_metric(name: str, value: Any) -> str:
-    """A metric's value as text: shares in percent, others with four digits, "-" where there is none."""
+    """A metric's value as text: shares in percent, others with four digits, "-" if there is none."""
     if not isinstance(value, (int, float)):
         return "-"
     return f"{100 * value:.2f} %" if name in _PERCENT else f"{value:.4g}"
@@ -26,11 +30,11 @@ def kib(bits: float) -> str:
 
 
 def metrics_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The metrics in comparison rows, in the order of their first appearance; the main one first."""
+    """The metrics in comparison rows: unknown ones first, accuracies, then nearness to float."""
     names: dict[str, None] = {}
     for row in rows:
         names.update(dict.fromkeys(key for key in row if key not in _NOT_METRICS))
-    return list(names)
+    return sorted(names, key=lambda name: _ORDER.index(name) if name in _ORDER else -1)
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
