@@ -155,7 +155,7 @@ def test_conv_bits(isa: str, bits: int, x_mode: str) -> None:
         check_conv(*conv_case(name, bits, **X_MODES[x_mode]), name)
 
 
-# 16 channels of 9 taps: groups of 72 and 9 hold whole channels, 12 and 16 cut through their taps.
+# 16 channels of 9 taps: 2 or 16 groups hold whole channels, 12, 9 and 144 cut through their taps.
 @pytest.mark.parametrize("groups", [2, 16, 12, 9, 144])
 @pytest.mark.parametrize("x_mode", X_MODES)
 def test_conv_scale_groups(isa: str, groups: int, x_mode: str) -> None:
