@@ -321,9 +321,12 @@ class _Evaluator:
     def _losses(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
         """Loss of each sample; a label_loss that gives one number stands for all of them."""
         model = self.calibration.model
-        parameters = {f"{name}.weight" if name else "weight": w for name, w in weights.items()}
-        with self.simulate(model):
-            output = functional_call(model, parameters, batch.args, batch.kwargs)
+        parameters = {
+            f"{name}.weight" if name else "weight": w.to(self.calibration.layers[name].weight.dtype)
+            for name, w in weights.items()
+        }
+        with self.simulate(model):  # untied: a float module that shares a weight keeps its own
+            output = functional_call(model, parameters, batch.args, batch.kwargs, tie_weights=False)
         if self.config.loss == "kl":
             return divergences(output, teacher, self.calibration.logits)
         if batch.labels is None:
