@@ -53,7 +53,8 @@ def bench(
     batch = Batch(example).to(device)
     candidates = {"float": (copy.deepcopy(model).eval(), False)}
     if any(tensor.dim() == 4 for tensor in batch.tensors()):
-        last = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
+        last = copy.deepcopy(model).eval()
+        last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         candidates["float_channels_last"] = (last, True)
     candidates["packed"] = (qmodel.eval(), False)
 
@@ -70,9 +71,9 @@ def bench(
             }
             times = _in_turns(calls, seconds, device)
             row: dict[str, Any] = {"batch": size, "threads": count}
-            for name, values in times.items():
-                quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-                low, middle, high = torch.quantile(values, quartiles).tolist()
+            quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+            for name, milliseconds in times.items():
+                low, middle, high = torch.quantile(milliseconds, quartiles).tolist()
                 row[f"{name}_ms"], row[f"{name}_iqr_ms"] = middle, high - low
             fastest = min(row[f"{name}_ms"] for name in calls if name != "packed")
             rows.append({**row, "speedup": fastest / row["packed_ms"]})
@@ -91,14 +92,13 @@ def in_memory_bytes(model: nn.Module) -> int:
 
 
 def _channels_last(batch: Batch) -> Batch:
-    part = copy.copy(batch)
-
     def convert(value: Any) -> Any:
         whole = isinstance(value, Tensor) and value.dim() == 4
         return value.contiguous(memory_format=torch.channels_last) if whole else value
 
-    part.args = tuple(convert(value) for value in batch.args)
-    part.kwargs = {key: convert(value) for key, value in batch.kwargs.items()}
+    part = copy.copy(batch)
+    part.args = tuple(map(convert, batch.args))
+    part.kwargs = {key: convert(argument) for key, argument in batch.kwargs.items()}
     return part
 
 

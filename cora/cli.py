@@ -120,18 +120,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"cora {cora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_argument("--no-progress", action="store_true", help="no bars on stderr")
     common.add_argument("--debug", action="store_true", help="show where an error came from")
-    data = argparse.ArgumentParser(add_help=False)
+    data = _Parser(add_help=False)
     data.add_argument(
         "--data", type=_folder, metavar="DIR", help="data folder of the built-in tasks (CORA_DATA)"
     )
 
-    def add(
-        name: str, run: Callable[..., Any], about: str, *parents: argparse.ArgumentParser
-    ) -> Any:
+    def add(name: str, run: Callable[..., Any], about: str, *parents: _Parser) -> Any:
         command = commands.add_parser(
             name, help=about, description=about, parents=[common, *parents], allow_abbrev=False
         )
@@ -272,7 +270,7 @@ def _evaluator(
 def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.html is not None and args.html.resolve() == args.output.resolve():
         raise ValueError(f"--html and --output are the same file, {args.output}")
-    granularity = args.granularity or ("per_group" if args.group_size else "per_channel")
+    granularity: Any = args.granularity or ("per_group" if args.group_size else "per_channel")
     spec = QuantSpec(args.bits, granularity, args.group_size, args.symmetric, args.clip, args.k)
     task = _task(args)
     samples = args.samples or task.default_samples
@@ -313,7 +311,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     )
     seconds = time.perf_counter() - clock
     cora.save(qmodel, args.output)
-    report = qmodel.report
+    report: Any = qmodel.report
     notes = []
     if report.search["interrupted"]:
         notes.append("the search was interrupted: these are the best ranks so far, not compared")
@@ -350,8 +348,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     evaluate = _evaluator(task, model, args.limit, args.progress)
     if evaluate is None:
         raise ValueError(f"{args.model}: there are no validation data; name them with --validation")
-    totals = getattr(qmodel, "report", None)
-    packed_bits = totals.totals["bits_per_weight"] if totals else math.nan
+    report: Any = getattr(qmodel, "report", None)
+    packed_bits = report.totals["bits_per_weight"] if report else math.nan
     rows = [
         {
             "row": label,
@@ -361,8 +359,8 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         }
         for label, candidate, bits in (("float", model, 32.0), ("packed", qmodel, packed_bits))
     ]
-    if totals:
-        rows[1]["total_bits"] = totals.totals["total_bits"]
+    if report:
+        rows[1]["total_bits"] = report.totals["total_bits"]
     text = text_table(*comparison_table(rows))
     if "samples" in rows[0]:
         text += f"\n{rows[0]['samples']:.0f} validation samples"

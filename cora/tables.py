@@ -18,7 +18,7 @@ _NOT_METRICS = frozenset({"row", "bits_per_weight", "total_bits", "samples", "se
 
 
 def format_metric(name: str, value: Any) -> str:
-    """A metric's value as text: shares in percent, others with four digits, "-" if there is none."""
+    """A metric as text: shares in percent, others with four digits, "-" if there is none."""
     if not isinstance(value, (int, float)):
         return "-"
     return f"{100 * value:.2f} %" if name in _PERCENT else f"{value:.4g}"

@@ -67,7 +67,12 @@ def quantize(
     """Quantize, save, and put the result beside the alternatives."""
     with stage(f"{task.name}: {bits} bits, rank search"):
         qmodel = cora.quantize(
-            model, calibration, cora.QuantSpec(bits=bits), search=search, progress=args.bars
+            model,
+            calibration,
+            cora.QuantSpec(bits=bits),
+            rank_budget=args.rank_budget,
+            search=search,
+            progress=args.bars,
         )
     with stage(f"{task.name}: {bits} bits, alternatives and evaluation"):
         rows = cora.compare(model, calibration, qmodel, evaluate, args.bars)
@@ -132,6 +137,7 @@ def main() -> None:
     add("--samples", type=int, default=256, help="calibration lines")
     add("--lines", type=int, default=1000, help="validation lines")
     add("--iterations", type=int, default=60, help="steps of each rank search")
+    add("--rank-budget", type=float, default=0.05, help="adapter bits over float parameter bits")
     add("--detector-bits", type=int, default=3, help="width of the detector; 0 leaves it float")
     add("--pages", type=int, default=4, help="calibration pages")
     add("--validation-pages", type=int, default=8)

@@ -1,0 +1,54 @@
+# Everything happens in .venv, made on first use and again when the build files change.
+# Variables: PYTHON (the interpreter to start from), CORA_DATA (data folder), ARGS (passed on).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+BUILD := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/*/*)
+
+# A data folder beside the project is taken when none is named.
+ifndef CORA_DATA
+ifneq ($(wildcard ../shared/data),)
+export CORA_DATA := $(abspath ../shared/data)
+endif
+endif
+
+.PHONY: demo test bench lint clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+# Each kernel against torch; whole models are timed by `cora bench`.
+bench: $(VENV)/.test
+	@set -e; for script in benchmarks/bench_*.py; do \
+	    echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache
+
+# The build's own requirements go into the environment: built without isolation, torch is there once.
+$(VENV)/.tools: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) 'setuptools>=77' wheel 'cmake>=3.22' ninja torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.tools $(BUILD)
+	$(PIP) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) --no-build-isolation -e '.[test,demo]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(PIP) ruff mypy types-tqdm
+	touch $@
