@@ -10,14 +10,13 @@ from torch import nn
 
 from .calibration import Calibration, divergence
 from .convert import quantize
-from .lowrank import LayerShape
-from .quantizer import SUPPORTED_BITS, QuantSpec, packed_bytes
+from .lowrank import LayerShape, unfold
+from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits
 from .report import Report, float_state_bits
-from .search import SearchConfig
 
 __all__ = ["compare", "same_bits_specs"]
 
-_GROUPS = (None, 512, 256, 128, 96, 64, 48, 32, 24, 16, 12, 8)
+_GROUPS = (512, 256, 128, 96, 64, 48, 32, 24, 16, 12, 8)
 
 
 def compare(
@@ -57,7 +56,8 @@ def compare(
         options["activation_range"] = settings["activation_range"] or "mse"
 
     def plain(other: QuantSpec | dict[str, QuantSpec]) -> nn.Module:
-        return quantize(model, calibration, other, rank_budget=0, progress=progress, **options)
+        own = options if isinstance(other, QuantSpec) else {**options, "first_last": "same"}
+        return quantize(model, calibration, other, rank_budget=0, progress=progress, **own)
 
     rows = [
         {
@@ -125,40 +125,58 @@ def same_bits_specs(
 
     For each number of bits, the finest groups that fit; a layer takes the largest divisor of its row
     that is no larger than the group.
+
+    Yields:
+        A label, and the quantizer of every layer in the report.
     """
-    names = [layer.name for layer in report.layers]
-    allowed = sum(
-        layer.stored_bits["weight"] + layer.stored_bits["adapter"] for layer in report.layers
-    )
-    shapes = {name: LayerShape.of(calibration.layers[name]) for name in names}
-    fixed = {layer.name: layer.bits for layer in report.layers if layer.bits != spec.bits}
+    rows = report.layers
+    allowed = sum(row.stored_bits["weight"] + row.stored_bits["adapter"] for row in rows)
+    shapes = {row.name: LayerShape.of(calibration.layers[row.name]) for row in rows}
     for bits in SUPPORTED_BITS:
         if bits < spec.bits:
             continue
-        found: tuple[str, dict[str, QuantSpec]] | None = None
-        for group in _GROUPS:
+        fitting: list[tuple[int, str, dict[str, QuantSpec]]] = []
+        for label, base, group in _ladder(spec):
             specs = {}
-            total = 0
-            for name, shape in shapes.items():
-                own = fixed.get(name, bits)
-                specs[name] = _grouped(spec, own, group, shape)
-                total += _bits(specs[name], shape)
-            if total > allowed:
+            for row in rows:  # a layer with bits of its own (first, last) keeps them
+                own = base.replace(bits=bits if row.bits == spec.bits else row.bits)
+                specs[row.name] = _grouped(own, group, shapes[row.name])
+            least = sum(_least_bits(specs[name], shape) for name, shape in shapes.items())
+            if least <= allowed:
+                fitting.append((least, f"{bits}-bit{label}", specs))
+        for _, label, specs in sorted(fitting, key=lambda entry: -entry[0]):
+            if sum(_bits(specs[name], calibration.layers[name]) for name in specs) <= allowed:
+                yield label, specs
                 break
-            label = f"{bits}-bit" + (f", groups of {group}" if group else "")
-            found = (label, specs)
-        if found is not None:
-            yield found
 
 
-def _grouped(spec: QuantSpec, bits: int, group: int | None, shape: LayerShape) -> QuantSpec:
+def _ladder(spec: QuantSpec) -> Iterator[tuple[str, QuantSpec, int | None]]:
+    """The quantizer as it is, then per channel and in groups: label, quantizer, group."""
+    yield "", spec, None
+    channel = spec.replace(granularity="per_channel", group_size=None)
+    if spec != channel:
+        yield ", per channel", channel, None
+    for group in _GROUPS:
+        yield f", groups of {group}", channel, group
+
+
+def _grouped(spec: QuantSpec, group: int | None, shape: LayerShape) -> QuantSpec:
     if group is None or group >= shape.columns:
-        return spec.replace(bits=bits)
+        return spec
     size = next(n for n in range(group, 0, -1) if shape.columns % n == 0)
-    return spec.replace(bits=bits, granularity="per_group", group_size=size)
+    return spec.replace(granularity="per_group", group_size=size)
 
 
-def _bits(spec: QuantSpec, shape: LayerShape) -> int:
+def _least_bits(spec: QuantSpec, shape: LayerShape) -> int:
+    """Stored bits of a weight if its scales fit float16 and its zero-points fit a code."""
     scales = 1 if spec.granularity == "per_tensor" else shape.rows * spec.groups_of(shape.columns)
-    zero = 0 if spec.symmetric else spec.bits
-    return 8 * packed_bytes(shape.rows, shape.columns, spec.bits) + scales * (16 + zero)
+    zero = 0 if spec.symmetric else 8 * packed_bytes(1, scales, spec.bits)
+    return 8 * packed_bytes(shape.rows, shape.columns, spec.bits) + 16 * scales + zero
+
+
+def _bits(spec: QuantSpec, layer: nn.Module) -> int:
+    """Stored bits of a layer's weight."""
+    shape = LayerShape.of(layer)
+    weight = layer.weight.detach().float()
+    matrix = unfold(weight, getattr(layer, "transposed", False), shape.groups)
+    return weight_bits(shape.rows, shape.columns, choose_qparams(matrix, spec))

@@ -1,0 +1,149 @@
+"""The rows that stand beside a result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import batches, trained_net
+from torch import Tensor, nn
+
+import cora
+from cora import Calibration, QuantSpec, SearchConfig
+from cora.calibration import divergence
+from cora.compare import same_bits_specs
+from cora.modules import QuantLayer
+from cora.quantizer import SUPPORTED_BITS, choose_qparams, weight_bits
+from cora.report import float_state_bits
+
+NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return trained_net()
+
+
+@pytest.fixture(scope="module")
+def calibration(net: nn.Module) -> Calibration:
+    return Calibration(net, batches())
+
+
+def quantize(net: nn.Module, calibration: Calibration, spec: Any, **options: Any) -> nn.Module:
+    options = {"rank_budget": 0.1, "search": SearchConfig(iterations=6), "progress": False, **options}
+    return cora.quantize(net, calibration, spec, **options)
+
+
+def stored(report: Any) -> int:
+    return sum(row.stored_bits["weight"] + row.stored_bits["adapter"] for row in report.layers)
+
+
+def bits_of(net: nn.Module, specs: dict[str, QuantSpec]) -> int:
+    """Stored bits of the layers' weights under these quantizers."""
+    total = 0
+    for name, spec in specs.items():
+        matrix = net.get_submodule(name).weight.detach().flatten(1)
+        total += weight_bits(*matrix.shape, choose_qparams(matrix, spec))
+    return total
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(3, clip="minmax"), QuantSpec(2, symmetric=True, clip="minmax"), QuantSpec(3, "per_tensor", clip="ksigma"),
+        QuantSpec(2, "per_group", 9, clip="minmax"), QuantSpec(8),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("budget", "magnitude"), [(0.0, 1.0), (0.1, 1.0), (0.3, 1e-4)])
+def test_same_bits_specs(spec: QuantSpec, budget: float, magnitude: float) -> None:
+    """Never above the allowed bits as really stored, and nothing finer of the same bits fits."""
+    net = trained_net()
+    if spec.group_size:
+        net.pointwise, net.head = nn.Conv2d(12, 18, 1), nn.Linear(18, 5)
+        net.body = nn.Sequential(nn.Conv2d(18, 18, 3, padding=1), nn.ReLU())
+    with torch.no_grad():
+        net.body[0].weight.mul_(magnitude)
+    skip = ["pointwise"] if spec.group_size else []
+    calibration = Calibration(net, batches(1))
+    qmodel = quantize(net, calibration, spec, rank_budget=budget, search=None, skip=skip)
+    allowed = stored(qmodel.report)
+    found = list(same_bits_specs(calibration, qmodel.report, spec))
+    assert (budget == 0 and spec.bits == 8) or found
+    seen = []
+    for label, specs in found:
+        assert list(specs) == [row.name for row in qmodel.report.layers]
+        (bits,) = {s.bits for s in specs.values()}
+        assert label.startswith(f"{bits}-bit") and bits in SUPPORTED_BITS and bits >= spec.bits
+        seen.append(bits)
+        taken = bits_of(net, specs)
+        assert taken == stored(quantize(net, calibration, specs, rank_budget=0).report) <= allowed
+        assert all((s.symmetric, s.clip) == (spec.symmetric, spec.clip) for s in specs.values())
+        for group in (512, 32, 12, 8):  # anything finer, by the same recipe, is too large
+            channel, finer = spec.replace(bits=bits, granularity="per_channel", group_size=None), {}
+            for row in qmodel.report.layers:
+                columns = row.weights // row.weight_shape[0]
+                size = max(n for n in range(1, group + 1) if columns % n == 0)
+                grouped = channel.replace(granularity="per_group", group_size=size)
+                finer[row.name] = channel if group >= columns else grouped
+            assert not taken < bits_of(net, finer) <= allowed, (label, group)
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize("policy", ["same", "8bit", "float"])
+def test_first_and_last_layers_are_alike_in_all_rows(net: nn.Module, calibration: Calibration, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    qmodel = quantize(net, calibration, QuantSpec(3), first_last=policy)
+    seen: list[dict[str, int]] = []
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        seen.append({n: m.bits for n, m in model.named_modules() if isinstance(m, QuantLayer)})
+        return {"score": 1.0}
+
+    cora.compare(net, calibration, qmodel, evaluate, progress=False)
+    assert seen[0] == {} and all(layers.keys() == seen[1].keys() for layers in seen[1:])
+    for layers in seen[1:]:
+        assert policy != "8bit" or layers["stem"] == layers["head"] == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"activation_bits": 8, "activation": "dynamic", "skip": ["head"]}, {"activation_bits": 6, "activation_range": "percentile", "adapter_bits": 4}], ids=str)  # fmt: skip
+def test_compare(net: nn.Module, calibration: Calibration, options: dict[str, Any]) -> None:
+    qmodel = quantize(net, calibration, QuantSpec(2), **options)
+    rows = cora.compare(net, calibration, qmodel, progress=False)
+    assert qmodel.report.comparison is rows
+    labels = [row["row"] for row in rows]
+    assert labels[:2] == ["float", "2-bit, no adapters"]
+    assert labels[2].startswith("same bits, no adapters (")
+    assert labels[3:] == ["2-bit + adapters, uniform ranks", "2-bit + adapters, searched ranks"]
+    assert rows[0]["total_bits"] == float_state_bits(net) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[1]["total_bits"] < rows[2]["total_bits"] <= rows[4]["total_bits"]
+    assert rows[4]["total_bits"] == qmodel.report.totals["total_bits"]
+    assert rows[3]["total_bits"] <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_parameter_bits"]
+    assert rows[4]["kl"] < rows[1]["kl"]
+    data, own = batches(), 0.0
+    with torch.no_grad():
+        own = sum(float(divergence(qmodel(x), net(x))) for x in data) / len(data)
+    assert rows[4]["kl"] == pytest.approx(own, rel=1e-4)
+    plain = quantize(net, calibration, QuantSpec(2), **{**options, "rank_budget": 0})
+    assert rows[1]["total_bits"] == plain.report.totals["total_bits"]
+
+
+def test_compare_with_a_metric(net: nn.Module, calibration: Calibration) -> None:
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        outputs: Tensor = model(batches()[0])
+        return {"first": float(outputs[0, 0]), "mean": float(outputs.mean())}
+
+    with torch.no_grad():
+        qmodel = quantize(net, calibration, QuantSpec(3), search=SearchConfig("energy"))
+        rows = cora.compare(net, calibration, qmodel, evaluate, progress=False)
+        assert rows[0]["mean"] == float(net(batches()[0]).mean())
+        assert rows[-1]["mean"] == float(qmodel(batches()[0]).mean())
+    assert rows[-1]["row"] == "3-bit + adapters, energy ranks"
+    plain = quantize(net, calibration, QuantSpec(3), rank_budget=0)
+    assert [row["row"] for row in cora.compare(net, calibration, plain, progress=False)][-1].startswith("same bits")
+
+
+def test_compare_needs_one_spec(net: nn.Module, calibration: Calibration) -> None:
+    qmodel = quantize(net, calibration, {"*": QuantSpec(3)})
+    with pytest.raises(ValueError, match="compare needs one QuantSpec for all layers"):
+        cora.compare(net, calibration, qmodel)
