@@ -410,7 +410,7 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.shape:
         example: Any = torch.randn(args.shape, generator=torch.Generator().manual_seed(0))
     else:
-        example = next(iter(task.calibration(min(max(args.batch), task.default_samples), 0)))
+        example = next(iter(task.calibration(min(32, task.default_samples), 0)))
     rows = bench(model, qmodel, example, args.batch, args.threads, args.seconds, args.progress)
     sizes = {
         "float_bytes": float_state_bits(model) // 8,
