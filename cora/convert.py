@@ -106,13 +106,14 @@ def quantize(
     Source: CoRa, arXiv 2408.00923; the weighted fit for k x k convolutions is this project's.
     """
     weight = QuantSpec() if weight is None else weight
+    skip = sorted({skip} if isinstance(skip, str) else set(skip))
     search = SearchConfig(method="uniform") if search is None else search
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
     if not isinstance(calibration, Calibration):
         calibration = Calibration(
             model, calibration, search.samples, search.seed, progress=progress
         )
-    specs, reasons = _specs(calibration, weight, tuple(skip), first_last)
+    specs, reasons = _specs(calibration, weight, skip, first_last)
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
     budget = Budget.of(shapes, rank_budget, parameter_bits(calibration.model), adapter_bits)
 
@@ -168,7 +169,7 @@ def quantize(
         "search": {
             key: value for key, value in dataclasses.asdict(search).items() if key != "label_loss"
         },
-        "skip": list(skip),
+        "skip": skip,
         "calibration_samples": calibration.samples,
         "versions": versions(),
     }
@@ -243,7 +244,7 @@ def _check_arguments(
 def _specs(
     calibration: Calibration,
     weight: QuantSpec | Mapping[str, QuantSpec],
-    skip: tuple[str, ...],
+    skip: list[str],
     first_last: FirstLast,
 ) -> tuple[dict[str, QuantSpec], dict[str, str]]:
     """Each quantized layer's quantizer, and why other layers stay float."""
@@ -363,7 +364,7 @@ def _report(
         shape = q.fit.shape
         original = unfold(float_layer.weight.detach().float(), q.fit.transposed, shape.groups)
         moment = calibration.moment(name)
-        signal = _output_energy(original, shape, moment)
+        signal = _output_energy(original, shape, moment) if original.any() else 1.0
         before = _output_energy(original - q.fit.dequantized, shape, moment)
         after = _output_energy(original - packed.matrix(), shape, moment)
         spectrum = q.fit.energies().sqrt()

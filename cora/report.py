@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lowrank import LayerShape
 from .modules import QuantLayer
 
 __all__ = ["FloatEntry", "LayerReport", "Report", "float_state_bits", "parameter_bits"]
@@ -222,8 +221,3 @@ def versions() -> dict[str, str]:
         "machine": platform.machine(),
         "isa": ops.isa()["level"],
     }
-
-
-def weight_count(layer: QuantLayer) -> int:
-    shape: LayerShape = layer.shape
-    return shape.rows * shape.columns
