@@ -1,4 +1,4 @@
-"""Build of the native libraries: setuptools asks, CMake and Ninja do. All metadata is in pyproject.toml.
+"""Build of the native libraries by CMake and Ninja. All metadata is in pyproject.toml.
 
 Environment: CORA_CUDA=AUTO|ON|OFF, CORA_CUDA_ARCHS="80;90a", MAX_JOBS (default: all cores).
 """
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def torch_dir() -> str:
-    """Folder of the torch to build against, found without importing it (an import takes seconds)."""
+    """Folder of the torch to build against, found without importing it (an import takes
+    seconds)."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("cora needs torch to build: install torch, or build without --no-build-isolation")

@@ -1,13 +1,13 @@
-"""The door to the native code: one typed function per op, its fake kernel and its gradient beside it.
+"""The door to the native code: one typed function per op, fake kernel and gradient beside it.
 
-A *weight* is a matrix [N, K]: one row per output channel, a convolution's [Cout, Cin/groups, kh, kw]
-flattened in that order. Its codes are unsigned, ``bits`` wide (2..8), packed row by row into whole
-bytes (docs/packed_layout.md). ``scale`` float32 and ``zero_point`` int32 are both [R, G]: R = 1 or N,
-G = 1 or K / group_size, and stand for ``scale * (code - zero_point)``. A zero-point may lie outside
-the range of the codes; its magnitude must stay below 2**24.
+A *weight* is a matrix [N, K]: one row per output channel, a convolution's [Cout, Cin/groups, kh,
+kw] flattened in that order. Its codes are unsigned, ``bits`` wide (2..8), packed row by row into
+whole bytes (docs/packed_layout.md). ``scale`` float32 and ``zero_point`` int32 are both [R, G]: R =
+1 or N, G = 1 or K / group_size, and stand for ``scale * (code - zero_point)``. A zero-point may lie
+outside the range of the codes; its magnitude must stay below 2**24.
 
-Every function raises ``RuntimeError`` ("cora::<op>: <argument> must ..., got ...") for a bad tensor,
-in eager mode and when traced.
+Every function raises ``RuntimeError`` ("cora::<op>: <argument> must ..., got ...") for a bad
+tensor, in eager mode and when traced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ if not _LIBRARY.exists():
         f"cora: {_LIBRARY} is missing: build it with `pip install .` (or `pip install -e .`), "
         "or leave the source folder if another cora is installed"
     )
-torch.ops.load_library(_LIBRARY)  # the file holds no Python: schemas and kernels register themselves
+# The file holds no Python: schemas and kernels register themselves.
+torch.ops.load_library(_LIBRARY)
 _ops = torch.ops.cora
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -103,7 +104,12 @@ def _check_qparams(op: str, scale: Tensor, zero_point: Tensor, rows: Any, cols: 
     _check_dtype(op, "scale", scale, torch.float32)
     _check_dtype(op, "zero_point", zero_point, torch.int32)
     shape = list(scale.shape)
-    fits = len(shape) == 2 and shape[1] >= 1 and (shape[0] == 1 or shape[0] == rows) and cols % shape[1] == 0
+    fits = (
+        len(shape) == 2
+        and shape[1] >= 1
+        and (shape[0] == 1 or shape[0] == rows)
+        and cols % shape[1] == 0
+    )
     first = "1" if rows == 1 else f"1 or {rows}"
     _check(fits, op, f"scale must have shape [{first}, G] with G a divisor of {cols}, got {shape}")
     _check_shape(op, "zero_point", zero_point, shape)
@@ -145,7 +151,13 @@ def fake_quantize(
 ) -> Tensor: ...
 @overload
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, residual: bool = ..., codes: bool = ...
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    *,
+    residual: bool = ...,
+    codes: bool = ...,
 ) -> Any: ...
 def fake_quantize(
     x: Tensor,
@@ -156,15 +168,19 @@ def fake_quantize(
     residual: bool = False,
     codes: bool = False,
 ) -> Any:
-    """Quantise and dequantise in one pass: ``q = clamp(rint(x / scale) + zero_point, 0, 2**bits - 1)``.
+    """Quantise and dequantise in one pass.
 
-    Rounds half to even after a true division. Gradients are straight-through: x receives the gradient
-    where its code was not clamped, scale receives ``(q - zero_point) - x / scale`` there and
-    ``q - zero_point`` elsewhere, summed over its elements; zero_point receives none. A NaN takes code 0.
+    ``q = clamp(rint(x / scale) + zero_point, 0, 2**bits - 1)``, ``out = scale * (q - zero_point)``.
+    Rounds half to even after a true division. Gradients are straight-through: x receives the
+    gradient where its code was not clamped, scale receives ``(q - zero_point) - x / scale`` there
+    and ``q - zero_point`` elsewhere, summed over its elements; zero_point receives none. A NaN
+    takes code 0.
 
     Args:
-        x: float32, float16 or bfloat16, any shape, seen as the matrix [x.shape[0], -1] (0-d and 1-d: [1, -1]).
-        scale: float32 [R, G], finite and > 0; R = 1 or the matrix' rows, G a divisor of its columns.
+        x: float32, float16 or bfloat16, any shape, seen as the matrix [x.shape[0], -1] (0-d and
+            1-d: [1, -1]).
+        scale: float32 [R, G], finite and > 0; R = 1 or the matrix' rows, G a divisor of its
+            columns.
         zero_point: int32 [R, G], within +-2**24.
         bits: 2..8.
         residual: also return ``x - out``.
@@ -284,7 +300,9 @@ def _(packed: Tensor, bits: int, k: int) -> Tensor:
     return packed.new_empty([*packed.shape[:-1], k])
 
 
-def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int) -> Tensor:
+def dequantize_packed(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int
+) -> Tensor:
     """``scale * (code - zero_point)`` of a packed weight.
 
     Args:
@@ -314,10 +332,10 @@ def lowrank_factors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Best rank-r approximation ``B @ A`` of each group's rows of a residual, optionally weighted.
 
-    Minimises ``||(residual_g - B_g A_g) moment^(1/2)||_F``; without moment, plain. Computed from the
-    Gram matrix of the smaller side in float64 and its eigenvectors; B and A share the singular values
-    evenly (unweighted: B = U sqrt(S), A = sqrt(S) V^T). Each component's sign is fixed by making the
-    entry of U largest in magnitude positive.
+    Minimises ``||(residual_g - B_g A_g) moment^(1/2)||_F``; without moment, plain. Computed from
+    the Gram matrix of the smaller side in float64 and its eigenvectors; B and A share the singular
+    values evenly (unweighted: B = U sqrt(S), A = sqrt(S) V^T). Each component's sign is fixed by
+    making the entry of U largest in magnitude positive.
 
     Args:
         residual: float32 [N, K].
@@ -327,8 +345,8 @@ def lowrank_factors(
             moment E[x x^T] of the layer's (unfolded) input.
 
     Returns:
-        a float32 [groups * rank, K], b float32 [N, rank], singular values of the (weighted) residual,
-        float32 [groups, min(N / groups, K)], descending.
+        a float32 [groups * rank, K], b float32 [N, rank], singular values of the (weighted)
+        residual, float32 [groups, min(N / groups, K)], descending.
 
     Source: CoRa, arXiv 2408.00923, sec. 3; the weighting: QERA, arXiv 2410.06040.
     """
@@ -336,7 +354,14 @@ def lowrank_factors(
 
 
 def _check_lowrank(
-    op: str, name: str, n: Any, k: Any, matrix: Tensor, rank: int, groups: int, moment: Tensor | None
+    op: str,
+    name: str,
+    n: Any,
+    k: Any,
+    matrix: Tensor,
+    rank: int,
+    groups: int,
+    moment: Tensor | None,
 ) -> None:
     _check_dtype(op, name, matrix, torch.float32)
     _check(groups >= 1 and n % groups == 0, op, f"groups must divide the {n} rows, got {groups}")
@@ -356,7 +381,11 @@ def _(
     residual: Tensor, rank: int, groups: int, moment: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     op = "lowrank_factors"
-    _check(residual.dim() == 2, op, f"residual must have 2 dimensions, got shape {list(residual.shape)}")
+    _check(
+        residual.dim() == 2,
+        op,
+        f"residual must have 2 dimensions, got shape {list(residual.shape)}",
+    )
     n, k = residual.shape
     _check_lowrank(op, "residual", n, k, residual, rank, groups, moment)
     return (
@@ -386,7 +415,8 @@ def residual_svd_init(
 
     Returns:
         packed uint8 [N, ceil(K * bits / 8)], a float32 [groups * rank, K], b float32 [N, rank],
-        singular values float32 [groups, min(N / groups, K)], residual float32 [N, K] (before the adapter).
+        singular values float32 [groups, min(N / groups, K)], residual float32 [N, K] (before the
+        adapter).
     """
     return _ops.residual_svd_init.default(  # type: ignore[no-any-return]
         weight, scale, zero_point, bits, rank, groups, moment
@@ -404,7 +434,11 @@ def _(
     moment: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "residual_svd_init"
-    _check(weight.dim() >= 2, op, f"weight must have 2 or more dimensions, got shape {list(weight.shape)}")
+    _check(
+        weight.dim() >= 2,
+        op,
+        f"weight must have 2 or more dimensions, got shape {list(weight.shape)}",
+    )
     n, k = _matrix_shape(weight)
     _check_lowrank(op, "weight", n, k, weight, rank, groups, moment)
     _check_bits(op, bits)
@@ -437,13 +471,14 @@ def linear_lowrank(
 ) -> Tensor:
     """``x What^T + ((x A^T) * adapter_scale) B^T + bias`` on a packed weight, the adapter fused.
 
-    With ``x_bits`` > 0 the input is quantised first and weight and adapter see the same codes: static
-    with x_scale and x_zero_point (codes ``clamp(rint(x / x_scale) + x_zero_point, 0, 2**x_bits - 1)``),
-    dynamic without (each row from its range min(x, 0)..max(x, 0)). Sums of codes are then exact
-    integers within a scale group, and with an int8 adapter (or none) the result is the same bit for bit
-    on every CPU level and thread count. The float steps are, in this order: each group's integer times its weight
-    scale, summed over groups in order; times x_scale; plus each rank's contribution in order, fused
-    multiply-add (an int8 adapter's hidden value is ``(integer * adapter_scale) * x_scale``); plus bias.
+    With ``x_bits`` > 0 the input is quantised first and weight and adapter see the same codes:
+    static with x_scale and x_zero_point (codes ``clamp(rint(x / x_scale) + x_zero_point, 0,
+    2**x_bits - 1)``), dynamic without (each row from its range min(x, 0)..max(x, 0)). Sums of codes
+    are then exact integers within a scale group, and with an int8 adapter (or none) the result is
+    the same bit for bit on every CPU level and thread count. The float steps are, in this order:
+    each group's integer times its weight scale, summed over groups in order; times x_scale; plus
+    each rank's contribution in order, fused multiply-add (an int8 adapter's hidden value is
+    ``(integer * adapter_scale) * x_scale``); plus bias.
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
@@ -492,7 +527,9 @@ def _check_layer(
         _check_shape(op, "b", b, [n, rank])
         _check_shape(op, "a", a, [groups * rank, k])
         if a.dtype == torch.int8:
-            _check(adapter_scale is not None, op, "adapter_scale must be given with an int8 adapter")
+            _check(
+                adapter_scale is not None, op, "adapter_scale must be given with an int8 adapter"
+            )
         else:
             _check(adapter_scale is None, op, "adapter_scale must be None with a float adapter")
         if adapter_scale is not None:
@@ -561,11 +598,12 @@ def conv2d_lowrank(
     x_zero_point: Tensor | None = None,
     x_bits: int = 0,
 ) -> Tensor:
-    """``conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias`` on a packed weight, one call.
+    """``conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias`` on a packed weight, one
+    call.
 
     Padded positions are the real value 0. A grouped layer has r components a group: rows
-    [g * r, (g+1) * r) of a, and b's rows of group g apply to those. Quantised input and the order of
-    the float steps are as in :func:`linear_lowrank`, dynamic ranges being taken per image.
+    [g * r, (g+1) * r) of a, and b's rows of group g apply to those. Quantised input and the order
+    of the float steps are as in :func:`linear_lowrank`, dynamic ranges being taken per image.
 
     Args:
         x: float32, float16 or bfloat16 [batch, channels, H, W], contiguous or channels_last.
@@ -659,8 +697,8 @@ def _(
 def _no_gradient(op: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
-            f"cora::{op}: packed layers have no gradient: train the float model, or its merged copy "
-            "from cora.dequantize()"
+            f"cora::{op}: packed layers have no gradient: train the float model, or its merged "
+            "copy from cora.dequantize()"
         )
 
     torch.library.register_autograd(f"cora::{op}", backward)

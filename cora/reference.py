@@ -1,7 +1,7 @@
 """Slow, obvious oracles of every op in :mod:`cora.ops`, in plain torch.
 
-Same names and arguments as the ops; imported by tests and benchmarks only. Sums are taken in float64,
-so an oracle is closer to the true value than any kernel; integers are exact.
+Same names and arguments as the ops; imported by tests and benchmarks only. Sums are taken in
+float64, so an oracle is closer to the true value than any kernel; integers are exact.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
     return codes.reshape(*packed.shape[:-1], k)
 
 
-def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int) -> Tensor:
+def dequantize_packed(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, k: int
+) -> Tensor:
     """scale * (q - zero_point), float32 [N, K]."""
     n = packed.shape[0]
     q = unpack_bits(packed, bits, k).int()
@@ -195,7 +197,8 @@ def conv2d_lowrank(
     x_zero_point: Tensor | None = None,
     x_bits: int = 0,
 ) -> Tensor:
-    """conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias, torch's convolution in float64."""
+    """conv(x, What) + conv1x1(conv(x, A) * adapter_scale, B) + bias, torch's convolution in
+    float64."""
     n, cin = weight.shape[0], x.shape[1] // groups
     k = cin * kernel_size[0] * kernel_size[1]
     xh = _quantize_input(x, x_scale, x_zero_point, x_bits) if x.shape[0] else x.double()
@@ -203,7 +206,15 @@ def conv2d_lowrank(
     what = dequantize_packed(weight, scale, zero_point, bits, k).double().reshape(n, *shape)
     y = F.conv2d(xh, what, None, stride, padding, dilation, groups)
     if a is not None and b is not None and a.shape[0]:
-        u = F.conv2d(xh, _adapter(a, adapter_scale).reshape(-1, *shape), None, stride, padding, dilation, groups)
+        u = F.conv2d(
+            xh,
+            _adapter(a, adapter_scale).reshape(-1, *shape),
+            None,
+            stride,
+            padding,
+            dilation,
+            groups,
+        )
         y = y + F.conv2d(u, b.double()[:, :, None, None], groups=groups)
     if bias is not None:
         y = y + bias.double()[:, None, None]

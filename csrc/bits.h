@@ -50,16 +50,20 @@ constexpr uint64_t octet_mask(int bits) { return ((1u << bits) - 1) * 0x01010101
 
 }  // namespace cora
 
+#define CORA_BITS_CASE(value, ...) \
+  {                                \
+    constexpr int kBits = (value); \
+    __VA_ARGS__();                 \
+    break;                         \
+  }
 /// Calls the body with `kBits` a constant: CORA_DISPATCH_BITS(bits, [&] { f<kBits>(...); }).
-#define CORA_DISPATCH_BITS(bits, ...)                       \
-  do {                                                      \
-    switch (bits) {                                         \
-      case 2: { constexpr int kBits = 2; __VA_ARGS__(); break; } \
-      case 3: { constexpr int kBits = 3; __VA_ARGS__(); break; } \
-      case 4: { constexpr int kBits = 4; __VA_ARGS__(); break; } \
-      case 5: { constexpr int kBits = 5; __VA_ARGS__(); break; } \
-      case 6: { constexpr int kBits = 6; __VA_ARGS__(); break; } \
-      case 7: { constexpr int kBits = 7; __VA_ARGS__(); break; } \
-      default: { constexpr int kBits = 8; __VA_ARGS__(); break; } \
-    }                                                       \
-  } while (0)
+#define CORA_DISPATCH_BITS(bits, ...)       \
+  switch (bits) {                           \
+    case 2: CORA_BITS_CASE(2, __VA_ARGS__)  \
+    case 3: CORA_BITS_CASE(3, __VA_ARGS__)  \
+    case 4: CORA_BITS_CASE(4, __VA_ARGS__)  \
+    case 5: CORA_BITS_CASE(5, __VA_ARGS__)  \
+    case 6: CORA_BITS_CASE(6, __VA_ARGS__)  \
+    case 7: CORA_BITS_CASE(7, __VA_ARGS__)  \
+    default: CORA_BITS_CASE(8, __VA_ARGS__) \
+  }

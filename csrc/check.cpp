@@ -41,8 +41,8 @@ void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType d
 }
 
 void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape) {
-  CORA_CHECK(op, sizes_of(t) == shape, name, " must have shape ", list_text(shape.data(), shape.size()),
-             ", got ", shape_text(t));
+  CORA_CHECK(op, sizes_of(t) == shape, name, " must have shape ", list_text(shape.data(), shape.size()), ", got ",
+             shape_text(t));
 }
 
 void check_bits(const char* op, int64_t bits) {
@@ -54,8 +54,7 @@ void check_same_device(const char* op, const char* name, const Tensor& t, const 
              " must be on the first argument's device");
 }
 
-QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zero_point, int64_t rows,
-                          int64_t cols) {
+QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zero_point, int64_t rows, int64_t cols) {
   check_dtype(op, "scale", scale, ScalarType::Float);
   check_dtype(op, "zero_point", zero_point, ScalarType::Int);
   const bool two_d = scale.dim() == 2;
@@ -64,9 +63,11 @@ QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zer
   const bool fits = two_d && (r == 1 || r == rows) && g >= 1 && cols % g == 0;
   if (!fits) {
     std::ostringstream first;
-    if (rows == 1) first << 1; else first << "1 or " << rows;
-    fail(op, "scale must have shape [", first.str(), ", G] with G a divisor of ", cols, ", got ",
-         shape_text(scale));
+    if (rows == 1)
+      first << 1;
+    else
+      first << "1 or " << rows;
+    fail(op, "scale must have shape [", first.str(), ", G] with G a divisor of ", cols, ", got ", shape_text(scale));
   }
   check_shape(op, "zero_point", zero_point, {r, g});
   check_same_device(op, "zero_point", zero_point, scale);
@@ -77,11 +78,9 @@ void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero
   const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
   for (int64_t i = 0; i < s.numel(); ++i) {
     const float value = data<float>(s)[i];
-    CORA_CHECK(op, std::isfinite(value) && value > 0, "scale must be finite and > 0, got ", value,
-               " at position ", i);
+    CORA_CHECK(op, std::isfinite(value) && value > 0, "scale must be finite and > 0, got ", value, " at position ", i);
     const int64_t zp = data<int32_t>(z)[i];
-    CORA_CHECK(op, std::llabs(zp) < (1 << 24), "zero_point must be within +-2^24, got ", zp,
-               " at position ", i);
+    CORA_CHECK(op, std::llabs(zp) < (1 << 24), "zero_point must be within +-2^24, got ", zp, " at position ", i);
   }
 }
 

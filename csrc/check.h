@@ -27,9 +27,9 @@ template <typename... Args>
   throw std::runtime_error(message.str());
 }
 
-#define CORA_CHECK(op, condition, ...)                   \
-  do {                                                   \
-    if (!(condition)) ::cora::fail((op), __VA_ARGS__);   \
+#define CORA_CHECK(op, condition, ...)                 \
+  do {                                                 \
+    if (!(condition)) ::cora::fail((op), __VA_ARGS__); \
   } while (0)
 
 std::string shape_text(const Tensor& t);
@@ -47,8 +47,7 @@ struct QParamShape {
   int64_t groups;      // G
   int64_t group_size;  // cols / G
 };
-QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zero_point, int64_t rows,
-                          int64_t cols);
+QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zero_point, int64_t rows, int64_t cols);
 
 /// Values, CPU only: scale finite and > 0, |zero_point| < 2^24.
 void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero_point);
@@ -57,9 +56,7 @@ void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero
 QParamShape check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& scale,
                          const Tensor& zero_point, int64_t bits, int64_t k);
 
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }

@@ -47,11 +47,13 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-def assert_product_close(actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, k: int) -> None:
+def assert_product_close(
+    actual: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor, k: int
+) -> None:
     """A sum of k products may differ by k * eps times the sum of the products' magnitudes.
 
-    The bound of a worst-case float32 summation, doubled for the adapter's second product, plus half a
-    unit of the output's own dtype.
+    The bound of a worst-case float32 summation, doubled for the adapter's second product, plus half
+    a unit of the output's own dtype.
     """
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype

@@ -47,13 +47,18 @@ needs_source = pytest.mark.skipif(not (ROOT / "csrc").exists(), reason="needs th
 
 @needs_binutils
 def test_library_is_portable() -> None:
-    """No path of the building machine inside, nothing of Python or C++ torch needed, nothing exported."""
+    """No path of the building machine inside, nothing of Python or C++ torch needed, nothing
+    exported."""
     dynamic = run("readelf", "-d", LIBRARY)
     assert "RPATH" not in dynamic and "RUNPATH" not in dynamic
     assert "libtorch_python" not in dynamic and "libpython" not in dynamic
     assert exported(LIBRARY) == set()
-    undefined = [line.split()[-1] for line in run("nm", "-D", "--undefined-only", LIBRARY).splitlines()]
-    foreign = [name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py"))]
+    undefined = [
+        line.split()[-1] for line in run("nm", "-D", "--undefined-only", LIBRARY).splitlines()
+    ]
+    foreign = [
+        name for name in undefined if name.startswith(("_ZN2at", "_ZN3c10", "_ZN5torch", "Py"))
+    ]
     assert foreign == []
 
 
@@ -67,8 +72,12 @@ def test_cuda_library_is_a_closed_door() -> None:
 
 @pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="built without nvcc")
 def test_cuda_library_opens_without_a_driver() -> None:
-    code = f"import ctypes; l = ctypes.CDLL({str(CUDA_LIBRARY)!r}); l.cora_cuda_get_api.restype = ctypes.c_void_p; "
-    code += "print(ctypes.c_int.from_address(l.cora_cuda_get_api()).value)"
+    code = f"""
+import ctypes
+library = ctypes.CDLL({str(CUDA_LIBRARY)!r})
+library.cora_cuda_get_api.restype = ctypes.c_void_p
+print(ctypes.c_int.from_address(library.cora_cuda_get_api()).value)
+"""
     assert int(run(sys.executable, "-c", code)) >= 1
 
 
@@ -97,18 +106,27 @@ def test_reference_is_not_imported_by_the_package() -> None:
 @needs_source
 @pytest.mark.slow
 def test_sdist_and_wheel_without_nvcc(tmp_path: Path) -> None:
-    """The source archive is complete, and builds where there is no nvcc; the wheel runs by itself."""
+    """The source archive is complete, and builds where there is no nvcc; the wheel runs by
+    itself."""
     copy = tmp_path / "source"
     keep = shutil.ignore_patterns("build", "dist", "*.so", "*.egg-info", "__pycache__", ".*")
     shutil.copytree(ROOT, copy, ignore=keep)
     subprocess.run(
-        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)], cwd=copy, check=True, capture_output=True
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)],
+        cwd=copy,
+        check=True,
+        capture_output=True,
     )
     archive = next(tmp_path.glob("cora-*.tar.gz"))
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
         tar.extractall(tmp_path, filter="data")
-    assert {"csrc/bits.h", "csrc/cuda/fake_quantize.cu", "CMakeLists.txt", "cora/tasks/__init__.py"} <= names
+    assert {
+        "csrc/bits.h",
+        "csrc/cuda/fake_quantize.cu",
+        "CMakeLists.txt",
+        "cora/tasks/__init__.py",
+    } <= names
     assert not any(name.endswith(".so") for name in names)
 
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
@@ -130,7 +148,11 @@ def test_sdist_and_wheel_without_nvcc(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_kernels_under_sanitizers(tmp_path: Path) -> None:
     """AddressSanitizer and UBSan over the op tests of every level, in a process of their own."""
-    runtime = [run("gcc", f"-print-file-name={name}").strip() for name in SANITIZERS] if shutil.which("gcc") else []
+    runtime = (
+        [run("gcc", f"-print-file-name={name}").strip() for name in SANITIZERS]
+        if shutil.which("gcc")
+        else []
+    )
     if not runtime or not all(Path(path).is_absolute() for path in runtime):
         pytest.skip("needs gcc with its sanitizer libraries")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -147,10 +169,22 @@ def test_kernels_under_sanitizers(tmp_path: Path) -> None:
         "CORA_SANITIZE": "ON",
     }
     build = tmp_path / "build"
-    run(cmake, "-G", "Ninja", "-S", ROOT, "-B", build, *(f"-D{key}={value}" for key, value in options.items()))
+    run(
+        cmake,
+        "-G",
+        "Ninja",
+        "-S",
+        ROOT,
+        "-B",
+        build,
+        *(f"-D{key}={value}" for key, value in options.items()),
+    )
     run(cmake, "--build", build)
     tests = [ROOT / "tests" / f"test_ops_{name}.py" for name in ("quantize", "layers", "lowrank")]
-    pick = ("-k", "packing or chunk or dequantize or ragged or test_conv[ or cut or deficient or svd_init")
+    pick = (
+        "-k",
+        "packing or chunk or dequantize or ragged or test_conv[ or cut or deficient or svd_init",
+    )
     out = run(
         *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *pick, *tests),
         PYTHONPATH=str(tmp_path),

@@ -1,4 +1,4 @@
-"""The ops as torch sees them: opcheck, torch.compile, torch.export, gradients where there are none."""
+"""The ops as torch sees them: opcheck, torch.compile, torch.export, and missing gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,21 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     item, grouped = layer(6, 12, rank=3), layer(8, 18, rank=2, conv_groups=2, adapter=torch.float16)
     o, g = item.options, grouped.options
     image = torch.randn(2, 4, 7, 7)
-    conv = (*grouped.args(), [3, 3], [1, 1], [1, 1], [1, 1], 2, g["a"], g["b"], None, g["bias"], None, None, 8)
+    conv = (
+        *grouped.args(),
+        [3, 3],
+        [1, 1],
+        [1, 1],
+        [1, 1],
+        2,
+        g["a"],
+        g["b"],
+        None,
+        g["bias"],
+        None,
+        None,
+        8,
+    )
     grad = (x.clone().requires_grad_(), scale.clone().requires_grad_())
     return {
         "fake_quantize": (OPS.fake_quantize, (x, scale, zero_point, 4, False, False)),
@@ -39,7 +53,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (x, *item.args(), o["a"], o["b"], o["adapter_scale"], o["bias"], None, None, 0),
         ),
         "conv2d_lowrank": (OPS.conv2d_lowrank, (image, *conv)),
-        "conv2d_lowrank-nhwc": (OPS.conv2d_lowrank, (image.to(memory_format=torch.channels_last), *conv)),
+        "conv2d_lowrank-nhwc": (
+            OPS.conv2d_lowrank,
+            (image.to(memory_format=torch.channels_last), *conv),
+        ),
     }
 
 
@@ -55,7 +72,9 @@ def test_compile(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")
     got, want = compiled(*args), op(*args)
-    for actual, expected in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True):
+    for actual, expected in zip(
+        torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(want), strict=True
+    ):
         assert torch.equal(actual, expected)
 
 
@@ -68,7 +87,10 @@ def test_compile_with_gradients() -> None:
 
     grads = []
     for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        x, s = torch.linspace(-2, 2, 72).reshape(6, 12).requires_grad_(), scale.clone().requires_grad_()
+        x, s = (
+            torch.linspace(-2, 2, 72).reshape(6, 12).requires_grad_(),
+            scale.clone().requires_grad_(),
+        )
         f(x, s).backward()
         grads.append((x.grad, s.grad))
     for eager, compiled in zip(*grads, strict=True):

@@ -1,4 +1,4 @@
-"""Each bad argument is an error that names op, argument, expectation and value, eager and traced."""
+"""Each bad argument: an error naming op, argument, expectation and value, eager and traced."""
 
 from __future__ import annotations
 
@@ -40,23 +40,41 @@ def codes(*shape: int) -> torch.Tensor:
 SHAPE_ERRORS = [
     (quantize(bits=1), "cora::fake_quantize: bits must be 2..8, got 1"),
     (quantize(bits=9), "bits must be 2..8, got 9"),
-    (quantize(x=torch.zeros(6, 12, dtype=F64)), "x must have dtype float32, float16 or bfloat16, got float64"),
+    (
+        quantize(x=torch.zeros(6, 12, dtype=F64)),
+        "x must have dtype float32, float16 or bfloat16, got float64",
+    ),
     (quantize(scale=torch.ones(1, 6)), r"zero_point must have shape \[1, 6\], got \[6, 1\]"),
-    (quantize(scale=torch.ones(5, 1)), r"scale must have shape \[1 or 6, G\] with G a divisor of 12, got \[5, 1\]"),
+    (
+        quantize(scale=torch.ones(5, 1)),
+        r"scale must have shape \[1 or 6, G\] with G a divisor of 12, got \[5, 1\]",
+    ),
     (quantize(scale=torch.ones(6, 5)), r"G a divisor of 12, got \[6, 5\]"),
     (quantize(scale=torch.ones(6)), r"G a divisor of 12, got \[6\]"),
     (quantize(scale=torch.ones(6, 1, dtype=F64)), "scale must have dtype float32, got float64"),
     (quantize(zero_point=torch.ones(6, 1)), "zero_point must have dtype int32, got float32"),
-    (lambda: ops.pack_bits(torch.zeros(3), 4), "cora::pack_bits: codes must have dtype uint8, got float32"),
+    (
+        lambda: ops.pack_bits(torch.zeros(3), 4),
+        "cora::pack_bits: codes must have dtype uint8, got float32",
+    ),
     (lambda: ops.pack_bits(torch.zeros((), dtype=U8), 4), "codes must have at least 1 dimension"),
-    (lambda: ops.unpack_bits(codes(2, 3), 4, 9), r"last dimension 5 for k = 9 and 4 bits, got shape \[2, 3\]"),
+    (
+        lambda: ops.unpack_bits(codes(2, 3), 4, 9),
+        r"last dimension 5 for k = 9 and 4 bits, got shape \[2, 3\]",
+    ),
     (lambda: ops.unpack_bits(codes(2, 3), 4, -1), "k must be >= 0, got -1"),
     (
         lambda: ops.dequantize_packed(codes(2, 3), *qparams(2, 1, 4), 4, 8),
         r"cora::dequantize_packed: packed must have shape \[2, 4\], got \[2, 3\]",
     ),
-    (lambda: ops.dequantize_packed(codes(6), *qparams(2, 1, 4), 4, 6), "packed must have 2 dimensions"),
-    (lambda: ops.lowrank_factors(torch.zeros(4, 6), 5), "cora::lowrank_factors: rank must be 0..4, got 5"),
+    (
+        lambda: ops.dequantize_packed(codes(6), *qparams(2, 1, 4), 4, 6),
+        "packed must have 2 dimensions",
+    ),
+    (
+        lambda: ops.lowrank_factors(torch.zeros(4, 6), 5),
+        "cora::lowrank_factors: rank must be 0..4, got 5",
+    ),
     (lambda: ops.lowrank_factors(torch.zeros(4, 6), -1), "rank must be 0..4, got -1"),
     (lambda: ops.lowrank_factors(torch.zeros(4, 6), 1, 3), "groups must divide the 4 rows, got 3"),
     (lambda: ops.lowrank_factors(torch.zeros(4), 1), "residual must have 2 dimensions"),
@@ -68,19 +86,31 @@ SHAPE_ERRORS = [
         lambda: ops.residual_svd_init(torch.zeros(4, 6), *qparams(3, 1, 4), 4, 1),
         r"cora::residual_svd_init: scale must have shape \[1 or 4, G\]",
     ),
-    (linear(x=torch.randn(2, 14)), r"cora::linear_lowrank: weight must have shape \[6, 7\], got \[6, 6\]"),
+    (
+        linear(x=torch.randn(2, 14)),
+        r"cora::linear_lowrank: weight must have shape \[6, 7\], got \[6, 6\]",
+    ),
     (linear(x=torch.tensor(1.0)), "x must have at least 1 dimension"),
-    (linear(x=torch.zeros(2, 12, dtype=F64)), "x must have dtype float32, float16 or bfloat16, got float64"),
+    (
+        linear(x=torch.zeros(2, 12, dtype=F64)),
+        "x must have dtype float32, float16 or bfloat16, got float64",
+    ),
     (linear(weight=torch.zeros(6, 6)), "weight must have dtype uint8, got float32"),
     (linear(a=None), "a and b must be given together"),
     (linear(a=None, b=None), "adapter_scale must be None without an adapter"),
-    (linear(a=torch.zeros(3, 12, dtype=I32)), "a must have dtype int8, float16, bfloat16 or float32, got int32"),
+    (
+        linear(a=torch.zeros(3, 12, dtype=I32)),
+        "a must have dtype int8, float16, bfloat16 or float32, got int32",
+    ),
     (linear(b=torch.zeros(6, 3)), "b must have dtype int8, got float32"),
     (linear(b=torch.zeros(6, 4, dtype=I8)), r"a must have shape \[4, 12\], got \[3, 12\]"),
     (linear(b=torch.zeros(5, 3, dtype=I8)), r"b must have shape \[6, 3\], got \[5, 3\]"),
     (linear(adapter_scale=None), "adapter_scale must be given with an int8 adapter"),
     (linear(adapter_scale=torch.ones(4)), r"adapter_scale must have shape \[3\], got \[4\]"),
-    (linear(a=torch.zeros(3, 12), b=torch.zeros(6, 3)), "adapter_scale must be None with a float adapter"),
+    (
+        linear(a=torch.zeros(3, 12), b=torch.zeros(6, 3)),
+        "adapter_scale must be None with a float adapter",
+    ),
     (linear(bias=torch.zeros(5)), r"bias must have shape \[6\], got \[5\]"),
     (linear(bias=torch.zeros(6, dtype=F64)), "bias must have dtype float32, got float64"),
     (linear(x_bits=1), "x_bits must be 0 or 2..8, got 1"),
@@ -105,10 +135,16 @@ SHAPE_ERRORS = [
 VALUE_ERRORS = [
     (quantize(scale=torch.zeros(6, 1)), "scale must be finite and > 0, got 0 at position 0"),
     (quantize(scale=torch.full((6, 1), float("nan"))), "scale must be finite and > 0, got"),
-    (quantize(zero_point=torch.full((6, 1), 1 << 24, dtype=I32)), r"zero_point must be within \+-2\^24, got 16777216"),
+    (
+        quantize(zero_point=torch.full((6, 1), 1 << 24, dtype=I32)),
+        r"zero_point must be within \+-2\^24, got 16777216",
+    ),
     (lambda: ops.pack_bits(torch.full((5,), 16, dtype=U8), 4), "codes must be <= 15 for 4 bits"),
     (lambda: ops.pack_bits(torch.full((50,), 255, dtype=U8), 7), "codes must be <= 127 for 7 bits"),
-    (lambda: ops.lowrank_factors(torch.full((4, 6), float("nan")), 1), "residual and moment must be finite"),
+    (
+        lambda: ops.lowrank_factors(torch.full((4, 6), float("nan")), 1),
+        "residual and moment must be finite",
+    ),
     (
         linear(x_bits=8, x_scale=torch.zeros(1), x_zero_point=torch.ones(1, dtype=I32)),
         "x_scale must be finite and > 0, got 0",

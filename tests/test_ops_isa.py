@@ -43,7 +43,10 @@ def test_environment_caps_the_level(level: str) -> None:
 def test_unknown_level_in_the_environment() -> None:
     result = run_with("sse9")
     assert result.returncode != 0
-    assert f"CORA_ISA must be one of {{{', '.join(SUPPORTED)}}} on this CPU, got 'sse9'" in result.stderr
+    assert (
+        f"CORA_ISA must be one of {{{', '.join(SUPPORTED)}}} on this CPU, got 'sse9'"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("name", ["", "sse9", "AVX2", *(set(LEVELS) - set(SUPPORTED))])

@@ -18,7 +18,12 @@ from torch import Tensor
 from cora import ops, reference
 
 ADAPTERS = (torch.int8, torch.float32, torch.float16, torch.bfloat16)
-X_MODES = {"float": {}, "dynamic8": {"x_bits": 8}, "static8": {"x_bits": 8, "static": True}, "dynamic4": {"x_bits": 4}}
+X_MODES = {
+    "float": {},
+    "dynamic8": {"x_bits": 8},
+    "static8": {"x_bits": 8, "static": True},
+    "dynamic4": {"x_bits": 4},
+}
 
 
 def linear(module, x: Tensor, layer: Layer) -> Tensor:
@@ -56,7 +61,10 @@ def test_linear_bits(isa: str, bits: int, x_mode: str) -> None:
 
 
 @pytest.mark.parametrize("x_mode", X_MODES)
-@pytest.mark.parametrize("m,n,k", [(1, 1, 1), (2, 31, 7), (5, 33, 64), (8, 97, 31), (9, 32, 128), (13, 7, 300), (0, 5, 9)])
+@pytest.mark.parametrize(
+    "m,n,k",
+    [(1, 1, 1), (2, 31, 7), (5, 33, 64), (8, 97, 31), (9, 32, 128), (13, 7, 300), (0, 5, 9)],
+)
 def test_linear_ragged_shapes(isa: str, m: int, n: int, k: int, x_mode: str) -> None:
     check_linear(torch.randn(m, k), layer(n, k, 4, rank=1, **X_MODES[x_mode]))
 
@@ -65,14 +73,19 @@ def test_linear_ragged_shapes(isa: str, m: int, n: int, k: int, x_mode: str) -> 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 def test_linear_adapters(isa: str, adapter: torch.dtype, rank: int) -> None:
     for (m, static), x_mode in itertools.product(((4, True), (14, False)), X_MODES.values()):
-        check_linear(torch.randn(m, 64), layer(45, 64, 3, rank=rank, adapter=adapter, bias=static, **x_mode))
+        check_linear(
+            torch.randn(m, 64), layer(45, 64, 3, rank=rank, adapter=adapter, bias=static, **x_mode)
+        )
 
 
 @pytest.mark.parametrize("x_mode", X_MODES)
 @pytest.mark.parametrize("rows,groups", [(1, 1), (1, 4), (20, 1), (20, 4), (20, 12), (20, 60)])
 def test_linear_granularity(isa: str, rows: int, groups: int, x_mode: str) -> None:
     for m in (2, 15):
-        check_linear(torch.randn(m, 60), layer(20, 60, 4, rows=rows, groups=groups, rank=2, **X_MODES[x_mode]))
+        check_linear(
+            torch.randn(m, 60),
+            layer(20, 60, 4, rows=rows, groups=groups, rank=2, **X_MODES[x_mode]),
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -84,7 +97,10 @@ def test_linear_dtypes_and_leading_dimensions(isa: str, dtype: torch.dtype, x_mo
 
 def test_linear_non_contiguous(isa: str) -> None:
     item = layer(18, 40, rank=3)
-    item.weight, item.options["a"] = item.weight.T.contiguous().T, item.options["a"].T.contiguous().T
+    item.weight, item.options["a"] = (
+        item.weight.T.contiguous().T,
+        item.options["a"].T.contiguous().T,
+    )
     check_linear(torch.randn(40, 6).T, item)
 
 
@@ -100,31 +116,49 @@ def test_linear_constant_and_zero_input(isa: str) -> None:
     check_linear(torch.full((3, 20), -2.5), item)
 
 
-# --- Convolution -----------------------------------------------------------------------------------
+# --- Convolution
+# -----------------------------------------------------------------------------------
 
 
 def conv(module, x: Tensor, item: Layer, name: str) -> Tensor:
     *_, groups, kernel, stride, padding, dilation = CONVOLUTIONS[name]
-    return module.conv2d_lowrank(x, *item.args(), kernel, stride, padding, dilation, groups, **item.options)
+    return module.conv2d_lowrank(
+        x, *item.args(), kernel, stride, padding, dilation, groups, **item.options
+    )
 
 
-def conv_case(name: str, bits: int = 4, *, rank: int = 2, scale_groups: int = 1, **kwargs) -> tuple[Tensor, Layer]:
+def conv_case(
+    name: str, bits: int = 4, *, rank: int = 2, scale_groups: int = 1, **kwargs
+) -> tuple[Tensor, Layer]:
     batch, cg, h, w, ng, groups, kernel, *_ = CONVOLUTIONS[name]
     k = cg * kernel[0] * kernel[1]
-    item = layer(ng * groups, k, bits, rank=min(rank, ng, k), conv_groups=groups, groups=scale_groups, **kwargs)
+    item = layer(
+        ng * groups,
+        k,
+        bits,
+        rank=min(rank, ng, k),
+        conv_groups=groups,
+        groups=scale_groups,
+        **kwargs,
+    )
     return torch.randn(batch, cg * groups, h, w), item
 
 
 def check_conv(x: Tensor, item: Layer, name: str) -> None:
     _, cg, _, _, ng, groups, kernel, stride, padding, dilation = CONVOLUTIONS[name]
     got, want = conv(ops, x, item, name), conv(reference, x, item, name)
-    unfolded = torch.nn.functional.unfold(x.float(), kernel, dilation, padding, stride)  # [B, C*taps, L]
+    unfolded = torch.nn.functional.unfold(
+        x.float(), kernel, dilation, padding, stride
+    )  # [B, C*taps, L]
     k = cg * kernel[0] * kernel[1]
     parts = []
     for g in range(groups):
         part = Layer(
             item.weight[g * ng : (g + 1) * ng],
-            *(p[g * ng : (g + 1) * ng] if p.shape[0] > 1 else p for p in (item.scale, item.zero_point)),
+            *(
+                p[g * ng : (g + 1) * ng] if p.shape[0] > 1 else p
+                for p in (item.scale, item.zero_point)
+            ),
             item.bits,
             dict(item.options),
         )
@@ -162,7 +196,9 @@ def test_conv_scale_groups(isa: str, groups: int, x_mode: str) -> None:
     check_conv(*conv_case("3x3", scale_groups=groups, **X_MODES[x_mode]), "3x3")
 
 
-@pytest.mark.parametrize("name,groups", [("grouped", 8), ("grouped", 6), ("depthwise", 3), ("depthwise", 9)])
+@pytest.mark.parametrize(
+    "name,groups", [("grouped", 8), ("grouped", 6), ("depthwise", 3), ("depthwise", 9)]
+)
 @pytest.mark.parametrize("x_mode", X_MODES)
 def test_grouped_conv_scale_groups(isa: str, name: str, groups: int, x_mode: str) -> None:
     check_conv(*conv_case(name, scale_groups=groups, **X_MODES[x_mode]), name)
@@ -172,7 +208,14 @@ def test_grouped_conv_scale_groups(isa: str, name: str, groups: int, x_mode: str
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 @pytest.mark.parametrize("x_mode", X_MODES)
 def test_conv_adapters(isa: str, adapter: torch.dtype, x_mode: str) -> None:
-    for name, rank in (("3x3", 0), ("3x3", 33), ("first-layer", 5), ("grouped", 3), ("depthwise", 1), ("depthwise", 0)):
+    for name, rank in (
+        ("3x3", 0),
+        ("3x3", 33),
+        ("first-layer", 5),
+        ("grouped", 3),
+        ("depthwise", 1),
+        ("depthwise", 0),
+    ):
         check_conv(*conv_case(name, adapter=adapter, rank=rank, **X_MODES[x_mode]), name)
 
 
@@ -205,17 +248,23 @@ def test_conv_strides(isa: str) -> None:
     assert empty.shape == (0, *want.shape[1:])
 
 
-# --- The same bits everywhere ------------------------------------------------------------------------
+# --- The same bits everywhere
+# ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", [torch.int8, torch.float32], ids=str)
 @pytest.mark.parametrize("x_mode", X_MODES)
-def test_levels_and_threads_agree(threads: Callable[[int], None], x_mode: str, adapter: torch.dtype) -> None:
+def test_levels_and_threads_agree(
+    threads: Callable[[int], None], x_mode: str, adapter: torch.dtype
+) -> None:
     integer = x_mode != "float" and adapter == torch.int8
     before = ops.isa()["level"]
     cases: list[Callable[[], Tensor]] = []
     for m, groups in ((2, 1), (2, 8), (50, 1), (50, 8)):
-        item, x = layer(97, 64, 5, groups=groups, rank=9, adapter=adapter, **X_MODES[x_mode]), torch.randn(m, 64)
+        item, x = (
+            layer(97, 64, 5, groups=groups, rank=9, adapter=adapter, **X_MODES[x_mode]),
+            torch.randn(m, 64),
+        )
         cases.append(lambda x=x, item=item: linear(ops, x, item))
     for name in CONVOLUTIONS:
         x, item = conv_case(name, 8, adapter=adapter, **X_MODES[x_mode])

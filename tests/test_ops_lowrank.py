@@ -9,7 +9,16 @@ from torch import Tensor
 from cora import ops, reference
 
 # n, k, groups: wide, tall, square, grouped both ways, depthwise, vectors
-SHAPES = [(8, 27, 1), (40, 9, 1), (24, 24, 1), (12, 30, 3), (30, 4, 3), (6, 9, 6), (1, 5, 1), (5, 1, 1)]
+SHAPES = [
+    (8, 27, 1),
+    (40, 9, 1),
+    (24, 24, 1),
+    (12, 30, 3),
+    (30, 4, 3),
+    (6, 9, 6),
+    (1, 5, 1),
+    (5, 1, 1),
+]
 
 
 def second_moment(groups: int, k: int) -> Tensor:
@@ -26,13 +35,17 @@ def product(a: Tensor, b: Tensor, groups: int) -> Tensor:
 @pytest.mark.parametrize("weighting", ["plain", "shared", "per-group"])
 def test_equals_svd(n: int, k: int, groups: int, weighting: str) -> None:
     residual = torch.randn(n, k)
-    moment = {"plain": None, "shared": second_moment(1, k), "per-group": second_moment(groups, k)}[weighting]
+    moment = {"plain": None, "shared": second_moment(1, k), "per-group": second_moment(groups, k)}[
+        weighting
+    ]
     full = min(n // groups, k)
     for rank in sorted({0, 1, full // 2, full}):
         a, b, values = ops.lowrank_factors(residual, rank, groups, moment)
         a_ref, b_ref, values_ref = reference.lowrank_factors(residual, rank, groups, moment)
         torch.testing.assert_close(values, values_ref, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(product(a, b, groups), product(a_ref, b_ref, groups), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            product(a, b, groups), product(a_ref, b_ref, groups), rtol=1e-3, atol=1e-4
+        )
         torch.testing.assert_close(a, a_ref, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(b, b_ref, rtol=1e-3, atol=1e-4)
 
@@ -63,7 +76,9 @@ def test_weighting_beats_plain_in_its_own_norm() -> None:
         rest = residual - b @ a
         return float((rest @ moment[0] @ rest.T).trace())
 
-    assert error(*ops.lowrank_factors(residual, 4, 1, moment)[:2]) < 0.9 * error(*ops.lowrank_factors(residual, 4)[:2])
+    assert error(*ops.lowrank_factors(residual, 4, 1, moment)[:2]) < 0.9 * error(
+        *ops.lowrank_factors(residual, 4)[:2]
+    )
 
 
 def test_balanced_and_signed() -> None:
@@ -86,7 +101,8 @@ def test_zero_and_deficient_residuals(n: int, k: int, weighted: bool) -> None:
 
 
 def test_indefinite_moment_falls_back() -> None:
-    """Rounding can leave a second moment slightly indefinite: no Cholesky factor, still an answer."""
+    """Rounding can leave a second moment slightly indefinite: no Cholesky factor, still an
+    answer."""
     x = torch.randn(3, 5)
     moment = (x.T @ x - 1e-6 * torch.eye(5))[None]
     a, b, _ = ops.lowrank_factors(torch.randn(9, 5), 2, 1, moment)
@@ -106,7 +122,10 @@ def test_same_for_any_thread_count(threads) -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_residual_svd_init(isa: str, bits: int, groups: int) -> None:
     weight = torch.randn(8, 3, 3, 3) * 0.1
-    scale, zero_point = torch.full((8, 3), 0.5 / 2**bits), torch.full((8, 3), 2 ** (bits - 1), dtype=torch.int32)
+    scale, zero_point = (
+        torch.full((8, 3), 0.5 / 2**bits),
+        torch.full((8, 3), 2 ** (bits - 1), dtype=torch.int32),
+    )
     moment = second_moment(groups, 27)
     got = ops.residual_svd_init(weight, scale, zero_point, bits, 2, groups, moment)
     want = reference.residual_svd_init(weight, scale, zero_point, bits, 2, groups, moment)

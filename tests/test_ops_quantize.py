@@ -8,7 +8,12 @@ from shapes import ALL_BITS, RAGGED, qparams
 
 from cora import ops, reference
 
-GRANULARITIES = {"per-tensor": (1, 1), "per-channel": (6, 1), "per-group": (6, 4), "shared-groups": (1, 4)}
+GRANULARITIES = {
+    "per-tensor": (1, 1),
+    "per-channel": (6, 1),
+    "per-group": (6, 4),
+    "shared-groups": (1, 4),
+}
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,7 +31,9 @@ def test_forward_equals_oracle(isa: str, bits: int, granularity: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(), (1,), (97,), (3, 0), (0, 5), (33, 31), (2, 3, 5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (97,), (3, 0), (0, 5), (33, 31), (2, 3, 5, 7)], ids=str
+)
 def test_shapes_and_dtypes(isa: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     scale, zero_point = qparams(1, 1, 4)
     x = torch.randn(shape).to(dtype)
@@ -39,20 +46,26 @@ def test_shapes_and_dtypes(isa: str, shape: tuple[int, ...], dtype: torch.dtype)
 
 def test_half_to_even_and_clamping(isa: str) -> None:
     x = torch.tensor([[-9.0, -0.5, 0.5, 1.5, 2.5, 99.0, float("inf"), float("-inf"), float("nan")]])
-    _, codes = ops.fake_quantize(x, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int32), 3, codes=True)
+    _, codes = ops.fake_quantize(
+        x, torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int32), 3, codes=True
+    )
     assert codes.tolist() == [[0, 1, 1, 3, 3, 7, 7, 0, 0]]
 
 
 def test_non_contiguous_input(isa: str) -> None:
     scale, zero_point = qparams(7, 1, 4)
     x = torch.randn(12, 7).T
-    assert torch.equal(ops.fake_quantize(x, scale, zero_point, 4), reference.fake_quantize(x, scale, zero_point, 4))
+    assert torch.equal(
+        ops.fake_quantize(x, scale, zero_point, 4), reference.fake_quantize(x, scale, zero_point, 4)
+    )
 
 
 def test_larger_than_a_chunk(isa: str) -> None:
     scale, zero_point = qparams(1, 1, 4)
     x = torch.randn(3, 20011)
-    assert torch.equal(ops.fake_quantize(x, scale, zero_point, 4), reference.fake_quantize(x, scale, zero_point, 4))
+    assert torch.equal(
+        ops.fake_quantize(x, scale, zero_point, 4), reference.fake_quantize(x, scale, zero_point, 4)
+    )
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

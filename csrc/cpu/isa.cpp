@@ -13,9 +13,8 @@ constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512"};
 Isa detect() {
 #if CORA_X86
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi") &&
-                    __builtin_cpu_supports("bmi2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni");
@@ -32,8 +31,8 @@ Isa parse(const std::string& name, const char* source) {
     if (name == kNames[i]) return static_cast<Isa>(i);
     valid += (i ? ", " : "") + std::string(kNames[i]);
   }
-  throw std::runtime_error("cora: " + std::string(source) + " must be one of {" + valid +
-                           "} on this CPU, got '" + name + "'");
+  throw std::runtime_error("cora: " + std::string(source) + " must be one of {" + valid + "} on this CPU, got '" +
+                           name + "'");
 }
 
 std::atomic<int> g_active{-1};

@@ -41,17 +41,17 @@ struct KernelTable {
 #if defined(__clang__)
 #define CORA_BEGIN_AVX2 \
   CORA_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function))
-#define CORA_BEGIN_AVX512                                                                         \
-  CORA_PRAGMA(clang attribute push(                                                               \
+#define CORA_BEGIN_AVX512                                                                              \
+  CORA_PRAGMA(clang attribute push(                                                                    \
       __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
       apply_to = function))
 #define CORA_END_TARGET CORA_PRAGMA(clang attribute pop)
 #else
 #define CORA_BEGIN_AVX2 CORA_PRAGMA(GCC push_options) CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2"))
 // g++ 12's own avx512fintrin.h trips -Wmaybe-uninitialized.
-#define CORA_BEGIN_AVX512                                        \
-  CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized")    \
-  CORA_PRAGMA(GCC push_options)                                  \
+#define CORA_BEGIN_AVX512                                     \
+  CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
+  CORA_PRAGMA(GCC push_options)                               \
   CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))
 #define CORA_END_TARGET CORA_PRAGMA(GCC pop_options)
 #endif

@@ -17,13 +17,11 @@ struct RunParams {
 };
 
 /// out = scale * (q - zero_point); residual = x - out and codes = q where not null. A NaN gives code 0.
-using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, float* out, float* residual,
-                            uint8_t* codes);
+using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes);
 
 /// grad_x = grad where the code was not clamped, else 0. Returns the run's scale gradient,
 /// sum grad * (rint(x/s) - x/s  if not clamped  else  q - zero_point), partial sums in float64.
-using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunParams p, int64_t count,
-                                      float* grad_x);
+using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x);
 
 /// xs[i] = q - 128 as int8 (the signed operand of the integer kernels), codes of 8 bits or fewer.
 using QuantizeS8Fn = void(const float* x, RunParams p, int64_t count, int8_t* xs);
@@ -49,19 +47,18 @@ constexpr int kQuad = 4;  // elements of K one lane of the integer dot product t
 /// Codes [lanes][ld] -> integer panel[t][c / 4][32][4]: element (t, c) of a lane is its code c * taps + t.
 /// run is rounded up to a multiple of 4 with zeros; lanes beyond `lanes` are zero. Up to 4 bytes past a
 /// lane's last code are read.
-using InterleaveFn = void(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run,
-                          uint8_t* panel);
+using InterleaveFn = void(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run, uint8_t* panel);
 
 /// The integer panel as floats: out[t][c][32] = scale[lane] * (code - zero_point[lane]); arrays of 32.
-using PanelF32Fn = void(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps,
-                        int64_t run, float* out);
+using PanelF32Fn = void(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps, int64_t run,
+                        float* out);
 
 /// acc[i * 32 + n] += sum of x * w: x int8, w unsigned up to 255, int32, no saturation on the way.
 /// The last run's up to 3 bytes past `run` are read (times zero). Only `lanes` <= 32 need be computed.
-using TileS8Fn = void(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m,
-                      int lanes, int32_t* acc);
-using TileF32Fn = void(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m,
-                       int lanes, float* acc);
+using TileS8Fn = void(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,
+                      int32_t* acc);
+using TileF32Fn = void(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m, int lanes,
+                       float* acc);
 
 /// sums[i] = sum of row i's runs.
 using RowSumsFn = void(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums);
@@ -73,16 +70,16 @@ using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const in
 
 /// y[i*ldy+n] = c[i*32+n] * sx[i] (null: 1), then fma(u[i*ldu+j], b[j*32+n], y) for j ascending, then
 /// + bias[n] (null: none; else 32 floats).
-using FinishFn = void(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu,
-                      const float* b, int64_t rank, const float* bias, float* y, int64_t ldy);
+using FinishFn = void(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu, const float* b,
+                      int64_t rank, const float* bias, float* y, int64_t ldy);
 
 // --- Few rows of x: dot products along K, codes as unpacked --------------------------------------
 /// out[i] = sum of codes * x row i, i < m <= kDotM; out[m] = sum of codes. int32.
 constexpr int kDotM = 4;
 using DotS8Fn = void(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out);
 /// out[i] = sum of (code - zero_point) * x row i
-using DotF32Fn = void(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m,
-                      int64_t count, float* out);
+using DotF32Fn = void(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m, int64_t count,
+                      float* out);
 
 // --- Depthwise: one weight row a channel, channels contiguous -------------------------------------
 /// y[c] = sum over t of w[t * channels + c] * rows[t][c], fma, t ascending.
@@ -91,34 +88,33 @@ using DepthwiseF32Fn = void(const float* const* rows, const float* w, int64_t ta
 using DepthwiseS8Fn = void(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw,
                            const float* scale, int64_t taps, int64_t channels, float* y);
 /// y[c] = fma(u[c], b[c], y[c] * sx) + bias[c]; u with b, and bias, may be null.
-using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* b, const float* bias,
-                               int64_t channels);
+using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels);
 
 /// out[c * ldo + r] = in[r * ldi + c]
 using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo);
 
-// The kernels by name: scalar and avx2 have them all, avx512 those of the last list it names.
-#define CORA_KERNELS_COMMON(_)                         \
-  _(FakeQuantizeFn, fake_quantize)                     \
-  _(FakeQuantizeBackwardFn, fake_quantize_backward)    \
-  _(QuantizeS8Fn, quantize_s8)                         \
-  _(RangeFn, range)                                    \
-  _(UnpackRowFn, unpack_row)                           \
-  _(DequantizeFn, dequantize)                          \
-  _(InterleaveFn, interleave)                          \
-  _(PanelF32Fn, panel_f32)                             \
-  _(TileS8Fn, tile_s8)                                 \
-  _(TileF32Fn, tile_f32)                               \
-  _(RowSumsFn, row_sums)                               \
-  _(RequantizeFn, requantize)                          \
-  _(FinishFn, finish)                                  \
-  _(DotS8Fn, dot_s8)                                   \
-  _(DotF32Fn, dot_f32)                                 \
-  _(DepthwiseF32Fn, depthwise_f32)                     \
-  _(DepthwiseS8Fn, depthwise_s8)                       \
-  _(DepthwiseFinishFn, depthwise_finish)               \
+// The kernels by name. Every level has those of the first list.
+#define CORA_KERNELS_COMMON(_)                      \
+  _(FakeQuantizeFn, fake_quantize)                  \
+  _(FakeQuantizeBackwardFn, fake_quantize_backward) \
+  _(QuantizeS8Fn, quantize_s8)                      \
+  _(RangeFn, range)                                 \
+  _(UnpackRowFn, unpack_row)                        \
+  _(DequantizeFn, dequantize)                       \
+  _(InterleaveFn, interleave)                       \
+  _(PanelF32Fn, panel_f32)                          \
+  _(TileS8Fn, tile_s8)                              \
+  _(TileF32Fn, tile_f32)                            \
+  _(RowSumsFn, row_sums)                            \
+  _(RequantizeFn, requantize)                       \
+  _(FinishFn, finish)                               \
+  _(DotS8Fn, dot_s8)                                \
+  _(DotF32Fn, dot_f32)                              \
+  _(DepthwiseF32Fn, depthwise_f32)                  \
+  _(DepthwiseS8Fn, depthwise_s8)                    \
+  _(DepthwiseFinishFn, depthwise_finish)            \
   _(TransposeFn, transpose)
-// Without a 512-bit version (pext is scalar anyway): avx512 takes avx2's.
+// No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 
 #define CORA_DECLARE(Fn, name) Fn name;
@@ -137,7 +133,8 @@ CORA_KERNELS_COMMON(CORA_DECLARE)
 // The tables k_<name>: k_fake_quantize() is the active level's kernel.
 #if CORA_X86
 #define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, avx512::name}};
-#define CORA_TABLE_UP_TO_AVX2(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, nullptr}};
+#define CORA_TABLE_UP_TO_AVX2(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, nullptr}};
 #else
 #define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, nullptr, nullptr}};
 #define CORA_TABLE_UP_TO_AVX2(Fn, name) CORA_TABLE(Fn, name)

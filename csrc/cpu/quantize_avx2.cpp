@@ -57,7 +57,8 @@ inline int64_t unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes) 
   int64_t i = 0;
   for (; i + 32 <= k; i += 32) {
     const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + i / 2)));
-    const __m256i out = _mm256_or_si256(_mm256_and_si256(wide, low), _mm256_and_si256(_mm256_slli_epi16(wide, 4), high));
+    const __m256i out =
+        _mm256_or_si256(_mm256_and_si256(wide, low), _mm256_and_si256(_mm256_slli_epi16(wide, 4), high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i), out);
   }
   return i;
@@ -91,8 +92,8 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
     const __m256 inside = _mm256_and_ps(_mm256_cmp_ps(shifted, _mm256_setzero_ps(), _CMP_GE_OQ),
                                         _mm256_cmp_ps(shifted, v.top, _CMP_LE_OQ));
     _mm256_storeu_ps(grad_x + i, _mm256_and_ps(inside, g));
-    const __m256 slope = _mm256_blendv_ps(_mm256_sub_ps(v.clamp(shifted), v.zero_point),
-                                          _mm256_sub_ps(rounded, ratio), inside);
+    const __m256 slope =
+        _mm256_blendv_ps(_mm256_sub_ps(v.clamp(shifted), v.zero_point), _mm256_sub_ps(rounded, ratio), inside);
     const __m256 term = _mm256_mul_ps(g, slope);
     sum_low = _mm256_add_pd(sum_low, _mm256_cvtps_pd(_mm256_castps256_ps128(term)));
     sum_high = _mm256_add_pd(sum_high, _mm256_cvtps_pd(_mm256_extractf128_ps(term, 1)));

@@ -52,7 +52,8 @@ inline int64_t unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes) 
   int64_t i = 0;
   for (; i + 64 <= k; i += 64) {
     const __m512i wide = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + i / 2)));
-    const __m512i out = _mm512_or_si512(_mm512_and_si512(wide, low), _mm512_and_si512(_mm512_slli_epi16(wide, 4), high));
+    const __m512i out =
+        _mm512_or_si512(_mm512_and_si512(wide, low), _mm512_and_si512(_mm512_slli_epi16(wide, 4), high));
     _mm512_storeu_si512(codes + i, out);
   }
   return i;
@@ -82,8 +83,8 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
     const __m512 ratio = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), v.scale);
     const __m512 rounded = _mm512_roundscale_ps(ratio, kNearestEven);
     const __m512 shifted = _mm512_add_ps(rounded, v.zero_point);
-    const __mmask16 inside = _mm512_cmp_ps_mask(shifted, _mm512_setzero_ps(), _CMP_GE_OQ) &
-                             _mm512_cmp_ps_mask(shifted, v.top, _CMP_LE_OQ);
+    const __mmask16 inside =
+        _mm512_cmp_ps_mask(shifted, _mm512_setzero_ps(), _CMP_GE_OQ) & _mm512_cmp_ps_mask(shifted, v.top, _CMP_LE_OQ);
     _mm512_mask_storeu_ps(grad_x + i, mask, _mm512_maskz_mov_ps(inside, g));
     const __m512 slope = _mm512_mask_sub_ps(_mm512_sub_ps(v.clamp(shifted), v.zero_point), inside, rounded, ratio);
     const __m512 term = _mm512_mul_ps(g, slope);

@@ -22,8 +22,7 @@ void unpack_row_bits(const uint8_t* packed, int64_t k, uint8_t* codes) {
   int64_t i = 0;
   for (; i + 8 <= k; i += 8, packed += kBits) {
     const uint64_t octet = load_octet(packed, kBits);
-    for (int j = 0; j < 8; ++j)
-      codes[i + j] = static_cast<uint8_t>((octet >> (j * kBits)) & ((1u << kBits) - 1));
+    for (int j = 0; j < 8; ++j) codes[i + j] = static_cast<uint8_t>((octet >> (j * kBits)) & ((1u << kBits) - 1));
   }
   for (int64_t j = 0; i + j < k; ++j) codes[i + j] = get_code(packed, j, kBits);
 }
@@ -85,8 +84,7 @@ bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
     seen |= codes[i + j];
     rest |= static_cast<uint64_t>(codes[i + j] & limit) << (j * bits);
   }
-  for (int64_t byte = 0; byte < row_bytes(k - i, bits); ++byte)
-    packed[byte] = static_cast<uint8_t>(rest >> (8 * byte));
+  for (int64_t byte = 0; byte < row_bytes(k - i, bits); ++byte) packed[byte] = static_cast<uint8_t>(rest >> (8 * byte));
   return seen <= limit;
 }
 

@@ -122,10 +122,14 @@ void interleave(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64
       for (int64_t t = 0; t < taps; t += 4) {
         __m256i v[4];
         for (int i = 0; i < 4; ++i) v[i] = i < left ? gather((q * 4 + i) * taps + t) : zero;
-        const __m256i e01 = _mm256_or_si256(_mm256_and_si256(v[0], even), _mm256_slli_epi32(_mm256_and_si256(v[1], even), 8));
-        const __m256i o01 = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[0], 8), even), _mm256_andnot_si256(even, v[1]));
-        const __m256i e23 = _mm256_or_si256(_mm256_and_si256(v[2], even), _mm256_slli_epi32(_mm256_and_si256(v[3], even), 8));
-        const __m256i o23 = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[2], 8), even), _mm256_andnot_si256(even, v[3]));
+        const __m256i e01 =
+            _mm256_or_si256(_mm256_and_si256(v[0], even), _mm256_slli_epi32(_mm256_and_si256(v[1], even), 8));
+        const __m256i o01 =
+            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[0], 8), even), _mm256_andnot_si256(even, v[1]));
+        const __m256i e23 =
+            _mm256_or_si256(_mm256_and_si256(v[2], even), _mm256_slli_epi32(_mm256_and_si256(v[3], even), 8));
+        const __m256i o23 =
+            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[2], 8), even), _mm256_andnot_si256(even, v[3]));
         const __m256i tap[4] = {
             _mm256_or_si256(_mm256_and_si256(e01, low), _mm256_slli_epi32(e23, 16)),
             _mm256_or_si256(_mm256_and_si256(o01, low), _mm256_slli_epi32(o23, 16)),
@@ -261,8 +265,7 @@ void dot_f32(const uint8_t* codes, float zero_point, const float* x, int64_t ldx
     for (int h = 0; h < 2; ++h) {
       const __m256i q = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k + h * 8)));
       const __m256 w = _mm256_sub_ps(_mm256_cvtepi32_ps(q), z);
-      for (int i = 0; i < m; ++i)
-        sum[i][h] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * ldx + k + h * 8), sum[i][h]);
+      for (int i = 0; i < m; ++i) sum[i][h] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * ldx + k + h * 8), sum[i][h]);
     }
   scalar::dot_f32(codes + k, zero_point, x + k, ldx, m, count - k, out);
   for (int i = 0; i < m; ++i) out[i] += sum_ps(_mm256_add_ps(sum[i][0], sum[i][1]));
@@ -315,7 +318,8 @@ void depthwise_finish(float* y, float sx, const float* u, const float* b, const 
     if (bias != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(bias + c));
     _mm256_storeu_ps(y + c, v);
   }
-  scalar::depthwise_finish(y + c, sx, u ? u + c : nullptr, b ? b + c : nullptr, bias ? bias + c : nullptr, channels - c);
+  scalar::depthwise_finish(y + c, sx, u ? u + c : nullptr, b ? b + c : nullptr, bias ? bias + c : nullptr,
+                           channels - c);
 }
 
 void transpose(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo) {

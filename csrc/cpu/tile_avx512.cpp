@@ -87,9 +87,12 @@ void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const f
     for (int h = 0; h < kHalves; ++h) _mm512_storeu_ps(acc + i * kTileN + h * 16, c[i][h]);
 }
 
-#define CORA_TILES(f) {f<1, 1>, f<1, 2>}, {f<2, 1>, f<2, 2>}, {f<3, 1>, f<3, 2>}, {f<4, 1>, f<4, 2>}, \
-    {f<5, 1>, f<5, 2>}, {f<6, 1>, f<6, 2>}, {f<7, 1>, f<7, 2>}, {f<8, 1>, f<8, 2>}, {f<9, 1>, f<9, 2>}, \
-    {f<10, 1>, f<10, 2>}, {f<11, 1>, f<11, 2>}, {f<12, 1>, f<12, 2>}
+#define CORA_TILES(f)                                                                                       \
+  {f<1, 1>, f<1, 2>}, {f<2, 1>, f<2, 2>}, {f<3, 1>, f<3, 2>}, {f<4, 1>, f<4, 2>}, {f<5, 1>, f<5, 2>},       \
+      {f<6, 1>, f<6, 2>}, {f<7, 1>, f<7, 2>}, {f<8, 1>, f<8, 2>}, {f<9, 1>, f<9, 2>}, {f<10, 1>, f<10, 2>}, \
+      {f<11, 1>, f<11, 2>}, {                                                                               \
+    f<12, 1>, f<12, 2>                                                                                      \
+  }
 
 /// Dwords at codes + lane * ld + at for 16 lanes from `first`; lanes that do not exist give 0.
 inline __m512i gather(const uint8_t* codes, __m512i offsets, __mmask16 lanes, int64_t at) {
@@ -119,18 +122,21 @@ void interleave(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64
         __m512i v[4];
         for (int i = 0; i < 4; ++i)
           v[i] = i < left ? gather(source, offsets, exist, (q * 4 + i) * taps + t) : _mm512_setzero_si512();
-        const __m512i e01 = _mm512_or_si512(_mm512_and_si512(v[0], even), _mm512_slli_epi32(_mm512_and_si512(v[1], even), 8));
-        const __m512i o01 = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[0], 8), even), _mm512_andnot_si512(even, v[1]));
-        const __m512i e23 = _mm512_or_si512(_mm512_and_si512(v[2], even), _mm512_slli_epi32(_mm512_and_si512(v[3], even), 8));
-        const __m512i o23 = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[2], 8), even), _mm512_andnot_si512(even, v[3]));
+        const __m512i e01 =
+            _mm512_or_si512(_mm512_and_si512(v[0], even), _mm512_slli_epi32(_mm512_and_si512(v[1], even), 8));
+        const __m512i o01 =
+            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[0], 8), even), _mm512_andnot_si512(even, v[1]));
+        const __m512i e23 =
+            _mm512_or_si512(_mm512_and_si512(v[2], even), _mm512_slli_epi32(_mm512_and_si512(v[3], even), 8));
+        const __m512i o23 =
+            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[2], 8), even), _mm512_andnot_si512(even, v[3]));
         const __m512i tap[4] = {
             _mm512_or_si512(_mm512_and_si512(e01, low), _mm512_slli_epi32(e23, 16)),
             _mm512_or_si512(_mm512_and_si512(o01, low), _mm512_slli_epi32(o23, 16)),
             _mm512_or_si512(_mm512_srli_epi32(e01, 16), _mm512_andnot_si512(low, e23)),
             _mm512_or_si512(_mm512_srli_epi32(o01, 16), _mm512_andnot_si512(low, o23)),
         };
-        for (int64_t j = 0; j < 4 && t + j < taps; ++j)
-          _mm512_storeu_si512(out + ((t + j) * quads + q) * 128, tap[j]);
+        for (int64_t j = 0; j < 4 && t + j < taps; ++j) _mm512_storeu_si512(out + ((t + j) * quads + q) * 128, tap[j]);
       }
     }
   }
@@ -233,8 +239,7 @@ void dot_s8(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t c
     const __mmask64 mask = mask64(count - k);
     const __m512i w = _mm512_maskz_loadu_epi8(mask, codes + k);
     code_sum = _mm512_dpbusd_epi32(code_sum, w, ones);
-    for (int i = 0; i < m; ++i)
-      sum[i] = _mm512_dpbusd_epi32(sum[i], w, _mm512_maskz_loadu_epi8(mask, x + i * ldx + k));
+    for (int i = 0; i < m; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], w, _mm512_maskz_loadu_epi8(mask, x + i * ldx + k));
   }
   for (int i = 0; i < m; ++i) out[i] = sum_epi32(sum[i]);
   out[m] = sum_epi32(code_sum);
@@ -260,7 +265,8 @@ void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64
     const __mmask16 mask = mask16(channels - c);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t t = 0; t < taps; ++t)
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + t * channels + c), _mm512_maskz_loadu_ps(mask, rows[t] + c), sum);
+      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + t * channels + c), _mm512_maskz_loadu_ps(mask, rows[t] + c),
+                            sum);
     _mm512_mask_storeu_ps(y + c, mask, sum);
   }
 }

@@ -19,8 +19,7 @@ void panel_f32(const uint8_t* panel, const float* scale, const int32_t* zero_poi
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t c = 0; c < run; c += kQuad, panel += kTileN * kQuad)
       for (int64_t i = 0; i < kQuad && c + i < run; ++i, out += kTileN)
-        for (int n = 0; n < kTileN; ++n)
-          out[n] = scale[n] * static_cast<float>(panel[n * kQuad + i] - zero_point[n]);
+        for (int n = 0; n < kTileN; ++n) out[n] = scale[n] * static_cast<float>(panel[n * kQuad + i] - zero_point[n]);
 }
 
 void tile_s8(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,

@@ -39,8 +39,7 @@ __device__ int64_t scale_index(int64_t row, int64_t col, QuantizeShape s) {
 
 __global__ void forward_kernel(const float* __restrict__ x, const float* __restrict__ scale,
                                const int32_t* __restrict__ zero_point, QuantizeShape s, float top,
-                               float* __restrict__ out, float* __restrict__ residual,
-                               uint8_t* __restrict__ codes) {
+                               float* __restrict__ out, float* __restrict__ residual, uint8_t* __restrict__ codes) {
   const int64_t total = s.rows * s.cols, step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < total; i += step) {
     const int64_t q = scale_index(i / s.cols, i % s.cols, s);

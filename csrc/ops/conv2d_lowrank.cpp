@@ -55,8 +55,8 @@ Tensor conv2d_lowrank_cpu(Tensor x, Tensor weight, Tensor scale, Tensor zero_poi
   const bool channels_last = !x.is_contiguous() && is_channels_last(x);
   args.x = to_dtype(channels_last ? x : as_contiguous(x), ScalarType::Float);
   const std::vector<int64_t> shape{window.batch, n, window.out(0), window.out(1)};
-  const auto format = channels_last ? torch::headeronly::MemoryFormat::ChannelsLast
-                                    : torch::headeronly::MemoryFormat::Contiguous;
+  const auto format =
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
   Tensor y = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Float, std::nullopt, std::nullopt,
                                   std::nullopt, format);
   float* out = mutable_data<float>(y);

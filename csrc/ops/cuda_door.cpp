@@ -62,7 +62,8 @@ void* current_stream(const char* op, const Tensor& t) {
   }();
   void* stream = nullptr;
   if (get_stream == nullptr || get_stream(t.get_device_index(), &stream) != 0)
-    fail(op, "torch does not tell its current CUDA stream (libtorch_cuda.so has no aoti_torch_get_current_cuda_stream)");
+    fail(op,
+         "torch does not tell its current CUDA stream (libtorch_cuda.so has no aoti_torch_get_current_cuda_stream)");
   return stream;
 }
 

@@ -11,9 +11,9 @@ namespace {
 
 /// What the kernels read, channels contiguous: integer codes beside int8 input, else floats.
 struct Filters {
-  Buffer<uint8_t> codes, a_codes;           // [taps][channels]; a_codes is the adapter's code + 128
-  Buffer<float> real, a_real;               // [taps][channels]
-  Buffer<float> scale, a_scale, b;          // [scale groups][channels], [channels], [channels]
+  Buffer<uint8_t> codes, a_codes;   // [taps][channels]; a_codes is the adapter's code + 128
+  Buffer<float> real, a_real;       // [taps][channels]
+  Buffer<float> scale, a_scale, b;  // [scale groups][channels], [channels], [channels]
   Buffer<int32_t> zero, a_zero;
 };
 

@@ -31,8 +31,7 @@ struct Runs {
   }
 };
 
-Runs check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
-                         int64_t bits) {
+Runs check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits) {
   check_bits(op, bits);
   const ScalarType dtype = x.scalar_type();
   CORA_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,

@@ -7,9 +7,7 @@ namespace cora {
 
 namespace {
 
-bool is_float(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
-}
+bool is_float(ScalarType t) { return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16; }
 
 template <typename T>
 void run_as(const LayerArgs& args, const LayerWeights& weights, const Window& window, bool nchw, float* y) {

@@ -74,9 +74,9 @@ class Buffer {
 template <typename T>
 struct LayerInput {
   const T* x;
-  Buffer<T> storage;        // empty when x is the caller's own tensor
-  Buffer<float> scale;      // int8: [batch]
-  Buffer<int32_t> zero;     // int8: [batch], zero-point - 128
+  Buffer<T> storage;           // empty when x is the caller's own tensor
+  Buffer<float> scale;         // int8: [batch]
+  Buffer<int32_t> zero;        // int8: [batch], zero-point - 128
   int64_t image, line, pixel;  // strides in elements
 
   /// Offset of output position m's first tap.
@@ -94,11 +94,11 @@ struct LayerWeights {
   const uint8_t* packed;
   const float* scale;
   const int32_t* zero_point;
-  const float* bias;       // or null
-  const int8_t* a_codes;   // [groups * rank, k], or null
-  const float* a_float;    // the same as floats, or null
-  const float* a_scale;    // [groups * rank] with a_codes
-  const float* b;          // [n, rank]
+  const float* bias;      // or null
+  const int8_t* a_codes;  // [groups * rank, k], or null
+  const float* a_float;   // the same as floats, or null
+  const float* a_scale;   // [groups * rank] with a_codes
+  const float* b;         // [n, rank]
   int64_t n, k, rank, row_stride;
   int bits;
   QParamShape q;

@@ -72,7 +72,11 @@ class Tiles {
   using Panel = std::conditional_t<kInt, uint8_t, float>;
 
   Tiles(const LayerWeights& weights, const Window& window, const LayerInput<T>& input, float* y)
-      : w(weights), win(window), in(input), walk(plan_walk(weights, window, input)), y_(y),
+      : w(weights),
+        win(window),
+        in(input),
+        walk(plan_walk(weights, window, input)),
+        y_(y),
         narrow_(!kInt || fits_int32(weights, weights.q.group_size)) {}
 
   void run() {
@@ -90,9 +94,9 @@ class Tiles {
   const LayerInput<T>& in;
   const Walk walk;
   float* const y_;
-  const bool narrow_;      // integer sums of weight groups fit int32
-  Buffer<float> hidden_;   // U [M, groups * rank]
-  Buffer<int32_t> xsum_;   // [M, groups, segments]: sum of x - zx
+  const bool narrow_;     // integer sums of weight groups fit int32
+  Buffer<float> hidden_;  // U [M, groups * rank]
+  Buffer<int32_t> xsum_;  // [M, groups, segments]: sum of x - zx
 
   int64_t group_n() const { return w.n / win.groups; }
   int64_t panels_per_group() const { return (group_n() + kTileN - 1) / kTileN; }
@@ -129,8 +133,7 @@ class Tiles {
   const T* const* segment(Rows& rows, int m, int64_t s) const {
     if (s == 0) return rows.whole.data();
     for (int64_t t = 0; t < walk.taps; ++t)
-      for (int i = 0; i < m; ++i)
-        rows.segment[t * kTileM + i] = rows.whole[t * kTileM + i] + s * walk.segment_run();
+      for (int i = 0; i < m; ++i) rows.segment[t * kTileM + i] = rows.whole[t * kTileM + i] + s * walk.segment_run();
     return rows.segment.data();
   }
 
@@ -168,8 +171,8 @@ class Tiles {
   /// One panel of 32 weight rows, all segments, with what its epilogue needs.
   struct PanelInfo {
     int lanes;
-    Buffer<float> scale, b, bias;       // scale [segments][32], b [rank][32], bias [32]
-    Buffer<int32_t> zero_point, wsum;   // [segments][32]
+    Buffer<float> scale, b, bias;      // scale [segments][32], b [rank][32], bias [32]
+    Buffer<int32_t> zero_point, wsum;  // [segments][32]
   };
   PanelInfo make_panel(int64_t first, int64_t group_end, Buffer<uint8_t>& codes, Buffer<uint8_t>& bytes,
                        Panel* panel) const {
@@ -281,8 +284,7 @@ class Tiles {
           continue;
         }
         Buffer<uint8_t> natural(lanes * w.k);
-        for (int64_t i = 0; i < lanes * w.k; ++i)
-          natural[i] = static_cast<uint8_t>(w.a_codes[first * w.k + i] + 128);
+        for (int64_t i = 0; i < lanes * w.k; ++i) natural[i] = static_cast<uint8_t>(w.a_codes[first * w.k + i] + 128);
         interleave(natural, lanes, 1, &a_bytes[p * size]);
         if constexpr (kInt) {
           a_sums[p] = sum_codes(&a_bytes[p * size], 1);
@@ -391,7 +393,8 @@ class Tiles {
     const int64_t blocks = (panels_per_group() + per_block - 1) / per_block * win.groups;
     // Blocks that do not divide evenly over the threads are also cut by rows, not below 8 tiles.
     const bool even = blocks % threads == 0 || blocks >= 8 * threads;
-    const int64_t cuts = even ? 1 : std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, std::max<int64_t>(1, tiles / 8));
+    const int64_t cuts =
+        even ? 1 : std::clamp<int64_t>((4 * threads + blocks - 1) / blocks, 1, std::max<int64_t>(1, tiles / 8));
     parallel_for(blocks * cuts, 1, [&](int64_t begin, int64_t end) {
       Rows tile_rows = make_rows();
       Buffer<uint8_t> codes(kTileN * w.k), bytes(kInt ? 0 : walk.segments * walk.segment_s8());
@@ -406,7 +409,8 @@ class Tiles {
         if (block != built) {
           infos.clear();
           for (int64_t n = start; n < group_end && n < start + per_block * kTileN; n += kTileN)
-            infos.push_back(make_panel(n, group_end, codes, bytes, &panels[static_cast<int64_t>(infos.size()) * panel_size]));
+            infos.push_back(
+                make_panel(n, group_end, codes, bytes, &panels[static_cast<int64_t>(infos.size()) * panel_size]));
           built = block;
         }
         for (int64_t t = tiles * cut / cuts; t < tiles * (cut + 1) / cuts; ++t) {
@@ -436,8 +440,8 @@ class Tiles {
         for (int lane = 0; lane < lanes; ++lane) {
           cpu::k_unpack_row()(w.packed + (first + lane) * w.row_stride, w.k, w.bits, codes.get());
           for (int64_t m0 = 0; m0 < rows; m0 += kDotM)
-            dot_row(codes.get(), w.first_scale(first + lane), m0,
-                    static_cast<int>(std::min<int64_t>(kDotM, rows - m0)), c + m0 * kTileN + lane);
+            dot_row(codes.get(), w.first_scale(first + lane), m0, static_cast<int>(std::min<int64_t>(kDotM, rows - m0)),
+                    c + m0 * kTileN + lane);
         }
         Buffer<float> b(w.rank * kTileN), bias(w.bias != nullptr ? kTileN : 0);
         cpu::k_transpose()(w.b + first * w.rank, w.rank, lanes, w.rank, b.get(), kTileN);
@@ -458,7 +462,8 @@ class Tiles {
         int32_t out[kDotM + 1];
         cpu::k_dot_s8()(codes + s * size, x, w.k, m, size, out);
         for (int i = 0; i < m; ++i) {
-          const int64_t sum = out[i] - int64_t{in.zero[m0 + i]} * out[m] - int64_t{zero} * xsum_[(m0 + i) * w.q.groups + s];
+          const int64_t sum =
+              out[i] - int64_t{in.zero[m0 + i]} * out[m] - int64_t{zero} * xsum_[(m0 + i) * w.q.groups + s];
           c[i * kTileN] += static_cast<float>(sum) * scale;
         }
       } else {

@@ -156,10 +156,10 @@ void check_lowrank(const char* op, const char* name, const Tensor& matrix, int64
   const ScalarType dtype = moment->scalar_type();
   CORA_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::Double,
              "moment must have dtype float32 or float64, got ", dtype_text(dtype));
-  const bool fits = moment->dim() == 3 && (moment->size(0) == 1 || moment->size(0) == groups) &&
-                    moment->size(1) == k && moment->size(2) == k;
-  CORA_CHECK(op, fits, "moment must have shape [", groups == 1 ? "1" : "1 or " + std::to_string(groups), ", ", k,
-             ", ", k, "], got ", shape_text(*moment));
+  const bool fits = moment->dim() == 3 && (moment->size(0) == 1 || moment->size(0) == groups) && moment->size(1) == k &&
+                    moment->size(2) == k;
+  CORA_CHECK(op, fits, "moment must have shape [", groups == 1 ? "1" : "1 or " + std::to_string(groups), ", ", k, ", ",
+             k, "], got ", shape_text(*moment));
 }
 
 Factors factorise(const char* op, const Tensor& residual, int64_t rank, int64_t groups, const OptTensor& moment) {
@@ -173,9 +173,9 @@ Factors factorise(const char* op, const Tensor& residual, int64_t rank, int64_t 
   const Tensor sxx = weighted ? to_dtype(*moment, ScalarType::Double) : Tensor();
   const bool wide = n <= k;
 
-  Tensor left, right;      // U [g, n, rank], and A before its scale [g, rank, k]
+  Tensor left, right;  // U [g, n, rank], and A before its scale [g, rank, k]
   Spectrum s;
-  int left_power = 1;      // twice the power of S still missing in left, and in right
+  int left_power = 1;  // twice the power of S still missing in left, and in right
   int right_power = -1;
   if (wide) {
     s = leading(op, stable::matmul(weighted ? stable::matmul(r, sxx) : r, transposed(r)), rank);
@@ -217,9 +217,8 @@ std::tuple<Tensor, Tensor, Tensor> lowrank_factors_cpu(Tensor residual, int64_t 
   return {f.a, f.b, f.values};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_svd_init_cpu(Tensor weight, Tensor scale,
-                                                                         Tensor zero_point, int64_t bits,
-                                                                         int64_t rank, int64_t groups,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> residual_svd_init_cpu(Tensor weight, Tensor scale, Tensor zero_point,
+                                                                         int64_t bits, int64_t rank, int64_t groups,
                                                                          OptTensor moment) {
   const char* op = "residual_svd_init";
   CORA_CHECK(op, weight.dim() >= 2, "weight must have 2 or more dimensions, got shape ", shape_text(weight));

@@ -57,8 +57,7 @@ Tensor unpack_bits_cpu(Tensor packed, int64_t bits, int64_t k) {
   const uint8_t* from = data<uint8_t>(source);
   uint8_t* to = mutable_data<uint8_t>(codes);
   parallel_for(rows_of(packed), grain(k), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      kernel(from + row * bytes, k, static_cast<int>(bits), to + row * k);
+    for (int64_t row = begin; row < end; ++row) kernel(from + row * bytes, k, static_cast<int>(bits), to + row * k);
   });
   return codes;
 }
