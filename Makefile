@@ -24,8 +24,7 @@ test: $(VENV)/.test
 
 # Each kernel against torch; whole models are timed by `cora bench`.
 bench: $(VENV)/.test
-	@set -e; for script in benchmarks/bench_*.py; do \
-	    echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
