@@ -317,6 +317,8 @@ class Calibration:
         logits: Callable[[Any], Tensor | None] = output_logits,
         progress: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
@@ -369,6 +371,24 @@ class Calibration:
     @property
     def samples(self) -> int:
         return sum(len(batch) for batch in self.batches)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError unless `model` has the layers and weights that this was made of."""
+        layers, _ = quantizable_layers(model)
+        for name in {**self.layers, **layers}:
+            own, other = (
+                found[name].weight if name in found else None for found in (self.layers, layers)
+            )
+            if (
+                own is None
+                or other is None
+                or (own.dtype, own.device) != (other.dtype, other.device)
+                or not torch.equal(own, other)
+            ):
+                raise ValueError(
+                    f"calibration: it is of another model: layer {name!r} differs; make a new "
+                    "Calibration after changing a model"
+                )
 
     def bar(self, items: Sequence[Any], title: str) -> Iterable[Any]:
         return tqdm(items, desc=title, leave=False, disable=not self.progress)

@@ -42,6 +42,8 @@ def compare(
         One dict a row: "row", "bits_per_weight", "total_bits", and the metrics. Also kept in
         `qmodel.report.comparison`.
     """
+    if not hasattr(qmodel, "report"):
+        raise ValueError("qmodel: expected a result of cora.quantize with its report, found none")
     settings = qmodel.report.settings
     if "bits" not in settings["weight"]:
         raise ValueError("qmodel: compare needs one QuantSpec for all layers, got several")

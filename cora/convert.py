@@ -109,7 +109,9 @@ def quantize(
     skip = sorted({skip} if isinstance(skip, str) else set(skip))
     search = SearchConfig(method="uniform") if search is None else search
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
-    if not isinstance(calibration, Calibration):
+    if isinstance(calibration, Calibration):
+        calibration.check(model)
+    else:
         calibration = Calibration(
             model, calibration, search.samples, search.seed, progress=progress
         )
