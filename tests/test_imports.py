@@ -1,0 +1,90 @@
+"""Who may import whom: the arrows of the package point one way, and each file keeps its own words."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CORA = Path(__file__).parents[1] / "cora"
+
+# A module may import those of lower layers; the right-hand ones are optional or stand beside.
+LAYERS = {
+    "cli": 9, "compare": 8, "serialization": 7, "convert": 6, "search": 5, "report": 4, "calibration": 4,
+    "modules": 3, "lowrank": 2, "quantizer": 1, "ops": 0,
+}  # fmt: skip
+CORE = sorted(LAYERS.keys() - {"cli"})
+
+
+def cora_imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module of cora, whether it is imported when the file is) for every import of cora's own."""
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names if alias.name.split(".")[0] == "cora"]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            names = [f"cora.{name}" for name in names if not name.startswith("__")]
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "cora":
+            names = [node.module] if node.module != "cora" else [f"cora.{a.name}" for a in node.names]
+        for name in names:
+            yield name.removeprefix("cora").lstrip("."), id(node) in top
+
+
+def sources() -> dict[str, Path]:
+    return {path.relative_to(CORA).with_suffix("").as_posix(): path for path in CORA.rglob("*.py")}
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_arrows(name: str) -> None:
+    for other, at_import in cora_imports(CORA / f"{name}.py"):
+        if name == "report" and other == "html":
+            assert not at_import  # matplotlib is optional
+            continue
+        assert other in LAYERS, f"{name} imports {other}"
+        assert LAYERS[other] < LAYERS[name], f"{name} must not import {other}"
+
+
+def test_every_core_module_is_here() -> None:
+    for name in CORE:
+        assert (CORA / f"{name}.py").is_file(), name
+
+
+def test_reference_is_for_tests_only() -> None:
+    for name, path in sources().items():
+        imported = {other for other, _ in cora_imports(path)}
+        assert name == "reference" or "reference" not in imported, name
+    assert not list(cora_imports(CORA / "reference.py"))
+
+
+def test_tasks_stand_outside_the_core() -> None:
+    for name in CORE:
+        assert not any(other.split(".")[0] in ("tasks", "cli", "bench") for other, _ in cora_imports(CORA / f"{name}.py"))
+
+
+def test_one_door_to_the_native_code() -> None:
+    for name, path in sources().items():
+        said = re.search(r"torch\.ops\b|load_library|torch\.library", path.read_text())
+        assert bool(said) == (name == "ops"), name
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_public_names(name: str) -> None:
+    """`__all__` is there, sorted, and every name in it exists."""
+    module = __import__(f"cora.{name}", fromlist=["__all__"])
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert all(hasattr(module, public) for public in module.__all__)
+
+
+def test_import_is_quiet_and_light() -> None:
+    """Importing cora prints nothing and needs nothing optional."""
+    code = "import sys, cora; print(sorted({'matplotlib', 'PIL', 'cora.cli', 'cora.tasks', 'cora.reference'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CORA.parent, check=True)
+    assert (run.stdout, run.stderr) == ("[]\n", "")
