@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .calibration import Batch
+from .batches import Batch
 
 __all__ = ["bench", "in_memory_bytes"]
 

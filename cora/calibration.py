@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -13,25 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .batches import Batch, float_tensors, output_logits, required_inputs
 from .lowrank import LayerShape
 from .modules import QUANT_LAYERS
 
 __all__ = [
     "ActivationRange",
-    "Batch",
     "Calibration",
     "activation_qparams",
-    "divergence",
-    "divergences",
     "input_rows",
-    "output_logits",
     "quantizable_layers",
     "reestimate_batch_norm",
 ]
 
 ActivationRange = Literal["minmax", "percentile", "mse"]
 
-_LABEL_KEYS = ("labels", "label", "targets", "target")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
 _PERCENTILE = 0.9999
@@ -65,148 +60,6 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
         elif any(True for _ in module.parameters(recurse=False)):
             kept[name] = f"{type(module).__name__}: not a weight matrix of a kind that is quantized"
     return layers, kept
-
-
-class Batch:
-    """One calibration batch: the model's arguments and, if there are any, the labels.
-
-    Args:
-        batch: a tensor; a tuple (inputs, labels) or (inputs,), where inputs may be a tensor, tuple or
-            dict; or a dict of named inputs, labels under "labels", "label", "targets" or "target".
-        required: inputs the model requires: of a tuple of tensors the first so many are inputs.
-    """
-
-    def __init__(self, batch: Any, required: int = 1) -> None:
-        self.labels: Any = None
-        if isinstance(batch, list | tuple) and len(batch) > 0:
-            if required > 1 and len(batch) >= required and isinstance(batch[0], Tensor):
-                inputs: Any = tuple(batch[:required])
-                self.labels = batch[required] if len(batch) > required else None
-            else:
-                inputs = batch[0]
-                self.labels = batch[1] if len(batch) > 1 else None
-        else:
-            inputs = batch
-        if isinstance(inputs, Mapping):
-            named = dict(inputs)
-            for key in _LABEL_KEYS:
-                if key in named:
-                    self.labels = named.pop(key)
-            self.args, self.kwargs = (), named
-        elif isinstance(inputs, list | tuple):
-            self.args, self.kwargs = tuple(inputs), {}
-        else:
-            self.args, self.kwargs = (inputs,), {}
-        if not self.tensors():
-            raise TypeError(
-                "calibration: a batch must hold tensors (a tensor, a tuple or a dict of them), "
-                f"got {type(batch).__name__}"
-            )
-
-    def tensors(self) -> list[Tensor]:
-        return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-
-    def __len__(self) -> int:
-        first = self.tensors()[0]
-        return first.shape[0] if first.dim() else 1
-
-    def __getitem__(self, samples: slice | Tensor) -> Batch:
-        """Some of the samples, by slice or index tensor."""
-        size = len(self)
-
-        def take(value: Any) -> Any:
-            whole = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
-            return value[samples] if whole else value
-
-        part = copy.copy(self)
-        part.args = tuple(take(v) for v in self.args)
-        part.kwargs = {k: take(v) for k, v in self.kwargs.items()}
-        part.labels = take(self.labels)
-        return part
-
-    def to(self, device: torch.device) -> Batch:
-        part = copy.copy(self)
-        part.args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
-        part.kwargs = {
-            k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()
-        }
-        return part
-
-    def run(self, model: Callable[..., Any]) -> Any:
-        return model(*self.args, **self.kwargs)
-
-
-def _required_inputs(model: nn.Module) -> int:
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return 1
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional and p.default is inspect.Parameter.empty for p in parameters)
-
-
-def output_logits(output: Any) -> Tensor | None:
-    """Logits [..., classes] in a model's output, as far as its form tells; None for a regression.
-
-    A tensor [B, C], [B, T, C] is taken as it is, [B, C, H, W] with its classes moved last, and so the
-    `logits` of an output object. One output value, or anything else, is a regression.
-    """
-    logits = getattr(output, "logits", output)
-    if isinstance(logits, Mapping):
-        logits = logits.get("logits", logits)
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.dim() < 2:
-        return None
-    if logits.dim() == 4:
-        logits = logits.movedim(1, -1)
-    return logits if logits.shape[-1] > 1 else None
-
-
-def _float_tensors(output: Any) -> list[Tensor]:
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [t for item in output for t in _float_tensors(item)]
-    return []
-
-
-def divergences(
-    student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
-) -> Tensor:
-    """How far each sample's output is from the float model's: KL, or relative squared error.
-
-    Args:
-        student: the quantized model's output.
-        teacher: the float model's output on the same input.
-        logits: finds the logits [samples, ..., classes] in an output; None means a regression, whose
-            error is taken relative to the energy of the teacher's outputs.
-
-    Returns:
-        float32 [samples]: KL in nats, averaged over the distributions of a sample, or the error.
-    """
-    p, q = logits(teacher), logits(student)
-    if p is not None and q is not None:
-        log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
-        # A class the float model masks (logit -inf) has no share in the sum.
-        gap = torch.where(log_p == float("-inf"), 0.0, log_p - log_q)
-        return (log_p.exp() * gap).sum(-1).reshape(len(p), -1).mean(1)
-    pairs = list(zip(_float_tensors(student), _float_tensors(teacher), strict=True))
-    if not pairs:
-        raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
-    errors = [
-        (s - t).float().square().reshape(len(t), -1).mean(1)
-        / t.float().square().mean().clamp(min=1e-12)
-        for s, t in pairs
-    ]
-    return torch.stack(errors).mean(0)
-
-
-def divergence(
-    student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
-) -> Tensor:
-    """Mean of `divergences`, a scalar."""
-    return divergences(student, teacher, logits).mean()
 
 
 # --- A layer's input as rows of a matrix ---------------------------------------------------------
@@ -343,7 +196,7 @@ class Calibration:
     def _take(self, batches: Iterable[Any], samples: int) -> list[Batch]:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        required = _required_inputs(self.model)
+        required = required_inputs(self.model)
         if isinstance(batches, Tensor | Mapping):
             batches = [batches]
         if isinstance(batches, str) or not isinstance(batches, Iterable):
@@ -399,7 +252,7 @@ class Calibration:
             with torch.no_grad():
                 outputs = [self._run(batch) for batch in self.bar(self.batches, "float outputs")]
             for index, output in enumerate(outputs):
-                if any(tensor.isnan().any() for tensor in _float_tensors(output)):
+                if any(tensor.isnan().any() for tensor in float_tensors(output)):
                     raise ValueError(f"model: output on calibration batch {index} is NaN")
             self._teacher = outputs
         return self._teacher
@@ -536,7 +389,7 @@ class Calibration:
             frames = flat.shape[0] / max(logits.shape[0], 1)
             labels = drawn[:, 0].to(flat.device)
             return F.cross_entropy(flat, labels, reduction="sum") / max(frames, 1.0) ** 0.5
-        tensors = _float_tensors(output)
+        tensors = float_tensors(output)
         if not tensors:
             raise TypeError(f"model: output must hold float tensors, got {type(output).__name__}")
         losses = []

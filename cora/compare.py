@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .calibration import Calibration, divergence
+from .batches import divergence
+from .calibration import Calibration
 from .convert import quantize
 from .lowrank import LayerShape, unfold
 from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits

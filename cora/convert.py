@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .allocation import Budget, LayerFit
 from .calibration import (
     ActivationRange,
     Calibration,
@@ -29,7 +30,7 @@ from .modules import (
 )
 from .quantizer import QParams, QuantSpec, choose_qparams
 from .report import LayerReport, Report, float_entries, parameter_bits, totals_of, versions
-from .search import Budget, LayerFit, SearchConfig, SearchResult, search_ranks
+from .search import SearchConfig, SearchResult, search_ranks
 
 __all__ = ["dequantize", "quantize", "replace_layers"]
 

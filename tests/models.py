@@ -59,7 +59,11 @@ _add(
     uneven={"kernel_size": (1, 4), "stride": (2, 1), "padding": (0, 3), "dilation": (1, 2)},
     same_uneven={"kernel_size": (2, 5), "padding": "same", "padding_mode": "circular"},
 )
-_add("ConvTranspose", 2, uneven={"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0), "output_padding": (0, 1)})
+_add(
+    "ConvTranspose",
+    2,
+    uneven={"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0), "output_padding": (0, 1)},
+)
 
 
 def make_layer(name: str) -> tuple[nn.Module, Tensor]:

@@ -9,16 +9,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import LAYERS, Net, TwoInputs, assert_same_state, batches, make_layer, state, trained_net
+from models import (
+    LAYERS,
+    Net,
+    TwoInputs,
+    assert_same_state,
+    batches,
+    make_layer,
+    state,
+    trained_net,
+)
 from torch import Tensor, nn
 
 from cora import Calibration
+from cora.batches import Batch, divergence, output_logits
 from cora.calibration import (
-    Batch,
     activation_qparams,
-    divergence,
     input_rows,
-    output_logits,
     quantizable_layers,
     reestimate_batch_norm,
 )
@@ -96,7 +103,11 @@ def test_samples_are_trimmed_and_no_more_is_read() -> None:
         ([torch.zeros(0, 3, 8, 8)], ValueError, "calibration: expected at least one sample"),
         (iter(()), ValueError, "calibration: expected at least one sample"),
         ([torch.full((2, 3, 8, 8), float("nan"))], ValueError, "batch 0 must be finite"),
-        ([torch.ones(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.inf)], ValueError, "batch 1 must be finite"),
+        (
+            [torch.ones(2, 3, 8, 8), torch.full((2, 3, 8, 8), torch.inf)],
+            ValueError,
+            "batch 1 must be finite",
+        ),
         (3, TypeError, "calibration: expected an iterable of batches, got int"),
         ("data", TypeError, "calibration: expected an iterable of batches, got str"),
         (["data"], TypeError, "a batch must hold tensors .* got str"),
@@ -112,9 +123,20 @@ def test_bad_batches(data: Any, error: type[Exception], message: str) -> None:
 
 
 def test_data_that_do_not_fit_the_model() -> None:
-    for x, seen in ((torch.zeros(2, 4, 8, 8), r"float32 \[2, 4, 8, 8\]"), (torch.zeros(1, 3, 8, 8).double(), "float64"), (torch.zeros(1, 3, 8, 8).byte(), "uint8")):
-        for use in (Calibration.teacher, Calibration.sensitivity, lambda c: c.moment("head"), lambda c: c.activation_qparams(8)):
-            with pytest.raises(ValueError, match=f"calibration: the model does not run on a batch of {seen}"):
+    for x, seen in (
+        (torch.zeros(2, 4, 8, 8), r"float32 \[2, 4, 8, 8\]"),
+        (torch.zeros(1, 3, 8, 8).double(), "float64"),
+        (torch.zeros(1, 3, 8, 8).byte(), "uint8"),
+    ):
+        for use in (
+            Calibration.teacher,
+            Calibration.sensitivity,
+            lambda c: c.moment("head"),
+            lambda c: c.activation_qparams(8),
+        ):
+            with pytest.raises(
+                ValueError, match=f"calibration: the model does not run on a batch of {seen}"
+            ):
                 use(Calibration(trained_net(), x))
 
 
@@ -126,7 +148,9 @@ def test_bad_models() -> None:
         net.pointwise.weight[0] = float("inf")
     with pytest.raises(ValueError, match="pointwise: weight must be finite"):
         Calibration(net, batches())
-    with pytest.raises(ValueError, match="head: weight must be float32, float16 or bfloat16, got float64"):
+    with pytest.raises(
+        ValueError, match="head: weight must be float32, float16 or bfloat16, got float64"
+    ):
         Calibration(nn.ModuleDict({"head": nn.Linear(2, 2).double()}), batches())
     net = trained_net()
     nn.init.constant_(net.norm.running_var, -1)
@@ -166,7 +190,13 @@ def test_output_logits() -> None:
     assert torch.equal(output_logits(maps), maps.permute(0, 2, 3, 1))
     assert output_logits(SimpleNamespace(logits=flat)) is flat
     assert output_logits({"logits": flat, "hidden": frames}) is flat
-    for other in (torch.randn(4, 1), torch.randn(4), torch.ones(4, 3, dtype=torch.long), [flat], None):
+    for other in (
+        torch.randn(4, 1),
+        torch.randn(4),
+        torch.ones(4, 3, dtype=torch.long),
+        [flat],
+        None,
+    ):
         assert output_logits(other) is None
 
 
@@ -180,14 +210,18 @@ def test_divergence() -> None:
     assert float(divergence(q, p)) == pytest.approx(expected / 6, rel=1e-5)
     assert float(divergence(p, p)) == 0
     assert torch.isfinite(divergence(torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]])))
-    masked_p, masked_q = (F.pad(x, (0, 1), value=float("-inf")) for x in (p, q.requires_grad_(True)))
+    masked_p, masked_q = (
+        F.pad(x, (0, 1), value=float("-inf")) for x in (p, q.requires_grad_(True))
+    )
     masked = divergence(masked_q, masked_p)
     assert float(masked.detach()) == pytest.approx(expected / 6, rel=1e-5)
     assert torch.isfinite(torch.autograd.grad(masked, q)[0]).all()
     t, s = torch.randn(4, 1), torch.randn(4, 1)
     error = float((t - s).square().sum() / t.square().sum())
     assert float(divergence(s, t)) == pytest.approx(error, rel=1e-5)
-    assert float(divergence({"a": s, "b": [t]}, {"a": t, "b": [t]})) == pytest.approx(error / 2, rel=1e-5)
+    assert float(divergence({"a": s, "b": [t]}, {"a": t, "b": [t]})) == pytest.approx(
+        error / 2, rel=1e-5
+    )
     assert torch.isfinite(divergence(s, torch.zeros(4, 1)))
     with pytest.raises(TypeError, match="output must hold float tensors, got str"):
         divergence("a", "b")
@@ -200,7 +234,9 @@ def test_divergence() -> None:
 def test_input_rows_times_weight_is_the_output(name: str) -> None:
     layer, x = make_layer(name)
     shape, transposed = LayerShape.of(layer), getattr(layer, "transposed", False)
-    matrix = unfold(layer.weight.detach(), transposed, shape.groups).reshape(shape.groups, -1, shape.columns)
+    matrix = unfold(layer.weight.detach(), transposed, shape.groups).reshape(
+        shape.groups, -1, shape.columns
+    )
     dims = 0 if isinstance(layer, nn.Linear) else len(layer.kernel_size)
     for item in (x, x[0]):
         rows = input_rows(layer, item)
@@ -239,12 +275,17 @@ def test_moments(inplace: bool) -> None:
     calibration = Calibration(net, data)
     for name in ("stem", "depthwise", "pointwise", "body.0", "head"):
         moment = calibration.moment(name)
-        torch.testing.assert_close(moment.double(), direct_moment(net, name, data), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            moment.double(), direct_moment(net, name, data), rtol=1e-4, atol=1e-4
+        )
         assert (torch.linalg.eigvalsh(moment.double()) > 0).all()
 
 
 def test_moments_in_bounded_memory_are_the_same() -> None:
-    net, data = trained_net(), [torch.randn(20, 3, 48, 48) for _ in range(2)]  # more positions than are kept
+    net, data = (
+        trained_net(),
+        [torch.randn(20, 3, 48, 48) for _ in range(2)],
+    )  # more positions than are kept
     whole = Calibration(net, data)
     once = {name: whole.moment(name).clone() for name in whole.layers}
     for limit in (1, 100_000):
@@ -343,7 +384,11 @@ def test_activation_qparams(bits: int) -> None:
         found[method] = scale, zero
     a, b = reach(*found["minmax"], bits)
     step = float(found["minmax"][0])
-    assert a <= low + step / 2 + 1e-4 and b >= high - step / 2 - 1e-4 and b - a == pytest.approx(high - low)
+    assert (
+        a <= low + step / 2 + 1e-4
+        and b >= high - step / 2 - 1e-4
+        and b - a == pytest.approx(high - low)
+    )
     ends = torch.quantile(sample, torch.tensor([0.0001, 0.9999]))
     c, d = reach(*found["percentile"], bits)
     assert d - c == pytest.approx(float(ends[1] - ends[0]), rel=1e-3)
@@ -352,11 +397,20 @@ def test_activation_qparams(bits: int) -> None:
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_activation_ranges_hold_zero(method: str) -> None:
-    for sample in (torch.rand(1000) + 5, -torch.rand(1000) - 5, torch.zeros(10), torch.full((3,), 2.5)):
-        scale, zero = activation_qparams(sample, float(sample.min()), float(sample.max()), 8, method)
+    for sample in (
+        torch.rand(1000) + 5,
+        -torch.rand(1000) - 5,
+        torch.zeros(10),
+        torch.full((3,), 2.5),
+    ):
+        scale, zero = activation_qparams(
+            sample, float(sample.min()), float(sample.max()), 8, method
+        )
         low, high = reach(scale, zero, 8)
         assert low <= 0 <= high and scale > 0
-    with pytest.raises(ValueError, match="activation_range must be one of minmax, percentile, mse, got 'best'"):
+    with pytest.raises(
+        ValueError, match="activation_range must be one of minmax, percentile, mse, got 'best'"
+    ):
         activation_qparams(torch.zeros(1), 0, 0, 8, "best")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import cora
 from cora import Calibration, QuantSpec, SearchConfig
-from cora.calibration import divergence
+from cora.batches import divergence
 from cora.compare import same_bits_specs
 from cora.modules import QuantLayer
 from cora.quantizer import SUPPORTED_BITS, choose_qparams, weight_bits
@@ -31,7 +31,12 @@ def calibration(net: nn.Module) -> Calibration:
 
 
 def quantize(net: nn.Module, calibration: Calibration, spec: Any, **options: Any) -> nn.Module:
-    options = {"rank_budget": 0.1, "search": SearchConfig(iterations=6), "progress": False, **options}
+    options = {
+        "rank_budget": 0.1,
+        "search": SearchConfig(iterations=6),
+        "progress": False,
+        **options,
+    }
     return cora.quantize(net, calibration, spec, **options)
 
 
@@ -115,10 +120,15 @@ def test_compare(net: nn.Module, calibration: Calibration, options: dict[str, An
     assert labels[:2] == ["float", "2-bit, no adapters"]
     assert labels[2].startswith("same bits, no adapters (")
     assert labels[3:] == ["2-bit + adapters, uniform ranks", "2-bit + adapters, searched ranks"]
-    assert rows[0]["total_bits"] == float_state_bits(net) and rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["total_bits"] == float_state_bits(net) and rows[0]["kl"] == pytest.approx(
+        0, abs=1e-6
+    )
     assert rows[1]["total_bits"] < rows[2]["total_bits"] <= rows[4]["total_bits"]
     assert rows[4]["total_bits"] == qmodel.report.totals["total_bits"]
-    assert rows[3]["total_bits"] <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_parameter_bits"]
+    assert (
+        rows[3]["total_bits"]
+        <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_parameter_bits"]
+    )
     assert rows[4]["kl"] < rows[1]["kl"]
     data, own = batches(), 0.0
     with torch.no_grad():
@@ -140,7 +150,9 @@ def test_compare_with_a_metric(net: nn.Module, calibration: Calibration) -> None
         assert rows[-1]["mean"] == float(qmodel(batches()[0]).mean())
     assert rows[-1]["row"] == "3-bit + adapters, energy ranks"
     plain = quantize(net, calibration, QuantSpec(3), rank_budget=0)
-    assert [row["row"] for row in cora.compare(net, calibration, plain, progress=False)][-1].startswith("same bits")
+    assert [row["row"] for row in cora.compare(net, calibration, plain, progress=False)][
+        -1
+    ].startswith("same bits")
 
 
 def test_compare_needs_one_spec(net: nn.Module, calibration: Calibration) -> None:

@@ -13,14 +13,17 @@ from torch import Tensor, nn
 
 import cora
 from cora import Calibration, QuantSpec, SearchConfig
-from cora.calibration import divergence, quantizable_layers
+from cora.batches import divergence
+from cora.calibration import quantizable_layers
 from cora.modules import QuantLayer
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
 UNIFORM = SearchConfig(method="uniform")
 
 
-def quantize(model: nn.Module, data: Any = None, spec: Any = QuantSpec(3), **options: Any) -> nn.Module:
+def quantize(
+    model: nn.Module, data: Any = None, spec: Any = QuantSpec(3), **options: Any
+) -> nn.Module:
     """Quick defaults: closed-form ranks and no bars."""
     options = {"search": UNIFORM, "progress": False, "rank_budget": 0.1, **options}
     return cora.quantize(model, batches() if data is None else data, spec, **options)
@@ -51,7 +54,11 @@ def test_the_users_model_is_untouched(training: bool, options: dict[str, Any]) -
     before, inputs = state(net), copy.deepcopy(data)
     qmodel = quantize(net, data, **options)
     assert_same_state(before, state(net))
-    assert all(torch.equal(x, y) for a, b in zip(data, inputs, strict=True) for x, y in zip(a, b, strict=True))
+    assert all(
+        torch.equal(x, y)
+        for a, b in zip(data, inputs, strict=True)
+        for x, y in zip(a, b, strict=True)
+    )
     assert not any(module.training for module in qmodel.modules())
     assert not list(net.stem.named_buffers()) and list(packed_layers(qmodel)) == NAMES
     shared = {id(t) for t in net.state_dict(keep_vars=True).values()}
@@ -67,8 +74,11 @@ def test_packed_is_the_dequantized_model(adapter_bits: int, activation_bits: int
     plain = cora.dequantize(qmodel)
     assert not packed_layers(plain) and packed_layers(qmodel)
     x = batches()[0]
-    if activation_bits:  # dequantize leaves activations float: put the same quantizers before its layers
+    if (
+        activation_bits
+    ):  # dequantize leaves activations float: put the same quantizers before its layers
         for name, layer in packed_layers(qmodel).items():
+
             def hook(_m: nn.Module, args: tuple[Tensor, ...], layer: QuantLayer = layer) -> Tensor:
                 codes = (args[0] / layer.x_scale).round() + layer.x_zero_point
                 return (codes.clamp(0, 2**8 - 1) - layer.x_zero_point) * layer.x_scale
@@ -85,14 +95,18 @@ def test_rank_budget_0_is_plain_quantization() -> None:
             assert layer.rank == 0 and layer.adapter_a is None
             kind = type(layer)
             expected = kind.from_float(net.get_submodule(name), QuantSpec(3), rank=0)
-            assert torch.equal(layer.codes, expected.codes) and torch.equal(layer.weight, expected.weight)
+            assert torch.equal(layer.codes, expected.codes) and torch.equal(
+                layer.weight, expected.weight
+            )
         assert qmodel.report.totals["adapter_bits"] == 0
 
 
 @pytest.mark.parametrize("fit", ["weighted", "plain"])
 def test_a_large_budget_is_the_float_model(fit: str) -> None:
     net, x = trained_net(), batches()[0]
-    qmodel = quantize(net, spec=QuantSpec(2), rank_budget=50, adapter_bits=32, search=SearchConfig(), fit=fit)
+    qmodel = quantize(
+        net, spec=QuantSpec(2), rank_budget=50, adapter_bits=32, search=SearchConfig(), fit=fit
+    )
     for layer in qmodel.report.layers:
         assert layer.rank == layer.full_rank
     close(qmodel, net, x, atol=5e-3)
@@ -102,7 +116,9 @@ def test_more_budget_is_closer() -> None:
     net, x = trained_net(), batches()[0]
     with torch.no_grad():
         errors = [
-            float((quantize(net, spec=QuantSpec(2), rank_budget=budget)(x) - net(x)).square().mean())
+            float(
+                (quantize(net, spec=QuantSpec(2), rank_budget=budget)(x) - net(x)).square().mean()
+            )
             for budget in (0, 0.1, 0.3, 0.8)
         ]
     assert errors == sorted(errors, reverse=True)
@@ -130,7 +146,9 @@ def test_skip(skip: Any, left: list[str]) -> None:
     assert list(packed_layers(qmodel)) == left
     for name in set(NAMES) - set(left):
         assert reasons(qmodel)[name] == "named in skip"
-        assert torch.equal(qmodel.get_submodule(name).weight, trained_net().get_submodule(name).weight)
+        assert torch.equal(
+            qmodel.get_submodule(name).weight, trained_net().get_submodule(name).weight
+        )
 
 
 def test_skip_errors() -> None:
@@ -140,7 +158,9 @@ def test_skip_errors() -> None:
         quantize(trained_net(), skip=["*"])
 
 
-@pytest.mark.parametrize(("policy", "first", "last"), [("same", 3, 3), ("8bit", 8, 8), ("float", None, None)])
+@pytest.mark.parametrize(
+    ("policy", "first", "last"), [("same", 3, 3), ("8bit", 8, 8), ("float", None, None)]
+)
 def test_first_last(policy: str, first: int | None, last: int | None) -> None:
     qmodel = quantize(trained_net(), first_last=policy)
     bits = [getattr(qmodel.get_submodule(name), "bits", None) for name in NAMES]
@@ -187,7 +207,9 @@ def test_an_embedding_tied_to_a_layer_stays_float() -> None:
 
     model, tokens = Tied(), torch.randint(0, 9, (40, 3))
     calibration = Calibration(model, tokens)
-    qmodel = quantize(model, calibration, QuantSpec(2), search=SearchConfig(iterations=0, holdout=20))
+    qmodel = quantize(
+        model, calibration, QuantSpec(2), search=SearchConfig(iterations=0, holdout=20)
+    )
     assert torch.equal(qmodel.embedding.weight, model.embedding.weight)
     assert set(packed_layers(qmodel)) == {"head", "middle"}
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
@@ -237,7 +259,9 @@ def test_the_model_may_be_a_layer(budget: float, search: SearchConfig) -> None:
     close(qmodel, cora.dequantize(qmodel), x)
 
 
-@pytest.mark.parametrize("kind", ["Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"])
+@pytest.mark.parametrize(
+    "kind", ["Conv1d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
+)
 def test_every_kind_in_a_model(kind: str) -> None:
     dims = int(kind[-2])
     cls = getattr(nn, kind)
@@ -253,7 +277,11 @@ def test_every_kind_in_a_model(kind: str) -> None:
 def test_two_inputs_dicts_and_generators() -> None:
     model = TwoInputs()
     a, b = torch.randn(20, 4), torch.randn(20, 3)
-    for data in ([(a, b)], ({"second": b, "first": a} for _ in range(1)), [((a, b), torch.zeros(20).long())]):
+    for data in (
+        [(a, b)],
+        ({"second": b, "first": a} for _ in range(1)),
+        [((a, b), torch.zeros(20).long())],
+    ):
         qmodel = quantize(model, data, rank_budget=0.5, search=SearchConfig(iterations=4))
         close(qmodel, cora.dequantize(qmodel), a, b)
 
@@ -292,7 +320,9 @@ def test_models_of_another_precision(dtype: torch.dtype) -> None:
             qmodel = quantize(net, data, search=search)
             y = qmodel(data[0])
             assert y.dtype == dtype and torch.isfinite(y).all()
-            error = (y.float() - net(data[0]).float()).square().mean() / net(data[0]).float().square().mean()
+            error = (y.float() - net(data[0]).float()).square().mean() / net(
+                data[0]
+            ).float().square().mean()
             assert error < 0.5
 
 

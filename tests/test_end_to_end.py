@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import cora
 from cora import Calibration, QuantSpec, SearchConfig
-from cora.calibration import divergence
+from cora.batches import divergence
 from cora.tasks import resolve_task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -49,7 +49,9 @@ def validation(data_folder: None) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def searched(model: nn.Module, calibration: Calibration) -> nn.Module:
     config = SearchConfig(iterations=30, samples=256)
-    return cora.quantize(model, calibration, QuantSpec(3), rank_budget=0.05, search=config, progress=False)
+    return cora.quantize(
+        model, calibration, QuantSpec(3), rank_budget=0.05, search=config, progress=False
+    )
 
 
 @torch.no_grad()
@@ -58,18 +60,29 @@ def kl(model: nn.Module, student: nn.Module, x: Tensor) -> float:
 
 
 def test_search_wins_back_half_of_the_loss(
-    model: nn.Module, calibration: Calibration, searched: nn.Module, validation: tuple[Tensor, Tensor]
+    model: nn.Module,
+    calibration: Calibration,
+    searched: nn.Module,
+    validation: tuple[Tensor, Tensor],
 ) -> None:
     x, y = validation
     plain = cora.quantize(model, calibration, QuantSpec(3), rank_budget=0, progress=False)
-    uniform = cora.quantize(model, calibration, QuantSpec(3), rank_budget=0.05, search=None, progress=False)
-    kls = {name: kl(model, m, x) for name, m in (("plain", plain), ("uniform", uniform), ("searched", searched))}
+    uniform = cora.quantize(
+        model, calibration, QuantSpec(3), rank_budget=0.05, search=None, progress=False
+    )
+    kls = {
+        name: kl(model, m, x)
+        for name, m in (("plain", plain), ("uniform", uniform), ("searched", searched))
+    }
     assert kls["searched"] < 0.5 * kls["plain"], kls
     assert kls["searched"] < kls["uniform"], kls
     with torch.no_grad():
         accuracy = [float((m(x).argmax(1) == y).float().mean()) for m in (model, searched)]
     assert accuracy[0] > 0.75 and accuracy[1] > accuracy[0] - 0.05
-    stored = {name: m.report.totals["adapter_bits"] for name, m in (("uniform", uniform), ("searched", searched))}
+    stored = {
+        name: m.report.totals["adapter_bits"]
+        for name, m in (("uniform", uniform), ("searched", searched))
+    }
     allowed = 0.05 * 32 * sum(p.numel() for p in model.parameters())
     assert all(0.97 * allowed < bits <= allowed for bits in stored.values())
 
@@ -92,7 +105,10 @@ def test_packed_is_simulated_and_comes_back_from_the_file(
 
 @pytest.mark.parametrize("options", [{"weight": QuantSpec(8), "rank_budget": 0}, {"weight": QuantSpec(2), "rank_budget": 9, "adapter_bits": 32}], ids=["8-bit", "full-rank"])  # fmt: skip
 def test_close_to_float(
-    model: nn.Module, calibration: Calibration, validation: tuple[Tensor, Tensor], options: dict[str, Any]
+    model: nn.Module,
+    calibration: Calibration,
+    validation: tuple[Tensor, Tensor],
+    options: dict[str, Any],
 ) -> None:
     x = validation[0][:100]
     qmodel = cora.quantize(model, calibration, progress=False, **options)
@@ -103,7 +119,10 @@ def test_close_to_float(
 
 
 def test_eight_bit_activations_cost_little(
-    model: nn.Module, calibration: Calibration, searched: nn.Module, validation: tuple[Tensor, Tensor]
+    model: nn.Module,
+    calibration: Calibration,
+    searched: nn.Module,
+    validation: tuple[Tensor, Tensor],
 ) -> None:
     x, config = validation[0][:200], SearchConfig("sensitivity")
     found = cora.quantize(

@@ -66,7 +66,13 @@ def nan_data() -> list[torch.Tensor]:
 )  # fmt: skip
 def test_quantize_errors(options: dict[str, Any], error: type[Exception], message: str) -> None:
     """The error comes before anything is changed."""
-    arguments = {"model": trained_net(), "calibration": batches(), "search": None, "progress": False, **options}
+    arguments = {
+        "model": trained_net(),
+        "calibration": batches(),
+        "search": None,
+        "progress": False,
+        **options,
+    }
     model = arguments["model"]
     before = state(model) if isinstance(model, nn.Module) else None
     with pytest.raises(error, match=message):
@@ -102,7 +108,9 @@ def test_a_model_that_fails_on_the_way_is_not_changed(failing: str) -> None:
         (lambda q, p: cora.quantize(q, batches(1)), "model: expected at least one layer"),
     ],
 )  # fmt: skip
-def test_wrong_kinds_of_model(call: Callable[[nn.Module, Path], Any], message: str, tmp_path: Path) -> None:
+def test_wrong_kinds_of_model(
+    call: Callable[[nn.Module, Path], Any], message: str, tmp_path: Path
+) -> None:
     qmodel = cora.quantize(trained_net(), batches(1), search=None, progress=False)
     with pytest.raises(ValueError, match=message):
         call(copy.deepcopy(qmodel), tmp_path / "m")
@@ -123,5 +131,7 @@ def test_a_calibration_of_another_model() -> None:
 def test_labels_are_not_needed() -> None:
     config = SearchConfig(iterations=3)
     plain = cora.quantize(trained_net(), batches(), rank_budget=0.1, search=config, progress=False)
-    labelled = cora.quantize(trained_net(), batches(labels=True), rank_budget=0.1, search=config, progress=False)
+    labelled = cora.quantize(
+        trained_net(), batches(labels=True), rank_budget=0.1, search=config, progress=False
+    )
     assert plain.report.search == labelled.report.search

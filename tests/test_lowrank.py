@@ -194,4 +194,6 @@ def test_adapter_matrix_is_two_convolutions() -> None:
     two = F.conv2d(inner, adapter.b.float().reshape(12, 3, 1, 1), groups=2)
     one = F.conv2d(x, adapter.matrix().reshape(12, 4, 3, 3), groups=2)
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
-    assert torch.equal(ops.pack_bits(torch.zeros(1, 3, dtype=torch.uint8), 3), torch.zeros(1, 2, dtype=torch.uint8))
+    assert torch.equal(
+        ops.pack_bits(torch.zeros(1, 3, dtype=torch.uint8), 3), torch.zeros(1, 2, dtype=torch.uint8)
+    )

@@ -17,7 +17,9 @@ from cora.quantizer import choose_qparams
 CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 
 
-def packed_of(layer: nn.Module, spec: QuantSpec = QuantSpec(3), rank: int = 1, **options) -> QuantLayer:
+def packed_of(
+    layer: nn.Module, spec: QuantSpec = QuantSpec(3), rank: int = 1, **options
+) -> QuantLayer:
     return QUANT_LAYERS[type(layer)].from_float(layer, spec, rank, **options).eval()
 
 
@@ -141,20 +143,26 @@ def test_output_size(dims: int, batched: bool) -> None:
     x = torch.randn(2, 4, *(5,) * dims) if batched else torch.randn(4, *(5,) * dims)
     whole = [*((2, 6) if batched else (6,)), *(10,) * dims]
     for size in (whole[-dims:], whole, [9] * dims):
-        torch.testing.assert_close(packed(x, output_size=size), oracle(x, output_size=size), **CLOSE)
+        torch.testing.assert_close(
+            packed(x, output_size=size), oracle(x, output_size=size), **CLOSE
+        )
     with pytest.raises(ValueError, match="output"):
         packed(x, output_size=[20] * dims)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["linear", "conv1d-plain", "conv2d-plain", "conv3d-plain", "convtranspose2d-strided"])
+@pytest.mark.parametrize(
+    "name", ["linear", "conv1d-plain", "conv2d-plain", "conv3d-plain", "convtranspose2d-strided"]
+)
 def test_reduced_precision(name: str, dtype: torch.dtype) -> None:
     """Activations change their type, what is stored does not, there and back."""
     layer, x = make_layer(name)
     for options in ({"adapter_bits": 8}, {"adapter_bits": 32, "activation_bits": 8}):
         packed = packed_of(layer, **options)
         if "activation_bits" in options:
-            packed.set_activation_range(torch.tensor([1 / 3e4]), torch.tensor([7], dtype=torch.int32))
+            packed.set_activation_range(
+                torch.tensor([1 / 3e4]), torch.tensor([7], dtype=torch.int32)
+            )
         packed.scale.mul_(1 + 2**-20)  # not a float16 any more
         before = {key: value.clone() for key, value in packed.state_dict().items()}
         low = packed.to(dtype)
@@ -217,7 +225,10 @@ def test_strange_memory_layouts() -> None:
 
 def test_constant_zero_and_single_weights() -> None:
     for value in (0.0, 0.3, -2.0):
-        for layer, x in ((nn.Linear(1, 1), torch.randn(2, 1)), (nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5))):
+        for layer, x in (
+            (nn.Linear(1, 1), torch.randn(2, 1)),
+            (nn.Conv2d(3, 4, 3), torch.randn(1, 3, 5, 5)),
+        ):
             nn.init.constant_(layer.weight, value)
             layer.requires_grad_(False)
             packed = packed_of(layer, QuantSpec(2), rank=1)
@@ -259,5 +270,10 @@ def test_from_float_errors() -> None:
 
 def test_default_arguments() -> None:
     packed = QuantLinear.from_float(nn.Linear(32, 16))
-    assert (packed.bits, packed.rank, packed.adapter_bits, packed.activation_bits) == (4, 8, 8, None)
+    assert (packed.bits, packed.rank, packed.adapter_bits, packed.activation_bits) == (
+        4,
+        8,
+        8,
+        None,
+    )
     assert "bits=4, rank=8" in repr(packed)

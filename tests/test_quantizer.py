@@ -36,7 +36,9 @@ def quantize(weight: Tensor, qparams: QParams) -> tuple[Tensor, Tensor]:
     """Values and codes by the definition, in float64."""
     rows, columns = weight.shape
     scale, zero = (
-        p.double().expand(rows if p.shape[0] == 1 else -1, -1).repeat_interleave(columns // p.shape[1], 1)
+        p.double()
+        .expand(rows if p.shape[0] == 1 else -1, -1)
+        .repeat_interleave(columns // p.shape[1], 1)
         for p in (qparams.scale, qparams.zero_point)
     )
     codes = ((weight.double() / scale).round() + zero).clamp(0, 2**qparams.bits - 1)
@@ -76,7 +78,9 @@ def test_choose_qparams(spec: QuantSpec) -> None:
     if spec.clip == "mse":
         plain = choose_qparams(weight, spec.replace(clip="minmax"))
         minmax_values, _ = quantize(weight, plain)
-        best, minmax = (groups_of((weight - v).square(), spec).sum(1) for v in (values, minmax_values))
+        best, minmax = (
+            groups_of((weight - v).square(), spec).sum(1) for v in (values, minmax_values)
+        )
         assert (best <= minmax * (1 + 1e-3)).all()
 
 
@@ -99,7 +103,17 @@ def test_mse_finds_the_best_of_a_brute_force_over_ranges() -> None:
     weight[0, 0] = 9.0
     found, _ = quantize(weight, choose_qparams(weight, QuantSpec(3, symmetric=True)))
     best = min(
-        float((quantize(weight, QParams(torch.tensor([[s]]), torch.tensor([[4]]), 3, torch.float32, True))[0] - weight).square().sum())
+        float(
+            (
+                quantize(
+                    weight,
+                    QParams(torch.tensor([[s]]), torch.tensor([[4]]), 3, torch.float32, True),
+                )[0]
+                - weight
+            )
+            .square()
+            .sum()
+        )
         for s in torch.linspace(0.05, 3, 600).tolist()
     )
     assert float((found - weight).square().sum()) <= 1.02 * best
@@ -116,7 +130,9 @@ def test_constants_are_exact(bits: int, granularity: str, clip: str, symmetric: 
         found, _ = native(weight, choose_qparams(weight, spec))
         assert torch.equal(found, weight), value
         single = torch.full((1, 1), value)
-        found, _ = native(single, choose_qparams(single, spec.replace(granularity="per_channel", group_size=None)))
+        found, _ = native(
+            single, choose_qparams(single, spec.replace(granularity="per_channel", group_size=None))
+        )
         assert torch.equal(found, single), value
     if granularity != "per_tensor":  # one constant row beside others
         weight = torch.randn(3, 16)
@@ -166,7 +182,9 @@ def test_not_finite(value: float) -> None:
 
 
 def test_too_large() -> None:
-    with pytest.raises(ValueError, match="conv1: weight must be at most 1e.37 in magnitude, got 3e"):
+    with pytest.raises(
+        ValueError, match="conv1: weight must be at most 1e.37 in magnitude, got 3e"
+    ):
         choose_qparams(torch.tensor([[1.0, -3e38]]), QuantSpec(), "conv1")
 
 
@@ -197,7 +215,9 @@ def test_spec_errors(fields: dict[str, object]) -> None:
 
 def test_spec_is_a_value() -> None:
     spec = QuantSpec(3, "per_group", 32)
-    assert spec == QuantSpec(3, "per_group", 32) and hash(spec) == hash(QuantSpec(3, "per_group", 32))
+    assert spec == QuantSpec(3, "per_group", 32) and hash(spec) == hash(
+        QuantSpec(3, "per_group", 32)
+    )
     assert spec.replace(bits=2) == QuantSpec(2, "per_group", 32)
     with pytest.raises(ValueError, match="bits"):
         spec.replace(bits=17)
@@ -208,14 +228,24 @@ def test_spec_is_a_value() -> None:
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 def test_zero_point_bits(bits: int) -> None:
     """The narrowest width that holds every zero-point; only `bits` itself means unsigned."""
-    for low, high in [(0, 2**bits - 1), (-1, 3), (0, 2**bits), (-128, 127), (0, 128), (-(2**15), 0), (0, 2**23)]:
+    for low, high in [
+        (0, 2**bits - 1),
+        (-1, 3),
+        (0, 2**bits),
+        (-128, 127),
+        (0, 128),
+        (-(2**15), 0),
+        (0, 2**23),
+    ]:
         zero = torch.tensor([[low], [high]], dtype=torch.int32)
         width = zero_point_bits(zero, bits, False)
         if low >= 0 and high < 2**bits:
             assert width == bits
         else:
             assert width > bits and -(2 ** (width - 1)) <= low and high < 2 ** (width - 1)
-            assert width == min(w for w in (8, 16, 32) if w > bits and max(-low, high + 1) <= 2 ** (w - 1))
+            assert width == min(
+                w for w in (8, 16, 32) if w > bits and max(-low, high + 1) <= 2 ** (w - 1)
+            )
         assert zero_point_bits(zero, bits, True) == 0
 
 

@@ -33,7 +33,9 @@ def net() -> nn.Module:
 @pytest.fixture(scope="module")
 def qnet(net: nn.Module) -> nn.Module:
     config = SearchConfig(iterations=9)
-    return cora.quantize(net, batches(), QuantSpec(3), 8, 0.1, search=config, skip=["pointwise"], progress=False)
+    return cora.quantize(
+        net, batches(), QuantSpec(3), 8, 0.1, search=config, skip=["pointwise"], progress=False
+    )
 
 
 def test_totals_are_sums(net: nn.Module, qnet: nn.Module) -> None:
@@ -41,14 +43,20 @@ def test_totals_are_sums(net: nn.Module, qnet: nn.Module) -> None:
     packed = {name: m for name, m in qnet.named_modules() if isinstance(m, QuantLayer)}
     for part in ("weight", "adapter", "bias", "activation"):
         total = sum(layer.stored_bits()[part] for layer in packed.values())
-        assert totals[f"{part}_bits"] == total == sum(row.stored_bits[part] for row in report.layers)
+        assert (
+            totals[f"{part}_bits"] == total == sum(row.stored_bits[part] for row in report.layers)
+        )
     rest = sum(
         32 * t.numel() if t.is_floating_point() else 64 * t.numel()
         for key, t in net.state_dict().items() if key.split(".")[0] in ("norm", "pointwise")
     )  # fmt: skip
     assert totals["float_bits"] == rest == sum(entry.stored_bits for entry in report.float_entries)
     assert totals["total_bits"] == rest + sum(row.total_bits for row in report.layers)
-    assert totals["float_parameter_bits"] == parameter_bits(net) == 32 * sum(p.numel() for p in net.parameters())
+    assert (
+        totals["float_parameter_bits"]
+        == parameter_bits(net)
+        == 32 * sum(p.numel() for p in net.parameters())
+    )
     assert totals["float_total_bits"] == float_state_bits(net)
     weights = sum(net.get_submodule(name).weight.numel() for name in packed)
     assert totals["quantized_weights"] == weights
@@ -64,7 +72,12 @@ def test_layers(net: nn.Module, qnet: nn.Module) -> None:
         layer, packed = net.get_submodule(row.name), qnet.get_submodule(row.name)
         shape = LayerShape.of(layer)
         assert (row.kind, row.weight_shape) == (type(layer).__name__, list(layer.weight.shape))
-        assert (row.bits, row.granularity, row.group_size, row.clip) == (3, "per_channel", None, "mse")
+        assert (row.bits, row.granularity, row.group_size, row.clip) == (
+            3,
+            "per_channel",
+            None,
+            "mse",
+        )
         assert (row.rank, row.full_rank) == (packed.rank, shape.full_rank)
         assert row.weights == layer.weight.numel()
         assert row.stored_bits["adapter"] == row.rank * rank_bits(shape, 8)
@@ -79,7 +92,9 @@ def test_layers(net: nn.Module, qnet: nn.Module) -> None:
 def test_energies_at_the_output(net: nn.Module, qnet: nn.Module) -> None:
     inputs: dict[str, list[Tensor]] = {name: [] for name in NAMES}
     handles = [
-        net.get_submodule(name).register_forward_pre_hook(lambda _m, a, name=name: inputs[name].append(a[0].clone()))
+        net.get_submodule(name).register_forward_pre_hook(
+            lambda _m, a, name=name: inputs[name].append(a[0].clone())
+        )
         for name in NAMES
     ]
     with torch.no_grad():
@@ -120,9 +135,15 @@ def test_to_dict_and_back(qnet: nn.Module) -> None:
     assert set(values) == {"layers", "float_entries", "totals", "settings", "search", "comparison"}
     assert all(set(layer) == LAYER_KEYS for layer in values["layers"])
     settings = values["settings"]
-    assert settings["weight"]["bits"] == 3 and settings["activation_bits"] == 8 and settings["skip"] == ["pointwise"]
+    assert (
+        settings["weight"]["bits"] == 3
+        and settings["activation_bits"] == 8
+        and settings["skip"] == ["pointwise"]
+    )
     assert settings["rank_budget"] == 0.1 and settings["search"]["iterations"] == 9
-    assert settings["calibration_samples"] == 48 and settings["versions"]["torch"] == torch.__version__
+    assert (
+        settings["calibration_samples"] == 48 and settings["versions"]["torch"] == torch.__version__
+    )
     values["layers"].clear()
     assert qnet.report.layers
 
@@ -147,12 +168,21 @@ def test_text(qnet: nn.Module) -> None:
 
 
 def test_settings_do_not_depend_on_the_container_of_skip() -> None:
-    names: list[Any] = [["stem", "head"], ("head", "stem"), {"stem", "head"}, iter(["head", "stem"])]
+    names: list[Any] = [
+        ["stem", "head"],
+        ("head", "stem"),
+        {"stem", "head"},
+        iter(["head", "stem"]),
+    ]
     found = []
     for skip in names:
-        qmodel = cora.quantize(trained_net(), batches(1), rank_budget=0, search=None, skip=skip, progress=False)
+        qmodel = cora.quantize(
+            trained_net(), batches(1), rank_budget=0, search=None, skip=skip, progress=False
+        )
         found.append(sorted(qmodel.report.settings["skip"]))
         assert len(qmodel.report.layers) == 3
     assert found == [["head", "stem"]] * 4
-    one = cora.quantize(trained_net(), batches(1), rank_budget=0, search=None, skip="head", progress=False)
+    one = cora.quantize(
+        trained_net(), batches(1), rank_budget=0, search=None, skip="head", progress=False
+    )
     assert one.report.settings["skip"] == ["head"]

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 import cora
 import cora.search
 from cora import Calibration, QuantSpec, SearchConfig
-from cora.calibration import divergence
+from cora.allocation import ALLOCATORS, Budget, LayerFit, allocate
+from cora.batches import divergence
 from cora.lowrank import LayerShape, factors, quantize_adapter, rank_bits, truncate
-from cora.search import ALLOCATORS, Budget, LayerFit, allocate, butterworth_gain
+from cora.search import butterworth_gain
 
 # --- The gate ------------------------------------------------------------------------------------
 
@@ -67,7 +68,9 @@ def fits_of(*sizes: tuple[int, int]) -> dict[str, LayerFit]:
 
 def budget_of(fits: Mapping[str, LayerFit], share: float, adapter_bits: int = 8) -> Budget:
     shapes = {name: fit.shape for name, fit in fits.items()}
-    return Budget.of(shapes, share, sum(32 * s.rows * s.columns for s in shapes.values()), adapter_bits)
+    return Budget.of(
+        shapes, share, sum(32 * s.rows * s.columns for s in shapes.values()), adapter_bits
+    )
 
 
 class NoCalibration:
@@ -120,7 +123,9 @@ def test_budget_errors(share: Any) -> None:
 def test_budget_too_small_for_one_rank() -> None:
     shape = LayerShape(16, 16, 1)
     least = rank_bits(shape, 8) / 8192
-    with pytest.raises(ValueError, match=f"rank_budget must be 0 or at least {least:.2g} .* got 0.01"):
+    with pytest.raises(
+        ValueError, match=f"rank_budget must be 0 or at least {least:.2g} .* got 0.01"
+    ):
         Budget.of({"a": shape}, 0.01, 8192, 8)
     assert Budget.of({"a": shape}, least, 8192, 8).bits == rank_bits(shape, 8)
 
@@ -131,7 +136,9 @@ def test_rounding_is_feasible_and_fills_the_budget() -> None:
     for share in (0.01, 0.05, 0.2, 0.5, 3.0):
         budget = budget_of(fits, share)
         for scale in (0.1, 1.0, 10.0):
-            real = {n: scale * float(torch.rand((), generator=generator)) * budget.full[n] for n in fits}
+            real = {
+                n: scale * float(torch.rand((), generator=generator)) * budget.full[n] for n in fits
+            }
             ranks = budget.round(real)
             assert_fills(ranks, budget)
         exact = budget.round({n: float(r) for n, r in ranks.items()})
@@ -141,7 +148,11 @@ def test_rounding_is_feasible_and_fills_the_budget() -> None:
 
 # --- Closed forms --------------------------------------------------------------------------------
 
-SIZES = {"mixed": [(8, 8), (16, 4), (32, 40), (5, 7), (64, 20)], "equal": [(12, 10)] * 4, "one": [(9, 9)]}
+SIZES = {
+    "mixed": [(8, 8), (16, 4), (32, 40), (5, 7), (64, 20)],
+    "equal": [(12, 10)] * 4,
+    "one": [(9, 9)],
+}
 
 
 @pytest.mark.parametrize("share", [0, 0.03, 0.1, 0.4, 5.0])
@@ -152,7 +163,9 @@ def test_allocators_fill_the_budget(method: str, sizes: str, share: float) -> No
     budget = Budget(int(share * sum(32 * f.dequantized.numel() for f in fits.values())), *(
         {n: value(f) for n, f in fits.items()} for value in (lambda f: rank_bits(f.shape, 8), lambda f: f.shape.full_rank)
     ))  # fmt: skip
-    ranks = allocate(method, fits, budget, NoCalibration(**{n: i + 1.0 for i, n in enumerate(fits)}))
+    ranks = allocate(
+        method, fits, budget, NoCalibration(**{n: i + 1.0 for i, n in enumerate(fits)})
+    )
     assert_fills(ranks, budget)
     assert (share < 5) or ranks == budget.full
 
@@ -163,7 +176,9 @@ def test_uniform_is_the_largest_common_share() -> None:
     ranks = allocate("uniform", fits, budget, NoCalibration())
     shares = sorted({r / full for full in budget.full.values() for r in range(full + 1)})
     largest = max(
-        s for s in shares if budget.used({n: math.floor(s * f + 1e-9) for n, f in budget.full.items()}) <= budget.bits
+        s
+        for s in shares
+        if budget.used({n: math.floor(s * f + 1e-9) for n, f in budget.full.items()}) <= budget.bits
     )
     for name, full in budget.full.items():
         assert ranks[name] >= math.floor(largest * full + 1e-9) - (largest * full % 1 < 1e-9)
@@ -210,13 +225,17 @@ def quantize(model: nn.Module, data: Any, config: SearchConfig, **options: Any) 
 def held_out(config: SearchConfig, sizes: list[int]) -> list[tuple[int, Tensor]]:
     """Rows of each batch that pick the ranks, as the documentation of holdout says."""
     index = [(i, j) for i, size in enumerate(sizes) for j in range(size)]
-    order = torch.randperm(len(index), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    order = torch.randperm(
+        len(index), generator=torch.Generator().manual_seed(config.seed)
+    ).tolist()
     held = [index[k] for k in order[: max(1, min(config.holdout, len(order) // 2))]]
     rows = {i: sorted(j for b, j in held if b == i) for i in range(len(sizes))}
     return [(i, torch.tensor(r)) for i, r in rows.items() if r]
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_bits": 6}, {"adapter_bits": 4, "fit": "plain"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_bits": 6}, {"adapter_bits": 4, "fit": "plain"}], ids=str
+)
 def test_the_search_is_no_worse_than_the_closed_forms(options: dict[str, Any]) -> None:
     net, data = trained_net(), batches(4, 32)
     config = SearchConfig(iterations=45, holdout=48)
@@ -232,7 +251,9 @@ def test_the_search_is_no_worse_than_the_closed_forms(options: dict[str, Any]) -
     accepted = [h["loss"] for h in search["history"] if h.get("accepted")]
     assert accepted == sorted(accepted, reverse=True)
     # What the search measured is the packed model, up to rounding of activations.
-    assert losses / count == pytest.approx(accepted[-1], rel=1e-3 if not options.get("activation_bits") else 0.1)
+    assert losses / count == pytest.approx(
+        accepted[-1], rel=1e-3 if not options.get("activation_bits") else 0.1
+    )
     steps = [h for h in search["history"] if h["kind"] == "gradient"]
     assert len(steps) == 30 and all(math.isfinite(h["loss"]) for h in search["history"])
 
@@ -299,8 +320,12 @@ def test_labels() -> None:
     kl = quantize(net, data, SearchConfig(iterations=12)).report.search
     labels = quantize(net, data, SearchConfig(iterations=12, loss="labels")).report.search
     with torch.no_grad():
-        floor = float(F.cross_entropy(net(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data])))
-    assert labels["candidates"] != kl["candidates"] and labels["candidates"]["uniform"] > 0.3 * floor
+        floor = float(
+            F.cross_entropy(net(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data]))
+        )
+    assert (
+        labels["candidates"] != kl["candidates"] and labels["candidates"]["uniform"] > 0.3 * floor
+    )
     seen = []
 
     def half(output: Tensor, target: Tensor) -> Tensor:
@@ -310,7 +335,9 @@ def test_labels() -> None:
     config = SearchConfig(iterations=12, loss="labels", label_loss=half)
     halved = quantize(net, data, config).report.search
     assert seen and all(a == b for a, b in seen)
-    assert halved["candidates"]["uniform"] == pytest.approx(labels["candidates"]["uniform"] / 2, rel=1e-3)
+    assert halved["candidates"]["uniform"] == pytest.approx(
+        labels["candidates"]["uniform"] / 2, rel=1e-3
+    )
 
 
 def test_labels_of_frames_and_pixels() -> None:
@@ -365,9 +392,15 @@ def test_search_uses_no_more_samples_than_asked() -> None:
     calibration = Calibration(trained_net(), batches(4, 16))
     sizes: list[int] = []
     handle = calibration.model.head.register_forward_pre_hook(lambda _m, a: sizes.append(len(a[0])))
-    calibration.teacher(), calibration.sensitivity(), [calibration.moment(n) for n in calibration.layers]
+    (
+        calibration.teacher(),
+        calibration.sensitivity(),
+        [calibration.moment(n) for n in calibration.layers],
+    )
     sizes.clear()
-    quantize(trained_net(), calibration, SearchConfig(iterations=9, samples=20, holdout=8, batch_size=4))
+    quantize(
+        trained_net(), calibration, SearchConfig(iterations=9, samples=20, holdout=8, batch_size=4)
+    )
     handle.remove()
     assert max(sizes) <= 16
 

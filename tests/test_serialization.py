@@ -22,7 +22,9 @@ from cora import QuantSpec, SearchConfig, serialization
 UNIFORM = SearchConfig(method="uniform")
 
 
-def quantize(model: nn.Module, data: Any = None, spec: Any = QuantSpec(3), **options: Any) -> nn.Module:
+def quantize(
+    model: nn.Module, data: Any = None, spec: Any = QuantSpec(3), **options: Any
+) -> nn.Module:
     options = {"search": UNIFORM, "progress": False, "rank_budget": 0.1, **options}
     return cora.quantize(model, batches() if data is None else data, spec, **options)
 
@@ -125,14 +127,18 @@ def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
 def test_the_file_is_as_large_as_the_report_says(adapter_bits: int, tmp_path: Path) -> None:
     qmodel = quantize(trained_net(), adapter_bits=adapter_bits, activation_bits=8)
     cora.save(qmodel, tmp_path / "m")
-    assert qmodel.report.totals["total_bits"] == pytest.approx(tensor_bits(tmp_path / "m"), rel=0.01)
+    assert qmodel.report.totals["total_bits"] == pytest.approx(
+        tensor_bits(tmp_path / "m"), rel=0.01
+    )
 
 
 def test_the_report_comes_back(qnet: nn.Module, file: Path) -> None:
     report, loaded = qnet.report, cora.load(file, Net()).report
     assert loaded.totals == report.totals and loaded.settings == report.settings
     assert loaded.search["ranks"] == report.search["ranks"]
-    assert [layer.stored_bits for layer in loaded.layers] == [layer.stored_bits for layer in report.layers]
+    assert [layer.stored_bits for layer in loaded.layers] == [
+        layer.stored_bits for layer in report.layers
+    ]
     assert str(loaded) == str(report)
     assert cora.serialization.read_header(file)["report"]["totals"] == report.totals
     stripped = copy.deepcopy(qnet)
@@ -164,7 +170,9 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tied_weights_and_meta_architectures(device: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_tied_weights_and_meta_architectures(
+    device: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model, tokens = Tied(), torch.randint(0, 9, (12, 4))
     with torch.no_grad():
         model.offset.copy_(torch.arange(6.0))
@@ -262,7 +270,16 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
     (length,) = struct.unpack("<Q", content[:8])
     header = content[8 : 8 + length]
     padding = len(header) - len(header.rstrip())
-    positions = [0, 7, 9, 8 + length // 2, 8 + length - padding - 2, 8 + length, 8 + length + 500, len(content) - 1]
+    positions = [
+        0,
+        7,
+        9,
+        8 + length // 2,
+        8 + length - padding - 2,
+        8 + length,
+        8 + length + 500,
+        len(content) - 1,
+    ]
     generator = torch.Generator().manual_seed(0)
     positions += torch.randint(8, len(content), (60,), generator=generator).tolist()
     for position in positions:
@@ -286,7 +303,10 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
         (lambda h, t: h["report"]["totals"].update(total_bits=1), "checksum does not match"),
         (lambda h, t: t.pop("head.codes"), "checksum does not match"),
         (lambda h, t: t.update(more=torch.ones(1)), "checksum does not match"),
-        (lambda h, t: t.update({"norm.weight": t["norm.weight"].half()}), "checksum does not match"),
+        (
+            lambda h, t: t.update({"norm.weight": t["norm.weight"].half()}),
+            "checksum does not match",
+        ),
         (lambda h, t: t.update({"head.scale": t["head.scale"] * 2}), "checksum does not match"),
     ],
 )
@@ -319,7 +339,11 @@ def test_foreign_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", ["replace", "fsync", "chmod"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
 def test_nothing_half_written(
-    qnet: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException
+    qnet: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    error: BaseException,
 ) -> None:
     def fail(*_args: Any) -> None:
         raise error
