@@ -188,11 +188,13 @@ def plot_ranks(report: Report) -> Any:
     right.set_xscale("log")
     right.set_xlabel("error at the layer's output, % of its energy")
     right.grid(axis="x", alpha=0.3)
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
     if len(layers) <= _LABELLED_LAYERS:
         left.set_yticks(list(rows), [layer.name for layer in layers], fontsize=7)
         for row, layer in zip(rows, layers, strict=True):
-            left.text(99, row, f"{layer.rank}/{layer.full_rank}", ha="right", va="center", size=7)
+            colour = "white" if layer.rank > 0.9 * layer.full_rank else "black"
+            text = f"{layer.rank}/{layer.full_rank}"
+            left.text(99, row, text, ha="right", va="center", size=7, color=colour)
     else:
         left.set_ylabel("layer, in the model's order")
     return drawn
@@ -255,11 +257,12 @@ def plot_search(report: Report) -> Any:
             markersize=4,
             label=f"held-out: {kind}",
         )
-    if candidates:
-        best = [min(entry["loss"] for entry in candidates[: i + 1]) for i in range(len(candidates))]
+    accepted = [entry for entry in candidates if entry["accepted"]]
+    if accepted:
+        end = max(entry["step"] for entry in history)
         axes.step(
-            [entry["step"] for entry in candidates],
-            best,
+            [*(entry["step"] for entry in accepted), end],
+            [*(entry["loss"] for entry in accepted), accepted[-1]["loss"]],
             where="post",
             color="black",
             linewidth=1,

@@ -107,6 +107,7 @@ class SearchResult:
     history: list[dict[str, Any]] = field(default_factory=list)
     candidates: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
+    steps: int = 0
 
 
 class _Evaluator:
@@ -246,7 +247,7 @@ def search_ranks(
             best, result.ranks, result.loss = losses, dict(ranks), loss
         result.history.append(
             {
-                "step": bar.n,
+                "step": result.steps,
                 "kind": label,
                 "loss": loss,
                 "adapter_bits": int(used),
@@ -324,12 +325,13 @@ def _descend(
         average.lerp_(log_rank.detach(), 0.1)
         result.history.append(
             {
-                "step": bar.n,
+                "step": result.steps,
                 "kind": "gradient",
                 "loss": float(loss.detach()),
                 "adapter_bits": int((log_rank.detach().exp() * cost).sum()),
             }
         )
+        result.steps += 1
         bar.update()
         if (step + 1) % check == 0 or step + 1 == steps:
             consider("gate", integer(average.exp()))
@@ -361,6 +363,7 @@ def _exchange(
         pick = torch.rand(2, generator=evaluator.generator)
         donor = donors[int(pick[0] * len(donors))]
         receiver = receivers[int(pick[1] * len(receivers))]
+        result.steps += 1
         bar.update()
         if donor == receiver:
             continue
