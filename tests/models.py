@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import cora
+from cora import QuantSpec, SearchConfig
+
 # name: layer type, arguments, input shape without the batch
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "linear": (nn.Linear, {"in_features": 13, "out_features": 9}, (13,)),
@@ -73,7 +76,7 @@ def make_layer(name: str) -> tuple[nn.Module, Tensor]:
 
 
 class Net(nn.Module):
-    """A small classifier with what breaks careless quantizers: batch norm, in-place and shared parts."""
+    """A small classifier with what breaks careless quantizers: batch norm, in-place parts."""
 
     def __init__(self, inplace: bool = True, classes: int = 5) -> None:
         super().__init__()
@@ -111,6 +114,13 @@ def batches(count: int = 3, size: int = 16, labels: bool = False) -> list[Any]:
     if not labels:
         return xs
     return [(x, torch.randint(0, 5, (size,), generator=generator)) for x in xs]
+
+
+def quantize(model: nn.Module, data: Any = None, spec: Any = None, **options: Any) -> nn.Module:
+    """cora.quantize with quick defaults: 3 bits, closed-form ranks, no bars."""
+    quick = {"search": SearchConfig(method="uniform"), "progress": False, "rank_budget": 0.1}
+    data = batches() if data is None else data
+    return cora.quantize(model, data, spec or QuantSpec(3), **{**quick, **options})
 
 
 class TwoInputs(nn.Module):

@@ -56,7 +56,8 @@ def bits_of(net: nn.Module, specs: dict[str, QuantSpec]) -> int:
 @pytest.mark.parametrize(
     "spec",
     [
-        QuantSpec(3, clip="minmax"), QuantSpec(2, symmetric=True, clip="minmax"), QuantSpec(3, "per_tensor", clip="ksigma"),
+        QuantSpec(3, clip="minmax"), QuantSpec(2, symmetric=True, clip="minmax"),
+        QuantSpec(3, "per_tensor", clip="ksigma"),
         QuantSpec(2, "per_group", 9, clip="minmax"), QuantSpec(8),
     ],
     ids=str,
@@ -97,7 +98,9 @@ def test_same_bits_specs(spec: QuantSpec, budget: float, magnitude: float) -> No
 
 
 @pytest.mark.parametrize("policy", ["same", "8bit", "float"])
-def test_first_and_last_layers_are_alike_in_all_rows(net: nn.Module, calibration: Calibration, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_first_and_last_layers_are_alike(
+    net: nn.Module, calibration: Calibration, policy: str
+) -> None:
     qmodel = quantize(net, calibration, QuantSpec(3), first_last=policy)
     seen: list[dict[str, int]] = []
 
@@ -111,7 +114,15 @@ def test_first_and_last_layers_are_alike_in_all_rows(net: nn.Module, calibration
         assert policy != "8bit" or layers["stem"] == layers["head"] == 8
 
 
-@pytest.mark.parametrize("options", [{}, {"activation_bits": 8, "activation": "dynamic", "skip": ["head"]}, {"activation_bits": 6, "activation_range": "percentile", "adapter_bits": 4}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_bits": 8, "activation": "dynamic", "skip": ["head"]},
+        {"activation_bits": 6, "activation_range": "percentile", "adapter_bits": 4},
+    ],
+    ids=str,
+)
 def test_compare(net: nn.Module, calibration: Calibration, options: dict[str, Any]) -> None:
     qmodel = quantize(net, calibration, QuantSpec(2), **options)
     rows = cora.compare(net, calibration, qmodel, progress=False)

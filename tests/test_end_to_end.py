@@ -103,7 +103,14 @@ def test_packed_is_simulated_and_comes_back_from_the_file(
     assert 8 * (path.stat().st_size - header) == pytest.approx(bits, rel=0.01)
 
 
-@pytest.mark.parametrize("options", [{"weight": QuantSpec(8), "rank_budget": 0}, {"weight": QuantSpec(2), "rank_budget": 9, "adapter_bits": 32}], ids=["8-bit", "full-rank"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": QuantSpec(8), "rank_budget": 0},
+        {"weight": QuantSpec(2), "rank_budget": 9, "adapter_bits": 32},
+    ],
+    ids=["8-bit", "full-rank"],
+)
 def test_close_to_float(
     model: nn.Module,
     calibration: Calibration,

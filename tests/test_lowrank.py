@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from models import LAYERS, make_layer
 from torch import Tensor, nn
 
-from cora import QuantSpec, ops
+from cora import QuantSpec
 from cora.lowrank import (
     ADAPTER_BITS,
-    Adapter,
     LayerShape,
     factors,
     fold,
@@ -183,17 +181,3 @@ def test_weighting_serves_the_output() -> None:
         for m in (None, moment)
     ]
     assert errors[1] < 0.7 * errors[0]
-
-
-def test_adapter_matrix_is_two_convolutions() -> None:
-    """The product of the stored factors is the two layers that the paper puts beside the weight."""
-    residual = torch.randn(12, 4 * 9)
-    adapter: Adapter = quantize_adapter(*truncate(*factors(residual, 2)[:2], 3, 2), 8, 2)
-    x = torch.randn(1, 8, 6, 6)
-    inner = F.conv2d(x, (adapter.a * adapter.scale[:, None]).reshape(6, 4, 3, 3), groups=2)
-    two = F.conv2d(inner, adapter.b.float().reshape(12, 3, 1, 1), groups=2)
-    one = F.conv2d(x, adapter.matrix().reshape(12, 4, 3, 3), groups=2)
-    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
-    assert torch.equal(
-        ops.pack_bits(torch.zeros(1, 3, dtype=torch.uint8), 3), torch.zeros(1, 2, dtype=torch.uint8)
-    )

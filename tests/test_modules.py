@@ -18,9 +18,9 @@ CLOSE = {"atol": 2e-4, "rtol": 1e-4}
 
 
 def packed_of(
-    layer: nn.Module, spec: QuantSpec = QuantSpec(3), rank: int = 1, **options
+    layer: nn.Module, spec: QuantSpec | None = None, rank: int = 1, **options
 ) -> QuantLayer:
-    return QUANT_LAYERS[type(layer)].from_float(layer, spec, rank, **options).eval()
+    return QUANT_LAYERS[type(layer)].from_float(layer, spec or QuantSpec(3), rank, **options).eval()
 
 
 def full_rank(layer: nn.Module) -> int:

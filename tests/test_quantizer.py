@@ -200,7 +200,8 @@ def test_group_size_must_divide() -> None:
     [
         {"bits": 1}, {"bits": 9}, {"bits": 4.0}, {"bits": True}, {"bits": "4"},
         {"granularity": "per_row"}, {"granularity": ["per_channel"]}, {"granularity": "per_group"},
-        {"granularity": "per_group", "group_size": 0}, {"granularity": "per_group", "group_size": 2.5},
+        {"granularity": "per_group", "group_size": 0},
+        {"granularity": "per_group", "group_size": 2.5},
         {"granularity": "per_group", "group_size": True}, {"group_size": 8}, {"clip": "max"},
         {"k": 0}, {"k": -1.0}, {"k": float("nan")}, {"k": float("inf")}, {"k": "3"},
         {"symmetric": 1}, {"symmetric": None},

@@ -20,7 +20,8 @@ from cora.report import float_state_bits, parameter_bits
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
 LAYER_KEYS = {
-    "name", "kind", "weight_shape", "bits", "granularity", "group_size", "clip", "rank", "full_rank", "weights",
+    "name", "kind", "weight_shape", "bits", "granularity", "group_size", "clip", "rank",
+    "full_rank", "weights",
     "stored_bits", "residual_before", "residual_after", "sqnr_db", "weight_error", "spectrum",
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cora
 import cora.search
-from cora import Calibration, QuantSpec, SearchConfig
+from cora import QuantSpec, SearchConfig
 from cora.allocation import ALLOCATORS, Budget, LayerFit, allocate
 from cora.batches import divergence
 from cora.lowrank import LayerShape, factors, quantize_adapter, rank_bits, truncate
@@ -114,12 +114,6 @@ def test_budget_counts_stored_bits() -> None:
     assert Budget.of(shapes, 0, 10_001, 8).bits == 0
 
 
-@pytest.mark.parametrize("share", [-0.1, float("nan"), float("inf"), True, "5%", None])
-def test_budget_errors(share: Any) -> None:
-    with pytest.raises(ValueError, match="rank_budget must be a number >= 0, got"):
-        Budget.of({"a": LayerShape(4, 4, 1)}, share, 512, 8)
-
-
 def test_budget_too_small_for_one_rank() -> None:
     shape = LayerShape(16, 16, 1)
     least = rank_bits(shape, 8) / 8192
@@ -160,9 +154,12 @@ SIZES = {
 @pytest.mark.parametrize("method", ALLOCATORS)
 def test_allocators_fill_the_budget(method: str, sizes: str, share: float) -> None:
     fits = fits_of(*SIZES[sizes])
-    budget = Budget(int(share * sum(32 * f.dequantized.numel() for f in fits.values())), *(
-        {n: value(f) for n, f in fits.items()} for value in (lambda f: rank_bits(f.shape, 8), lambda f: f.shape.full_rank)
-    ))  # fmt: skip
+    shapes = {name: fit.shape for name, fit in fits.items()}
+    budget = Budget(
+        int(share * sum(32 * shape.rows * shape.columns for shape in shapes.values())),
+        {name: rank_bits(shape, 8) for name, shape in shapes.items()},
+        {name: shape.full_rank for name, shape in shapes.items()},
+    )
     ranks = allocate(
         method, fits, budget, NoCalibration(**{n: i + 1.0 for i, n in enumerate(fits)})
     )
@@ -370,9 +367,12 @@ class DictOutput(TwoInputs):
 @pytest.mark.parametrize(
     ("model", "data"),
     [
-        (lambda: nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 1)), lambda: [torch.randn(24, 12)] * 2),
+        (lambda: nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 1)), lambda: torch.randn(48, 12)),
         (DictOutput, lambda: [(torch.randn(24, 4), torch.randn(24, 3))]),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3)), lambda: [torch.randn(12, 3, 8, 8)]),
+        (
+            lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 1, 3)),
+            lambda: [torch.randn(12, 3, 8, 8)],
+        ),
     ],
 )  # fmt: skip
 def test_regressions(model: Callable[[], nn.Module], data: Callable[[], Any]) -> None:
@@ -388,27 +388,11 @@ def test_few_samples_and_uneven_batches() -> None:
         assert math.isfinite(qmodel.report.search["history"][-1]["loss"])
 
 
-def test_search_uses_no_more_samples_than_asked() -> None:
-    calibration = Calibration(trained_net(), batches(4, 16))
-    sizes: list[int] = []
-    handle = calibration.model.head.register_forward_pre_hook(lambda _m, a: sizes.append(len(a[0])))
-    (
-        calibration.teacher(),
-        calibration.sensitivity(),
-        [calibration.moment(n) for n in calibration.layers],
-    )
-    sizes.clear()
-    quantize(
-        trained_net(), calibration, SearchConfig(iterations=9, samples=20, holdout=8, batch_size=4)
-    )
-    handle.remove()
-    assert max(sizes) <= 16
-
-
 @pytest.mark.parametrize(
     "fields",
     [
-        {"method": "best"}, {"loss": "mse"}, {"iterations": -1}, {"iterations": 1.5}, {"iterations": True},
+        {"method": "best"}, {"loss": "mse"},
+        {"iterations": -1}, {"iterations": 1.5}, {"iterations": True},
         {"samples": 0}, {"batch_size": 0}, {"order": 0}, {"order": "4"}, {"learning_rate": 0},
         {"learning_rate": float("nan")}, {"holdout": 0}, {"holdout": 0.5},
     ],
