@@ -395,6 +395,8 @@ def test_activation_ranges_hold_zero(method: str) -> None:
         )
         low, high = reach(scale, zero, 8)
         assert low <= 0 <= high and scale > 0
+        if method == "minmax":
+            assert low <= sample.min() + scale and high >= sample.max() - scale
     with pytest.raises(
         ValueError, match="activation_range must be one of minmax, percentile, mse, got 'best'"
     ):

@@ -75,6 +75,10 @@ def test_choose_qparams(spec: QuantSpec) -> None:
     if spec.clip == "minmax":
         steps = error / qparams.scale.reshape(-1)
         assert steps.max() <= 1 + 1e-6
+        if not spec.symmetric:  # the low end is on the grid
+            lowest = groups_of(weight, spec).argmin(1, keepdim=True)
+            at_low = groups_of((weight - values).abs(), spec).gather(1, lowest)[:, 0]
+            assert (at_low <= (0.5 + 1e-4) * qparams.scale.reshape(-1)).all()
     if spec.clip == "mse":
         plain = choose_qparams(weight, spec.replace(clip="minmax"))
         minmax_values, _ = quantize(weight, plain)

@@ -121,7 +121,9 @@ def test_budget_too_small_for_one_rank() -> None:
         ValueError, match=f"rank_budget must be 0 or at least {least:.2g} .* got 0.01"
     ):
         Budget.of({"a": shape}, 0.01, 8192, 8)
-    assert Budget.of({"a": shape}, least, 8192, 8).bits == rank_bits(shape, 8)
+    exact = Budget.of({"a": shape}, least, 8192, 8)
+    assert exact.bits == rank_bits(shape, 8)
+    assert exact.fill({"a": 0}) == exact.round({"a": 0.4}) == exact.round({"a": 9.0}) == {"a": 1}
 
 
 def test_rounding_is_feasible_and_fills_the_budget() -> None:
