@@ -20,6 +20,7 @@ import torch
 
 import cora
 from cora.report import versions
+from cora.tables import metrics_of
 from cora.tasks import resolve_task
 
 
@@ -115,7 +116,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         groups.setdefault(_key(run)[:4], []).append(run)
     for (task, bits, budget, clip), members in sorted(groups.items(), key=str):
-        metrics = [m for m in members[0]["rows"][-1] if m not in ("row", "bits_per_weight", "total_bits", "samples")]
+        metrics = metrics_of(members[0]["rows"][-1:])
         lines += [
             f"\n**{task}, {bits} bits, adapters at {budget:.2%} of the float size, clip {clip}, "
             f"{len(members)} seeds**\n",

@@ -97,7 +97,7 @@ class Budget:
         cost = {name: rank_bits(shape, adapter_bits) for name, shape in shapes.items()}
         bits = math.floor(share * parameter_bits)
         cheapest = min(cost.values())
-        if 0 < share and bits < cheapest:
+        if share > 0 and bits < cheapest:
             raise ValueError(
                 f"rank_budget must be 0 or at least {cheapest / parameter_bits:.2g} "
                 f"(one rank in the cheapest layer), got {share}"

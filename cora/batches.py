@@ -34,6 +34,8 @@ class Batch:
     """
 
     def __init__(self, batch: Any, required: int = 1) -> None:
+        self.args: tuple[Any, ...]
+        self.kwargs: dict[str, Any]
         self.labels: Any = None
         if isinstance(batch, list | tuple) and len(batch) > 0:
             if required > 1 and len(batch) >= required and isinstance(batch[0], Tensor):

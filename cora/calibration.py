@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, float_tensors, output_logits, required_inputs
-from .lowrank import LayerShape
+from .lowrank import FloatLayer, LayerShape
 from .modules import QUANT_LAYERS
 
 __all__ = [
@@ -32,7 +32,7 @@ _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range fro
 _PERCENTILE = 0.9999
 
 
-def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[str, str]]:
     """The layers that can be quantized, and why other modules with weights stay float.
 
     Only the exact types in `QUANT_LAYERS` count: a subclass may use its weight in its own way.
@@ -40,7 +40,7 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
     Returns:
         name -> layer, and name -> reason, both in the order of `model.named_modules()`.
     """
-    layers: dict[str, nn.Module] = {}
+    layers: dict[str, FloatLayer] = {}
     kept: dict[str, str] = {}
     inside_attention: list[str] = []
     for name, module in model.named_modules():
@@ -65,7 +65,7 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str
 # --- A layer's input as rows of a matrix ---------------------------------------------------------
 
 
-def _windows(layer: nn.Module, x: Tensor) -> Tensor:
+def _windows(layer: FloatLayer, x: Tensor) -> Tensor:
     """A convolution's input as a view [B, Cin, *output, *kernel] of what each output position sees."""
     dims = len(layer.kernel_size)
     if x.dim() == dims + 1:
@@ -77,7 +77,8 @@ def _windows(layer: nn.Module, x: Tensor) -> Tensor:
         stuffed = x.new_zeros(
             batch, channels, *[(n - 1) * s + 1 for n, s in zip(size, stride, strict=True)]
         )
-        stuffed[(..., *[slice(None, None, s) for s in stride])] = x
+        every: list[Any] = [slice(None, None, s) for s in stride]
+        stuffed[(..., *every)] = x
         pads = []
         for d in reversed(range(dims)):
             edge = dilation[d] * (kernel[d] - 1) - layer.padding[d]
@@ -104,7 +105,7 @@ def _windows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def input_rows(
-    layer: nn.Module, x: Tensor, limit: int | None = None, generator: torch.Generator | None = None
+    layer: FloatLayer, x: Tensor, limit: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """What each output position of a layer sees, as rows that meet the rows of its weight matrix.
 
@@ -304,7 +305,8 @@ class Calibration:
     def _chunk(self, name: str) -> list[str]:
         """`name` and the layers after it whose moments fit in memory together."""
         names = list(self.layers)
-        chunk, size = [], 0
+        chunk: list[str] = []
+        size = 0
         for other in names[names.index(name) :]:
             size += self._moment_bytes(other)
             if chunk and size > self.memory_limit:

@@ -11,9 +11,9 @@ from torch import nn
 from .batches import divergence
 from .calibration import Calibration
 from .convert import quantize
-from .lowrank import LayerShape, unfold
+from .lowrank import FloatLayer, LayerShape, unfold
 from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits
-from .report import Report, float_state_bits
+from .report import Report, float_state_bits, report_of
 
 __all__ = ["compare", "same_bits_specs"]
 
@@ -43,14 +43,13 @@ def compare(
         One dict a row: "row", "bits_per_weight", "total_bits", and the metrics. Also kept in
         `qmodel.report.comparison`.
     """
-    if not hasattr(qmodel, "report"):
-        raise ValueError("qmodel: expected a result of cora.quantize with its report, found none")
-    settings = qmodel.report.settings
+    report = report_of(qmodel)
+    settings = report.settings
     if "bits" not in settings["weight"]:
         raise ValueError("qmodel: compare needs one QuantSpec for all layers, got several")
     spec = QuantSpec(**settings["weight"])
     evaluate = evaluate or (lambda m: {"kl": calibration_divergence(m, calibration)})
-    options = {
+    options: dict[str, Any] = {
         key: settings[key]
         for key in ("activation_bits", "adapter_bits", "fit", "first_last", "skip", "reestimate_bn")
     }
@@ -62,7 +61,7 @@ def compare(
         own = options if isinstance(other, QuantSpec) else {**options, "first_last": "same"}
         return quantize(model, calibration, other, rank_budget=0, progress=progress, **own)
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "row": "float",
             "bits_per_weight": 32.0,
@@ -72,7 +71,7 @@ def compare(
     ]
 
     def add(label: str, candidate: nn.Module) -> None:
-        totals = candidate.report.totals
+        totals = report_of(candidate).totals
         rows.append(
             {
                 "row": label,
@@ -84,7 +83,7 @@ def compare(
 
     add(f"{spec.bits}-bit, no adapters", plain(spec))
     best, best_loss, best_label = None, float("inf"), ""
-    for label, specs in same_bits_specs(calibration, qmodel.report, spec):
+    for label, specs in same_bits_specs(calibration, report, spec):
         candidate = plain(specs)
         loss = calibration_divergence(candidate, calibration)
         if loss < best_loss:
@@ -107,7 +106,7 @@ def compare(
             f"{spec.bits}-bit + adapters, {'searched' if method == 'gate' else method} ranks",
             qmodel,
         )
-    qmodel.report.comparison = rows
+    report.comparison = rows
     return rows
 
 
@@ -177,7 +176,7 @@ def _least_bits(spec: QuantSpec, shape: LayerShape) -> int:
     return 8 * packed_bytes(shape.rows, shape.columns, spec.bits) + 16 * scales + zero
 
 
-def _bits(spec: QuantSpec, layer: nn.Module) -> int:
+def _bits(spec: QuantSpec, layer: FloatLayer) -> int:
     """Stored bits of a layer's weight."""
     shape = LayerShape.of(layer)
     weight = layer.weight.detach().float()

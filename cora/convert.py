@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -146,7 +146,7 @@ def quantize(
         progress,
     )
 
-    qmodel = copy.deepcopy(model).eval()
+    qmodel: Any = copy.deepcopy(model).eval()
     layers: dict[str, QuantLayer] = {}
     for name, q in quantized.items():
         float_layer = calibration.layers[name]
@@ -319,10 +319,13 @@ def _activation_simulator(
 ) -> Callable[[nn.Module], Any]:
     """A context manager in which a float model quantizes the inputs of the named layers."""
 
+    if bits is None:
+        return lambda _model: nullcontext()
+
     @contextmanager
     def simulate(model: nn.Module) -> Iterator[None]:
         handles = []
-        for name in names if bits else ():
+        for name in names:
             static = ranges.get(name)
 
             def quantize_input(
@@ -370,8 +373,8 @@ def _report(
         signal = _output_energy(original, shape, moment) if original.any() else 1.0
         before = _output_energy(original - q.fit.dequantized, shape, moment)
         after = _output_energy(original - packed.matrix(), shape, moment)
-        spectrum = q.fit.energies().sqrt()
-        spectrum = (spectrum / spectrum[0].clamp(min=1e-30)).tolist()
+        singular = q.fit.energies().sqrt()
+        spectrum = (singular / singular[0].clamp(min=1e-30)).tolist()
         step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
         rows.append(
             LayerReport(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import ops
 from .quantizer import packed_bytes
@@ -13,6 +14,7 @@ from .quantizer import packed_bytes
 __all__ = [
     "ADAPTER_BITS",
     "Adapter",
+    "FloatLayer",
     "LayerShape",
     "fold",
     "quantize_adapter",
@@ -20,6 +22,9 @@ __all__ = [
     "truncate",
     "unfold",
 ]
+
+# A Linear or convolution: torch gives them no common type that has weight, groups and kernel_size.
+FloatLayer = Any
 
 ADAPTER_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
 
@@ -44,7 +49,7 @@ class LayerShape:
         return min(self.rows // self.groups, self.columns)
 
     @staticmethod
-    def of(layer: nn.Module) -> LayerShape:
+    def of(layer: FloatLayer) -> LayerShape:
         """The shape of a Linear or (transposed) convolution layer's weight matrix."""
         weight = layer.weight
         groups = getattr(layer, "groups", 1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from . import ops
 from .lowrank import (
     Adapter,
+    FloatLayer,
     LayerShape,
     factors,
     fold,
@@ -134,14 +135,24 @@ class QuantLayer(nn.Module):
     float_type: ClassVar[type[nn.Module]]
     _geometry: ClassVar[tuple[str, ...]] = ()
 
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    adapter_a: Tensor
+    adapter_b: Tensor
+    adapter_scale: Tensor | None
+    bias: Tensor | None
+    x_scale: Tensor | None
+    x_zero_point: Tensor | None
+
     def __init__(
-        self, layer: nn.Module, weight: QuantWeight, activation_bits: int | None = None
+        self, layer: FloatLayer, weight: QuantWeight, activation_bits: int | None = None
     ) -> None:
         super().__init__()
         for name in self._geometry:
             setattr(self, name, getattr(layer, name))
         self.shape = weight.shape
-        self.weight_shape = layer.weight.shape
+        self.weight_shape: torch.Size = layer.weight.shape
         self.bits = weight.qparams.bits
         self.scale_dtype = weight.qparams.scale_dtype
         self.symmetric = weight.qparams.symmetric
@@ -163,7 +174,7 @@ class QuantLayer(nn.Module):
     @classmethod
     def from_float(
         cls,
-        layer: nn.Module,
+        layer: FloatLayer,
         spec: QuantSpec | None = None,
         rank: int = 8,
         activation_bits: int | None = None,
@@ -192,9 +203,8 @@ class QuantLayer(nn.Module):
             )
         check_activation_bits(activation_bits)
         shape = LayerShape.of(layer)
-        matrix = unfold(
-            layer.weight.detach().float(), getattr(layer, "transposed", False), shape.groups
-        )
+        transposed = getattr(layer, "transposed", False)
+        matrix = unfold(layer.get_parameter("weight").detach().float(), transposed, shape.groups)
         weight = quantize_weight(
             matrix, shape, spec or QuantSpec(), rank, adapter_bits, moment, cls.float_type.__name__
         )
@@ -253,10 +263,10 @@ class QuantLayer(nn.Module):
         # .half() and .bfloat16() change the activations, not what is stored: integers, float32
         # scales and a float adapter stay as they are; .to(device) moves them.
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new.dtype != old.dtype:
+            if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
 
@@ -275,10 +285,9 @@ class QuantLayer(nn.Module):
         """Fake-quantized input, for the layers that run on an unpacked weight."""
         if not self.activation_bits:
             return x
-        if self.x_scale is not None:
-            return ops.fake_quantize(
-                x, self.x_scale.reshape(1, 1), self.x_zero_point.reshape(1, 1), self.activation_bits
-            )
+        if self.x_scale is not None and self.x_zero_point is not None:
+            scale, zero_point = self.x_scale.reshape(1, 1), self.x_zero_point.reshape(1, 1)
+            return ops.fake_quantize(x, scale, zero_point, self.activation_bits)
         return fake_quantize_dynamic(x, self.activation_bits)
 
 
@@ -287,13 +296,15 @@ class QuantLinear(QuantLayer):
 
     float_type = nn.Linear
     _geometry = ("in_features", "out_features")
+    in_features: int
+    out_features: int
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.linear_lowrank(
             input, self.codes, self.scale, self.zero_point, self.bits, **self._operands()
         )
 
-    def to_float(self) -> nn.Linear:
+    def to_float(self) -> nn.Module:
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return _with_weights(layer, self)
 
@@ -318,6 +329,17 @@ class _QuantConv(QuantLayer):
 
     _geometry = _CONV_GEOMETRY
     dims: ClassVar[int]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    transposed: bool
+    output_padding: tuple[int, ...]
+    _reversed_padding_repeated_twice: list[int]
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The input as a batch, padded unless zero padding is the same on both sides."""
@@ -343,10 +365,10 @@ class _QuantConv(QuantLayer):
     def _fused(
         self,
         x: Tensor,
-        kernel: tuple[int, int],
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
     ) -> Tensor:
         return ops.conv2d_lowrank(
             x,
@@ -427,17 +449,19 @@ class QuantConv3d(_QuantConv):
 class _QuantConvTranspose(_QuantConv):
     """A packed transposed convolution; the weight is unpacked for each call."""
 
+    padding: tuple[int, ...]  # torch takes no name for it here
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         x = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
         output_padding = nn.modules.conv._ConvTransposeNd._output_padding(
             self,  # type: ignore[arg-type]  # only its output_padding is read
             input,
             output_size,
-            self.stride,
-            self.padding,
-            self.kernel_size,
+            list(self.stride),
+            list(self.padding),
+            list(self.kernel_size),
             self.dims,
-            self.dilation,
+            list(self.dilation),
         )
         convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[self.dims - 1]
         y = convolve(
@@ -474,7 +498,7 @@ class QuantConvTranspose3d(_QuantConvTranspose):
     dims = 3
 
 
-def _with_weights(layer: nn.Module, packed: QuantLayer) -> nn.Module:
+def _with_weights(layer: FloatLayer, packed: QuantLayer) -> nn.Module:
     layer.weight = nn.Parameter(packed.weight)
     if packed.bias is not None:
         layer.bias = nn.Parameter(packed.bias.clone())

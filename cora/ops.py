@@ -42,7 +42,7 @@ torch.ops.load_library(_LIBRARY)
 _ops = torch.ops.cora
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_Pair = int | tuple[int, int]
+_Pair = int | tuple[int, ...]
 
 
 # --- CPU level -----------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 [..., ceil(K * bits / 8)].
     """
-    return _ops.pack_bits.default(codes, bits)  # type: ignore[no-any-return]
+    return _ops.pack_bits.default(codes, bits)
 
 
 @torch.library.register_fake("cora::pack_bits")
@@ -284,7 +284,7 @@ def unpack_bits(packed: Tensor, bits: int, k: int) -> Tensor:
     Returns:
         uint8 [..., k].
     """
-    return _ops.unpack_bits.default(packed, bits, k)  # type: ignore[no-any-return]
+    return _ops.unpack_bits.default(packed, bits, k)
 
 
 @torch.library.register_fake("cora::unpack_bits")
@@ -315,7 +315,7 @@ def dequantize_packed(
     Returns:
         float32 [N, k].
     """
-    return _ops.dequantize_packed.default(packed, scale, zero_point, bits, k)  # type: ignore[no-any-return]
+    return _ops.dequantize_packed.default(packed, scale, zero_point, bits, k)
 
 
 @torch.library.register_fake("cora::dequantize_packed")
@@ -350,7 +350,7 @@ def lowrank_factors(
 
     Source: CoRa, arXiv 2408.00923, sec. 3; the weighting: QERA, arXiv 2410.06040.
     """
-    return _ops.lowrank_factors.default(residual, rank, groups, moment)  # type: ignore[no-any-return]
+    return _ops.lowrank_factors.default(residual, rank, groups, moment)
 
 
 def _check_lowrank(
@@ -418,9 +418,7 @@ def residual_svd_init(
         singular values float32 [groups, min(N / groups, K)], residual float32 [N, K] (before the
         adapter).
     """
-    return _ops.residual_svd_init.default(  # type: ignore[no-any-return]
-        weight, scale, zero_point, bits, rank, groups, moment
-    )
+    return _ops.residual_svd_init.default(weight, scale, zero_point, bits, rank, groups, moment)
 
 
 @torch.library.register_fake("cora::residual_svd_init")
@@ -497,7 +495,7 @@ def linear_lowrank(
     Returns:
         x's dtype [..., N].
     """
-    return _ops.linear_lowrank.default(  # type: ignore[no-any-return]
+    return _ops.linear_lowrank.default(
         x, weight, scale, zero_point, bits, a, b, adapter_scale, bias, x_scale, x_zero_point, x_bits
     )
 
@@ -624,7 +622,7 @@ def conv2d_lowrank(
     Returns:
         x's dtype and memory format [batch, N, H', W'].
     """
-    return _ops.conv2d_lowrank.default(  # type: ignore[no-any-return]
+    return _ops.conv2d_lowrank.default(
         x,
         weight,
         scale,

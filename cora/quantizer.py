@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class QuantSpec:
         ):
             raise ValueError(f"QuantSpec: bits must be an integer 2..8, got {self.bits!r}")
         for field, names in (("granularity", Granularity), ("clip", Clip)):
-            value, allowed = getattr(self, field), names.__args__
+            value, allowed = getattr(self, field), get_args(names)
             if value not in allowed:
                 raise ValueError(
                     f"QuantSpec: {field} must be one of {', '.join(allowed)}, got {value!r}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from .modules import QuantLayer
 
-__all__ = ["FloatEntry", "LayerReport", "Report", "float_state_bits", "parameter_bits"]
+__all__ = ["FloatEntry", "LayerReport", "Report", "report_of", "float_state_bits", "parameter_bits"]
 
 
 def parameter_bits(model: nn.Module) -> int:
@@ -151,6 +151,18 @@ class Report:
             f"adapters {t['adapter_share']:.2%} of the float parameters",
         ]
         return "\n".join(lines)
+
+
+def report_of(qmodel: nn.Module) -> Report:
+    """The report of a model that `cora.quantize` or `cora.load` returned.
+
+    Raises:
+        ValueError: there is none.
+    """
+    report = qmodel.__dict__.get("report")
+    if not isinstance(report, Report):
+        raise ValueError("qmodel: expected a result of cora.quantize with its report, found none")
+    return report
 
 
 def totals_of(

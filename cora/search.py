@@ -262,8 +262,8 @@ def search_ranks(
         return accepted
 
     try:
-        for method in ALLOCATORS:
-            consider(method, allocate(method, fits, budget, calibration))
+        for closed in ALLOCATORS:
+            consider(closed, allocate(closed, fits, budget, calibration))
         steps = config.iterations * 2 // 3
         _descend(evaluator, budget, config, steps, consider, result, bar)
         _exchange(evaluator, budget, config.iterations - steps, consider, result, bar)

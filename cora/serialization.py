@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convert import replace_layers
-from .lowrank import Adapter, LayerShape
+from .lowrank import Adapter, FloatLayer, LayerShape
 from .modules import QUANT_LAYERS, QuantLayer, QuantWeight
 from .quantizer import QParams, zero_point_bits
 from .report import Report
@@ -89,7 +89,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     layers: dict[str, nn.Module] = {}
     available = dict(model.named_modules())
     for name, config in header["layers"].items():
-        float_layer = available.get(name)
+        float_layer: FloatLayer = available.get(name)
         _check_layer(path, name, float_layer, config)
         prefix = _join(name, "")
         stored = {
@@ -102,7 +102,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: layer {name!r} lacks {', '.join(sorted(missing))}")
         layers[name] = _unpack_layer(float_layer, config, stored)
     report_attribute = model.__dict__.get("report")
-    qmodel = copy.deepcopy(model).eval()
+    qmodel: Any = copy.deepcopy(model).eval()
     if report_attribute is not None:
         qmodel.__dict__.pop("report")
     qmodel = replace_layers(qmodel, layers)
@@ -134,7 +134,7 @@ def _geometry(layer: nn.Module) -> dict[str, Any]:
 
 
 def _check_layer(
-    path: str | Path, name: str, layer: nn.Module | None, config: dict[str, Any]
+    path: str | Path, name: str, layer: FloatLayer | None, config: dict[str, Any]
 ) -> None:
     kind, shape = config["kind"], config["weight_shape"]
     if layer is None or type(layer).__name__ != kind or list(layer.weight.shape) != shape:
@@ -272,7 +272,7 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 __all__ = ["Batch", "Meter", "ClassificationMeter", "Task", "kl_divergence"]
 
