@@ -118,7 +118,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     for (task, bits, budget, clip), members in sorted(groups.items(), key=str):
         metrics = metrics_of(members[0]["rows"][-1:])
         lines += [
-            f"\n**{task}, {bits} bits, adapters at {budget:.2%} of the float size, clip {clip}, "
+            f"\n**{task}, {bits} bits, adapters at {budget:.2%} of the float weights, clip {clip}, "
             f"{len(members)} seeds**\n",
             "| | bits a weight | KiB | " + " | ".join(metrics) + " |",
             "|---|---|---|" + "---|" * len(metrics),

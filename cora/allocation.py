@@ -1,7 +1,7 @@
 """What adapters may cost and who gets how much: the budget, and the closed forms that spend it.
 
-The budget counts stored adapter bits against stored float parameter bits. A new allocator is a
-function below and an entry in `ALLOCATORS`.
+The budget counts stored adapter bits against the stored float bits of the quantized layers'
+weights. A new allocator is a function below and an entry in `ALLOCATORS`.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Budget:
 
     @staticmethod
     def of(
-        shapes: Mapping[str, LayerShape], share: float, parameter_bits: int, adapter_bits: int
+        shapes: Mapping[str, LayerShape], share: float, float_bits: int, adapter_bits: int
     ) -> Budget:
-        """The budget of `share` of the `parameter_bits` that the float parameters take.
+        """The budget of `share` of the `float_bits` that the layers' float weights take.
 
         Raises:
             ValueError: share negative, not finite, or too small for one rank in any layer.
@@ -95,11 +95,11 @@ class Budget:
         ):
             raise ValueError(f"rank_budget must be a number >= 0, got {share!r}")
         cost = {name: rank_bits(shape, adapter_bits) for name, shape in shapes.items()}
-        bits = math.floor(share * parameter_bits)
+        bits = math.floor(share * float_bits)
         cheapest = min(cost.values())
         if share > 0 and bits < cheapest:
             raise ValueError(
-                f"rank_budget must be 0 or at least {cheapest / parameter_bits:.2g} "
+                f"rank_budget must be 0 or at least {cheapest / float_bits:.2g} "
                 f"(one rank in the cheapest layer), got {share}"
             )
         return Budget(bits, cost, {name: shape.full_rank for name, shape in shapes.items()})

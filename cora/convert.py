@@ -29,7 +29,15 @@ from .modules import (
     fake_quantize_dynamic,
 )
 from .quantizer import QParams, QuantSpec, choose_qparams
-from .report import LayerReport, Report, float_entries, parameter_bits, totals_of, versions
+from .report import (
+    LayerReport,
+    Report,
+    float_entries,
+    float_state_bits,
+    float_weight_bits,
+    totals_of,
+    versions,
+)
 from .search import SearchConfig, SearchResult, search_ranks
 
 __all__ = ["dequantize", "quantize", "replace_layers"]
@@ -77,8 +85,8 @@ def quantize(
         weight: the weight quantizer, `QuantSpec()` by default; or a dict from name patterns (fnmatch, the
             first that matches) to quantizers, layers that match none staying float.
         activation_bits: also quantize the inputs of quantized layers to 2..8 bits.
-        rank_budget: stored adapter bits allowed, as a share of the stored bits of all float parameters.
-            0 is plain quantization.
+        rank_budget: stored adapter bits allowed, as a share of the stored bits of the float weights of
+            the quantized layers: 0.05 of float32 weights are 1.6 bits a weight. 0 is plain quantization.
         adapter_bits: bits of an adapter's element: 2..8, 16 or 32.
         search: how ranks are chosen; None gives every layer the same share of its full rank.
         skip: names or patterns of layers that stay float.
@@ -118,10 +126,12 @@ def quantize(
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
-    budget = Budget.of(shapes, rank_budget, parameter_bits(calibration.model), adapter_bits)
+    float_bits = float_weight_bits(calibration.layers[name] for name in specs)
+    budget = Budget.of(shapes, rank_budget, float_bits, adapter_bits)
 
     quantized = {
-        name: _quantize_layer(name, calibration, spec, fit) for name, spec in specs.items()
+        name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
+        for name, spec in specs.items()
     }
     ranges = (
         calibration.activation_qparams(activation_bits, activation_range)
@@ -260,6 +270,9 @@ def _specs(
             raise ValueError(
                 f"skip: no layer is named {pattern!r}; did you mean {', '.join(close)}?"
             )
+    for pattern in weight if isinstance(weight, Mapping) else ():
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"weight: no layer that can be quantized matches {pattern!r}")
     specs: dict[str, QuantSpec] = {}
     for name in names:
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
@@ -287,7 +300,10 @@ def _specs(
     return specs, reasons
 
 
-def _quantize_layer(name: str, calibration: Calibration, spec: QuantSpec, fit: Fit) -> _Quantized:
+def _quantize_layer(
+    name: str, calibration: Calibration, spec: QuantSpec, fit: Fit | None
+) -> _Quantized:
+    """Codes of a layer and the factors of its residual, none where no adapter is wanted (fit=None)."""
     layer = calibration.layers[name]
     shape = LayerShape.of(layer)
     transposed = getattr(layer, "transposed", False)
@@ -296,8 +312,12 @@ def _quantize_layer(name: str, calibration: Calibration, spec: QuantSpec, fit: F
     dequantized, residual, codes = ops.fake_quantize(
         matrix, qparams.scale, qparams.zero_point, spec.bits, residual=True, codes=True
     )
-    moment = calibration.moment(name) if fit == "weighted" else None
-    a, b, singular_values = factors(residual, shape.groups, moment)
+    if fit is None:
+        a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
+        singular_values = matrix.new_zeros(shape.groups, 0)
+    else:
+        moment = calibration.moment(name) if fit == "weighted" else None
+        a, b, singular_values = factors(residual, shape.groups, moment)
     return _Quantized(
         spec,
         ops.pack_bits(codes, spec.bits),
@@ -329,16 +349,24 @@ def _activation_simulator(
             static = ranges.get(name)
 
             def quantize_input(
-                module: nn.Module, inputs: tuple[Any, ...], static: Any = static
-            ) -> tuple[Any, ...]:
-                x = inputs[0]
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                static: Any = static,
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                x, *rest = (*args, *kwargs.values())
                 if static is not None:
                     scale, zero = static[0].reshape(1, 1), static[1].reshape(1, 1)
-                    return (ops.fake_quantize(x, scale, zero, bits), *inputs[1:])
-                rows = x.reshape(-1, x.shape[-1]) if isinstance(module, nn.Linear) else x
-                return (fake_quantize_dynamic(rows, bits).reshape(x.shape), *inputs[1:])
+                    y = ops.fake_quantize(x, scale, zero, bits)
+                else:
+                    rows = x.reshape(-1, x.shape[-1]) if isinstance(module, nn.Linear) else x
+                    y = fake_quantize_dynamic(rows, bits).reshape(x.shape)
+                values = [y, *rest]
+                named = dict(zip(kwargs, values[len(args) :], strict=True))
+                return tuple(values[: len(args)]), named
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(quantize_input))
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(quantize_input, with_kwargs=True))
         try:
             yield
         finally:
@@ -374,7 +402,7 @@ def _report(
         before = _output_energy(original - q.fit.dequantized, shape, moment)
         after = _output_energy(original - packed.matrix(), shape, moment)
         singular = q.fit.energies().sqrt()
-        spectrum = (singular / singular[0].clamp(min=1e-30)).tolist()
+        spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
         step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
         rows.append(
             LayerReport(
@@ -397,10 +425,11 @@ def _report(
             )
         )
     entries = float_entries(qmodel, reasons)
+    float_bits = float_weight_bits(calibration.layers[name] for name in quantized)
     return Report(
         layers=rows,
         float_entries=entries,
-        totals=totals_of(qmodel, rows, entries, model),
+        totals=totals_of(rows, entries, float_bits, float_state_bits(model)),
         settings=settings,
         search={
             "method": result.method,

@@ -347,7 +347,7 @@ def write_html(report: Report, path: str | Path) -> None:
     lead = (
         f"{kib(totals['total_bits'])} KiB stored of {kib(totals['float_total_bits'])} KiB float "
         f"({totals['compression']:.2f} times smaller), {totals['bits_per_weight']:.2f} bits a "
-        f"quantized weight, adapters {totals['adapter_share']:.2%} of the float parameters."
+        f"quantized weight, adapters {totals['adapter_share']:.2%} of the float weights."
     )
     write_page(path, f"cora: {bits}quantization report", lead, report_sections(report))
 

@@ -122,7 +122,7 @@ def rank_bits(shape: LayerShape, bits: int) -> int:
 def truncate(a: Tensor, b: Tensor, rank: int, groups: int = 1) -> tuple[Tensor, Tensor]:
     """The leading `rank` terms of factors A [groups * R, K] and B [N, R]."""
     full = b.shape[1]
-    kept = a.reshape(groups, full, -1)[:, :rank].reshape(groups * rank, a.shape[1])
+    kept = a.reshape(groups, full, a.shape[1])[:, :rank].reshape(groups * rank, a.shape[1])
     return kept, b[:, :rank].contiguous()
 
 

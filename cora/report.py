@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lowrank import FloatLayer
 from .modules import QuantLayer
 
-__all__ = ["FloatEntry", "LayerReport", "Report", "report_of", "float_state_bits", "parameter_bits"]
+__all__ = [
+    "FloatEntry",
+    "LayerReport",
+    "Report",
+    "report_of",
+    "float_state_bits",
+    "float_weight_bits",
+]
 
 
-def parameter_bits(model: nn.Module) -> int:
-    """Bits that a float model's parameters take: what `rank_budget` is a share of."""
-    return sum(p.numel() * p.element_size() * 8 for p in model.parameters())
+def float_weight_bits(layers: Iterable[FloatLayer]) -> int:
+    """Bits that the float weights of some layers take: what `rank_budget` is a share of.
+
+    Only the layers that are quantized count: weights that stay float (an LSTM's, say) would lend their
+    bits to adapters of other layers, where more bits for the weight itself would serve better.
+    """
+    return sum(layer.weight.numel() * layer.weight.element_size() * 8 for layer in layers)
 
 
 def float_state_bits(model: nn.Module) -> int:
@@ -148,7 +161,7 @@ class Report:
             "-" * len(head),
             f"stored {t['total_bits'] / 8192:.1f} KiB of {t['float_total_bits'] / 8192:.1f} KiB float "
             f"({t['compression']:.2f}x); {t['bits_per_weight']:.2f} bits a quantized weight, "
-            f"adapters {t['adapter_share']:.2%} of the float parameters",
+            f"adapters {t['adapter_share']:.2%} of the float weights",
         ]
         return "\n".join(lines)
 
@@ -166,9 +179,13 @@ def report_of(qmodel: nn.Module) -> Report:
 
 
 def totals_of(
-    qmodel: nn.Module, layers: list[LayerReport], entries: list[FloatEntry], model: nn.Module
+    layers: list[LayerReport], entries: list[FloatEntry], float_weights: int, float_total: int
 ) -> dict[str, float]:
     """Sums over a quantized model, in bits; total_bits is the file without its header.
+
+    Args:
+        float_weights: bits of the quantized layers' float weights, what the budget is a share of.
+        float_total: bits of the float model with everything in it.
 
     `bits_per_weight` counts everything that quantized layers store except biases, over their weights.
     """
@@ -177,8 +194,6 @@ def totals_of(
     quantized = sum(layer.total_bits for layer in layers)
     bias = sum(layer.stored_bits["bias"] for layer in layers)
     rest = sum(entry.stored_bits for entry in entries)
-    float_parameters = parameter_bits(model)
-    float_total = float_state_bits(model)
     return {
         "total_bits": quantized + rest,
         "weight_bits": sum(layer.stored_bits["weight"] for layer in layers),
@@ -187,10 +202,10 @@ def totals_of(
         "activation_bits": sum(layer.stored_bits["activation"] for layer in layers),
         "float_bits": rest,
         "float_total_bits": float_total,
-        "float_parameter_bits": float_parameters,
+        "float_weight_bits": float_weights,
         "quantized_weights": weights,
         "bits_per_weight": (quantized - bias) / weights,
-        "adapter_share": adapter / float_parameters,
+        "adapter_share": adapter / float_weights,
         "compression": float_total / (quantized + rest),
     }
 

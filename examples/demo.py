@@ -163,7 +163,7 @@ def main() -> None:
     add("--samples", type=int, default=256, help="calibration lines")
     add("--lines", type=int, default=500, help="validation lines")
     add("--iterations", type=int, default=60, help="steps of each rank search")
-    add("--rank-budget", type=float, default=0.05, help="adapter bits over float parameter bits")
+    add("--rank-budget", type=float, default=0.05, help="adapter bits over float weight bits")
     add("--detector-bits", type=int, default=3, help="width of the detector; 0 leaves it float")
     add("--pages", type=int, default=4, help="calibration pages")
     add("--validation-pages", type=int, default=8)

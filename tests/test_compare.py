@@ -138,7 +138,7 @@ def test_compare(net: nn.Module, calibration: Calibration, options: dict[str, An
     assert rows[4]["total_bits"] == qmodel.report.totals["total_bits"]
     assert (
         rows[3]["total_bits"]
-        <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_parameter_bits"]
+        <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_weight_bits"]
     )
     assert rows[4]["kl"] < rows[1]["kl"]
     data, own = batches(), 0.0

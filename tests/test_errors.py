@@ -35,7 +35,7 @@ def nan_data() -> list[torch.Tensor]:
         ({"weight": {}}, TypeError, "weight must be a QuantSpec or a dict of them"),
         ({"weight": {"*": 4}}, TypeError, "weight must be a QuantSpec or a dict of them"),
         ({"weight": QuantSpec(3, "per_group", 7)}, ValueError, "stem: group_size must divide"),
-        ({"weight": {"none": QuantSpec()}}, ValueError, "expected at least one layer to quantize"),
+        ({"weight": {"none": QuantSpec()}}, ValueError, "no layer that can be quantized matches 'none'"),
         ({"activation_bits": 1}, ValueError, "activation_bits must be None or 2..8, got 1"),
         ({"activation_bits": 8.5}, ValueError, "activation_bits must be None or 2..8, got 8.5"),
         ({"activation_bits": 16}, ValueError, "activation_bits must be None or 2..8, got 16"),

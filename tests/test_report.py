@@ -16,7 +16,7 @@ from cora import QuantSpec, Report, SearchConfig
 from cora.calibration import input_rows
 from cora.lowrank import LayerShape, rank_bits
 from cora.modules import QuantLayer
-from cora.report import float_state_bits, parameter_bits
+from cora.report import float_state_bits, float_weight_bits
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
 LAYER_KEYS = {
@@ -53,14 +53,11 @@ def test_totals_are_sums(net: nn.Module, qnet: nn.Module) -> None:
     )  # fmt: skip
     assert totals["float_bits"] == rest == sum(entry.stored_bits for entry in report.float_entries)
     assert totals["total_bits"] == rest + sum(row.total_bits for row in report.layers)
-    assert (
-        totals["float_parameter_bits"]
-        == parameter_bits(net)
-        == 32 * sum(p.numel() for p in net.parameters())
-    )
+    assert totals["float_weight_bits"] == float_weight_bits(map(net.get_submodule, packed))
     assert totals["float_total_bits"] == float_state_bits(net)
     weights = sum(net.get_submodule(name).weight.numel() for name in packed)
     assert totals["quantized_weights"] == weights
+    assert totals["float_weight_bits"] == 32 * weights
     stored = totals["weight_bits"] + totals["adapter_bits"] + totals["activation_bits"]
     assert totals["bits_per_weight"] == pytest.approx(stored / weights)
     assert totals["compression"] == pytest.approx(totals["float_total_bits"] / totals["total_bits"])

@@ -80,7 +80,7 @@ def test_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_layer_kind(name: str, tmp_path: Path) -> None:
     layer, x = make_layer(name)
-    qmodel = quantize(layer, x, rank_budget=0.5, activation_bits=8)
+    qmodel = quantize(layer, x, rank_budget=1.0, activation_bits=8)
     cora.save(qmodel, tmp_path / "m")
     loaded = cora.load(tmp_path / "m", make_layer(name)[0])
     assert type(loaded) is type(qmodel) and torch.equal(loaded(x), qmodel(x))
@@ -182,7 +182,7 @@ def test_recurrent_layers_on_the_meta_device(tmp_path: Path) -> None:
             return self.head(self.lstm(x)[0])
 
     x = torch.randn(10, 5, 6)
-    qmodel = quantize(Recurrent(), x)
+    qmodel = quantize(Recurrent(), x, rank_budget=0.3)
     cora.save(qmodel, tmp_path / "m")
     with torch.device("meta"):
         architecture = Recurrent()
