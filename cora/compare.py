@@ -17,7 +17,7 @@ from .report import Report, float_state_bits, report_of
 
 __all__ = ["compare", "same_bits_specs"]
 
-_GROUPS = (512, 256, 128, 96, 64, 48, 32, 24, 16, 12, 8)
+_GROUPS = (512, 384, 256, 192, 128, 96, 80, 64, 56, 48, 40, 36, 32, 28, 24, 20, 18, 16, 12, 8)
 
 
 def compare(
