@@ -30,9 +30,12 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2])
     parser.add_argument("--budget", nargs="+", type=float, default=[0.05])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--adapter-bits", nargs="+", type=int, default=[8])
     parser.add_argument("--clip", nargs="+", default=["mse"])
     parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument("--limit", type=int, default=None, help="validation samples, all by default")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="validation samples, all by default"
+    )
     parser.add_argument("--data", default=None)
     parser.add_argument("--output", type=Path, default=Path("accuracy.json"))
     args = parser.parse_args()
@@ -46,11 +49,14 @@ def main() -> None:
         reference = None
         for seed in args.seeds:
             calibration = None
-            for bits, budget, clip in itertools.product(args.bits, args.budget, args.clip):
+            for bits, budget, adapter_bits, clip in itertools.product(
+                args.bits, args.budget, args.adapter_bits, args.clip
+            ):
                 setting = {
                     "task": name,
                     "bits": bits,
                     "budget": budget,
+                    "adapter_bits": adapter_bits,
                     "clip": clip,
                     "seed": seed,
                     "samples": args.samples,
@@ -73,8 +79,11 @@ def main() -> None:
     print(table(results["runs"]))
 
 
+_SETTING = ("task", "bits", "budget", "adapter_bits", "clip", "seed", "samples", "limit")
+
+
 def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[k] for k in ("task", "bits", "budget", "clip", "seed", "samples", "limit"))
+    return tuple(run[key] for key in _SETTING)
 
 
 def _run(
@@ -90,6 +99,7 @@ def _run(
         calibration,
         cora.QuantSpec(bits=setting["bits"], clip=setting["clip"]),
         rank_budget=setting["budget"],
+        adapter_bits=setting["adapter_bits"],
         search=cora.SearchConfig(seed=setting["seed"]),
         progress=False,
     )
@@ -114,12 +124,12 @@ def table(runs: list[dict[str, Any]]) -> str:
     lines = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
-        groups.setdefault(_key(run)[:4], []).append(run)
-    for (task, bits, budget, clip), members in sorted(groups.items(), key=str):
+        groups.setdefault(_key(run)[:5], []).append(run)
+    for (task, bits, budget, adapter_bits, clip), members in sorted(groups.items(), key=str):
         metrics = metrics_of(members[0]["rows"][-1:])
         lines += [
-            f"\n**{task}, {bits} bits, adapters at {budget:.2%} of the float weights, clip {clip}, "
-            f"{len(members)} seeds**\n",
+            f"\n**{task}, {bits} bits, {adapter_bits}-bit adapters at {budget:.2%} of the float weights, "
+            f"clip {clip}, {len(members)} seeds**\n",
             "| | bits a weight | KiB | " + " | ".join(metrics) + " |",
             "|---|---|---|" + "---|" * len(metrics),
         ]
