@@ -58,6 +58,13 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.check_call([tool("cmake"), "--build", str(build), "--parallel", jobs])
 
+    def copy_extensions_to_source(self) -> None:
+        """In an editable install both libraries go beside the sources."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "cora" / "libcora_cuda.so"
+        if built.is_file():
+            shutil.copy2(built, ROOT / "cora")
+
 
 setup(
     ext_modules=[Extension("cora._C", sources=[], py_limited_api=True)],
