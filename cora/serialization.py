@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .convert import replace_layers
+from .files import write_file
 from .lowrank import Adapter, FloatLayer, LayerShape
 from .modules import QUANT_LAYERS, QuantLayer, QuantWeight
 from .quantizer import QParams, zero_point_bits
@@ -67,7 +66,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
     }
     header["sha256"] = _checksum(header, tensors)
     metadata = {_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}
-    _write(Path(path), safetensors.torch.save(tensors, metadata))
+    write_file(Path(path), safetensors.torch.save(tensors, metadata))
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -274,24 +273,6 @@ def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         digest.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -18,7 +18,7 @@ LAYERS = {
     "cli": 10, "compare": 9, "serialization": 8, "convert": 7, "search": 6, "allocation": 5,
     "report": 4,
     "calibration": 4, "batches": 3,
-    "modules": 3, "lowrank": 2, "quantizer": 1, "ops": 0,
+    "modules": 3, "lowrank": 2, "quantizer": 1, "ops": 0, "files": 0,
 }  # fmt: skip
 CORE = sorted(LAYERS.keys() - {"cli"})
 
