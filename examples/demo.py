@@ -161,7 +161,7 @@ def main() -> None:
     add("--data", help="data folder, searched before the installed packages")
     add("--bits", type=int, nargs="+", default=[4, 3, 2], help="widths of the recogniser")
     add("--samples", type=int, default=256, help="calibration lines")
-    add("--lines", type=int, default=500, help="validation lines")
+    add("--lines", type=int, default=1000, help="validation lines")
     add("--iterations", type=int, default=60, help="steps of each rank search")
     add("--rank-budget", type=float, default=0.05, help="adapter bits over float weight bits")
     add("--detector-bits", type=int, default=3, help="width of the detector; 0 leaves it float")
