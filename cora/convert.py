@@ -27,8 +27,9 @@ from .modules import (
     QuantWeight,
     check_activation_bits,
     fake_quantize_dynamic,
+    quantize_matrix,
 )
-from .quantizer import QParams, QuantSpec, choose_qparams
+from .quantizer import QParams, QuantSpec
 from .report import (
     LayerReport,
     Report,
@@ -308,10 +309,7 @@ def _quantize_layer(
     shape = LayerShape.of(layer)
     transposed = getattr(layer, "transposed", False)
     matrix = unfold(layer.weight.detach().float(), transposed, shape.groups).contiguous()
-    qparams = choose_qparams(matrix, spec, name)
-    dequantized, residual, codes = ops.fake_quantize(
-        matrix, qparams.scale, qparams.zero_point, spec.bits, residual=True, codes=True
-    )
+    qparams, packed, dequantized, residual = quantize_matrix(matrix, spec, name)
     if fit is None:
         a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
         singular_values = matrix.new_zeros(shape.groups, 0)
@@ -320,7 +318,7 @@ def _quantize_layer(
         a, b, singular_values = factors(residual, shape.groups, moment)
     return _Quantized(
         spec,
-        ops.pack_bits(codes, spec.bits),
+        packed,
         qparams,
         LayerFit(dequantized, a, b, singular_values, shape, layer.weight.shape, transposed),
     )

@@ -40,6 +40,7 @@ __all__ = [
     "QuantWeight",
     "check_activation_bits",
     "fake_quantize_dynamic",
+    "quantize_matrix",
     "quantize_weight",
 ]
 
@@ -73,6 +74,24 @@ class QuantWeight:
         }
 
 
+def quantize_matrix(
+    matrix: Tensor, spec: QuantSpec, layer: str = "weight"
+) -> tuple[QParams, Tensor, Tensor, Tensor]:
+    """Quantize a weight matrix float32 [N, K].
+
+    Returns:
+        Its quantizer, packed codes, the dequantized matrix and the residual.
+
+    Raises:
+        ValueError: non-finite weight, group_size that does not divide K.
+    """
+    qparams = choose_qparams(matrix, spec, layer)
+    dequantized, residual, codes = ops.fake_quantize(
+        matrix, qparams.scale, qparams.zero_point, spec.bits, residual=True, codes=True
+    )
+    return qparams, ops.pack_bits(codes, spec.bits), dequantized, residual
+
+
 def quantize_weight(
     matrix: Tensor,
     shape: LayerShape,
@@ -93,11 +112,7 @@ def quantize_weight(
     """
     if not 0 <= rank <= shape.full_rank:
         raise ValueError(f"{layer}: rank must be 0..{shape.full_rank}, got {rank}")
-    qparams = choose_qparams(matrix, spec, layer)
-    _, residual, codes = ops.fake_quantize(
-        matrix, qparams.scale, qparams.zero_point, spec.bits, residual=True, codes=True
-    )
-    packed = ops.pack_bits(codes, spec.bits)
+    qparams, packed, _, residual = quantize_matrix(matrix, spec, layer)
     a = matrix.new_zeros(0, shape.columns)
     b = matrix.new_zeros(shape.rows, 0)
     if rank:
