@@ -12,6 +12,7 @@ tensor, in eager mode and when traced.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,12 +21,14 @@ from torch import Tensor
 
 __all__ = [
     "conv2d_lowrank",
+    "dequantize_activation",
     "dequantize_packed",
     "fake_quantize",
     "isa",
     "linear_lowrank",
     "lowrank_factors",
     "pack_bits",
+    "quantize_activation",
     "residual_svd_init",
     "set_isa",
     "unpack_bits",
@@ -246,6 +249,80 @@ def _fake_quantize_backward(
 torch.library.register_autograd(
     "cora::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize
 )
+
+
+# --- Activations ---------------------------------------------------------------------------------
+
+
+def quantize_activation(
+    x: Tensor, scale: float, zero_point: int, bits: int = 8, halo: int = 0
+) -> Tensor:
+    """Codes of an activation, as quantized layers hand them to each other.
+
+    ``q = clamp(rint(x / scale) + zero_point, 0, 2**bits - 1)``, rounding half to even after a true
+    division; a NaN takes code 0.
+
+    Args:
+        x: float32, float16 or bfloat16; an image [batch, channels, H, W] or any other shape.
+        scale: finite and > 0; rounded to float32.
+        zero_point: 0..2**bits - 1.
+        bits: 2..8.
+        halo: pixels around each image that get the code ``zero_point``, so that a convolution with
+            at most this padding reads the codes in place; 0 unless x is an image.
+
+    Returns:
+        uint8 channels_last [batch, channels, H + 2 * halo, W + 2 * halo], or of x's shape.
+    """
+    return _ops.quantize_activation.default(x, scale, zero_point, bits, halo)
+
+
+def dequantize_activation(codes: Tensor, scale: float, zero_point: int, halo: int = 0) -> Tensor:
+    """``scale * (code - zero_point)`` without the halo: float32, an image channels_last.
+
+    Args:
+        codes: uint8, an image channels_last [batch, channels, H, W] or any other shape.
+        scale: finite and > 0; rounded to float32.
+        zero_point: 0..255.
+        halo: pixels around each image of codes; 0 unless codes are images.
+    """
+    return _ops.dequantize_activation.default(codes, scale, zero_point, halo)
+
+
+def _check_activation(op: str, t: Tensor, name: str, zero_point: int, bits: int, halo: int) -> None:
+    _check_bits(op, bits)
+    top = 2**bits - 1
+    _check(0 <= zero_point <= top, op, f"zero_point must be 0..{top}, got {zero_point}")
+    _check(halo >= 0, op, f"halo must be >= 0, got {halo}")
+    what = f"{name} must have 4 dimensions for a halo, got shape {list(t.shape)}"
+    _check(halo == 0 or t.dim() == 4, op, what)
+
+
+def _new_activation(t: Tensor, border: int, dtype: torch.dtype) -> Tensor:
+    if t.dim() != 4:
+        return t.new_empty(t.shape, dtype=dtype)
+    shape = [*t.shape[:2], t.shape[2] + 2 * border, t.shape[3] + 2 * border]
+    return torch.empty(shape, dtype=dtype, device=t.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("cora::quantize_activation")
+def _(x: Tensor, scale: float, zero_point: int, bits: int, halo: int) -> Tensor:
+    op = "quantize_activation"
+    _check_float(op, "x", x)
+    _check(0 < scale < math.inf, op, f"scale must be finite and > 0, got {scale}")
+    _check_activation(op, x, "x", zero_point, bits, halo)
+    return _new_activation(x, halo, torch.uint8)
+
+
+@torch.library.register_fake("cora::dequantize_activation")
+def _(codes: Tensor, scale: float, zero_point: int, halo: int) -> Tensor:
+    op = "dequantize_activation"
+    _check_dtype(op, "codes", codes, torch.uint8)
+    _check(0 < scale < math.inf, op, f"scale must be finite and > 0, got {scale}")
+    _check_activation(op, codes, "codes", zero_point, 8, halo)
+    if codes.dim() == 4:
+        what = f"codes must hold the border of {halo} pixels, got shape {list(codes.shape)}"
+        _check(codes.shape[2] >= 2 * halo and codes.shape[3] >= 2 * halo, op, what)
+    return _new_activation(codes, -halo, torch.float32)
 
 
 # --- Packing -------------------------------------------------------------------------------------

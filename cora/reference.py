@@ -12,11 +12,13 @@ from torch import Tensor
 
 __all__ = [
     "conv2d_lowrank",
+    "dequantize_activation",
     "dequantize_packed",
     "fake_quantize",
     "linear_lowrank",
     "lowrank_factors",
     "pack_bits",
+    "quantize_activation",
     "residual_svd_init",
     "unpack_bits",
 ]
@@ -55,6 +57,28 @@ def fake_quantize(
     if codes:
         results.append(q.detach().reshape(x.shape).to(torch.uint8))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def quantize_activation(
+    x: Tensor, scale: float, zero_point: int, bits: int = 8, halo: int = 0
+) -> Tensor:
+    """Codes, an image channels_last inside a border of the code zero_point."""
+    q = (x.float() / torch.tensor(scale, dtype=torch.float32)).round() + zero_point
+    codes = q.nan_to_num(nan=0.0).clamp(0, 2**bits - 1).to(torch.uint8)
+    if x.dim() != 4:
+        return codes
+    codes = F.pad(codes, (halo, halo, halo, halo), value=zero_point)
+    return codes.contiguous(memory_format=torch.channels_last)
+
+
+def dequantize_activation(codes: Tensor, scale: float, zero_point: int, halo: int = 0) -> Tensor:
+    """scale * (q - zero_point), an image without its border."""
+    x = torch.tensor(scale, dtype=torch.float32) * (codes.int() - zero_point).float()
+    if codes.dim() != 4:
+        return x
+    height, width = codes.shape[2:]
+    x = x[:, :, halo : height - halo, halo : width - halo]
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:

@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY(cora, m) {
   m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits)"
       " -> (Tensor grad_x, Tensor grad_scale)");
+  m.def("quantize_activation(Tensor x, float scale, int zero_point, int bits, int halo) -> Tensor");
+  m.def("dequantize_activation(Tensor codes, float scale, int zero_point, int halo) -> Tensor");
   m.def("pack_bits(Tensor codes, int bits) -> Tensor");
   m.def("unpack_bits(Tensor packed, int bits, int k) -> Tensor");
   m.def("dequantize_packed(Tensor packed, Tensor scale, Tensor zero_point, int bits, int k) -> Tensor");

@@ -42,6 +42,12 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "fake_quantize": (OPS.fake_quantize, (x, scale, zero_point, 4, False, False)),
         "fake_quantize-grad": (OPS.fake_quantize, (*grad, zero_point, 4, True, True)),
         "fake_quantize_backward": (OPS.fake_quantize_backward, (x, x, scale, zero_point, 4)),
+        "quantize_activation": (OPS.quantize_activation, (x, 0.1, 3, 4, 0)),
+        "quantize_activation-image": (OPS.quantize_activation, (image, 0.1, 3, 8, 1)),
+        "dequantize_activation": (
+            OPS.dequantize_activation,
+            (ops.quantize_activation(image, 0.1, 3, 8, 1), 0.1, 3, 1),
+        ),
         "pack_bits": (OPS.pack_bits, (codes, 4)),
         "unpack_bits": (OPS.unpack_bits, (packed, 4, 12)),
         "dequantize_packed": (OPS.dequantize_packed, (packed, scale, zero_point, 4, 12)),

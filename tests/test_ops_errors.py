@@ -54,6 +54,43 @@ SHAPE_ERRORS = [
     (quantize(scale=torch.ones(6, 1, dtype=F64)), "scale must have dtype float32, got float64"),
     (quantize(zero_point=torch.ones(6, 1)), "zero_point must have dtype int32, got float32"),
     (
+        lambda: ops.quantize_activation(torch.zeros(3), 1.0, 16, 4),
+        "cora::quantize_activation: zero_point must be 0..15, got 16",
+    ),
+    (
+        lambda: ops.quantize_activation(torch.zeros(3), 0.0, 0),
+        "scale must be finite and > 0, got 0",
+    ),
+    (
+        lambda: ops.quantize_activation(torch.zeros(3), float("inf"), 0),
+        "scale must be finite and > 0, got inf",
+    ),
+    (
+        lambda: ops.quantize_activation(torch.zeros(3, dtype=F64), 1.0, 0),
+        "x must have dtype float32, float16 or bfloat16, got float64",
+    ),
+    (lambda: ops.quantize_activation(torch.zeros(3), 1.0, 0, 9), "bits must be 2..8, got 9"),
+    (
+        lambda: ops.quantize_activation(torch.zeros(3, 4), 1.0, 0, 8, 1),
+        r"x must have 4 dimensions for a halo, got shape \[3, 4\]",
+    ),
+    (
+        lambda: ops.quantize_activation(torch.zeros(1, 2, 3, 4), 1.0, 0, 8, -1),
+        "halo must be >= 0, got -1",
+    ),
+    (
+        lambda: ops.dequantize_activation(codes(1, 1, 3, 4), 1.0, 0, 2),
+        r"cora::dequantize_activation: codes must hold the border of 2 pixels, got shape \[1, 1, 3",
+    ),
+    (
+        lambda: ops.dequantize_activation(torch.zeros(3), 1.0, 0),
+        "codes must have dtype uint8, got float32",
+    ),
+    (
+        lambda: ops.dequantize_activation(codes(3), 1.0, 256),
+        "zero_point must be 0..255, got 256",
+    ),
+    (
         lambda: ops.pack_bits(torch.zeros(3), 4),
         "cora::pack_bits: codes must have dtype uint8, got float32",
     ),
@@ -133,6 +170,10 @@ SHAPE_ERRORS = [
 ]
 
 VALUE_ERRORS = [
+    (
+        lambda: ops.dequantize_activation(codes(2, 3, 4, 4), 1.0, 0),
+        "codes must be channels_last, got another layout",
+    ),
     (quantize(scale=torch.zeros(6, 1)), "scale must be finite and > 0, got 0 at position 0"),
     (quantize(scale=torch.full((6, 1), float("nan"))), "scale must be finite and > 0, got"),
     (

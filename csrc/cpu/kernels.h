@@ -26,6 +26,14 @@ using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunPara
 /// xs[i] = q - 128 as int8 (the signed operand of the integer kernels), codes of 8 bits or fewer.
 using QuantizeS8Fn = void(const float* x, RunParams p, int64_t count, int8_t* xs);
 
+/// codes[i] = q; a NaN gives code 0.
+using QuantizeU8Fn = void(const float* x, RunParams p, int64_t count, uint8_t* codes);
+
+/// out[c * ldo + r] = the code of x[r * ldx + c]: channels of pixels become pixels of channels. Bytes rows .. ldo - 1
+/// of a pixel are not touched.
+using QuantizeTransposeFn = void(const float* x, int64_t ldx, int64_t rows, int64_t cols, RunParams p, uint8_t* out,
+                                 int64_t ldo);
+
 /// Minimum and maximum of x and 0.
 using RangeFn = void(const float* x, int64_t count, float* lo, float* hi);
 
@@ -98,6 +106,8 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(FakeQuantizeFn, fake_quantize)                  \
   _(FakeQuantizeBackwardFn, fake_quantize_backward) \
   _(QuantizeS8Fn, quantize_s8)                      \
+  _(QuantizeU8Fn, quantize_u8)                      \
+  _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \
   _(UnpackRowFn, unpack_row)                        \
   _(DequantizeFn, dequantize)                       \

@@ -110,24 +110,6 @@ void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
   scalar::quantize_s8(x + i, p, count - i, xs + i);
 }
 
-void range(const float* x, int64_t count, float* lo, float* hi) {
-  __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const __m256 in = _mm256_loadu_ps(x + i);
-    low = _mm256_min_ps(in, low);  // a NaN leaves the second operand, as the scalar comparison does
-    high = _mm256_max_ps(in, high);
-  }
-  scalar::range(x + i, count - i, lo, hi);
-  alignas(32) float lows[8], highs[8];
-  _mm256_store_ps(lows, low);
-  _mm256_store_ps(highs, high);
-  for (int j = 0; j < 8; ++j) {
-    *lo = lows[j] < *lo ? lows[j] : *lo;
-    *hi = highs[j] > *hi ? highs[j] : *hi;
-  }
-}
-
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const uint64_t mask = octet_mask(bits);
   uint64_t seen = 0;

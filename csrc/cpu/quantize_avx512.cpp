@@ -108,24 +108,6 @@ void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
   }
 }
 
-void range(const float* x, int64_t count, float* lo, float* hi) {
-  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 16) {
-    const __m512 in = _mm512_maskz_loadu_ps(tail_mask(count - i), x + i);
-    low = _mm512_min_ps(in, low);  // a NaN leaves the second operand, as the scalar comparison does
-    high = _mm512_max_ps(in, high);
-  }
-  alignas(64) float lows[16], highs[16];
-  _mm512_store_ps(lows, low);
-  _mm512_store_ps(highs, high);
-  *lo = lows[0];
-  *hi = highs[0];
-  for (int i = 1; i < 16; ++i) {
-    *lo = lows[i] < *lo ? lows[i] : *lo;
-    *hi = highs[i] > *hi ? highs[i] : *hi;
-  }
-}
-
 void unpack_row(const uint8_t* packed, int64_t k, int bits, uint8_t* codes) {
   const int64_t bytes = row_bytes(k, bits);
   int64_t done = 0;

@@ -57,16 +57,6 @@ void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
     xs[i] = static_cast<int8_t>(static_cast<int>(clamp_code(unclamped(x[i], p), p.max_code)) - 128);
 }
 
-void range(const float* x, int64_t count, float* lo, float* hi) {
-  float low = 0, high = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    low = x[i] < low ? x[i] : low;
-    high = x[i] > high ? x[i] : high;
-  }
-  *lo = low;
-  *hi = high;
-}
-
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const unsigned limit = static_cast<unsigned>(max_code(bits));
   unsigned seen = 0;

@@ -1,0 +1,149 @@
+// Ranges and codes of activations, AVX-512: 16 floats a step, masked tails. The transposing kernel takes 16 pixels
+// of 16 channels, puts four channels' codes into the bytes of a dword, and transposes dwords, so a store is one
+// pixel's 16 bytes; up to four channels (an image) need no transposition, only the removal of unused bytes.
+#include "cpu/kernels.h"
+
+#if CORA_X86
+#include <immintrin.h>
+
+#include <algorithm>
+
+CORA_BEGIN_AVX512
+
+namespace cora::cpu::avx512 {
+
+namespace {
+
+constexpr int kPixels = 16;
+constexpr int kChannels = 16;
+
+inline __mmask16 low_bits(int64_t count) {
+  return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << count) - 1);
+}
+
+struct Quantizer {
+  __m512 scale, zero_point, top;
+  explicit Quantizer(RunParams p)
+      : scale(_mm512_set1_ps(p.scale)), zero_point(_mm512_set1_ps(p.zero_point)), top(_mm512_set1_ps(p.max_code)) {}
+  /// int32 lanes. max's second operand wins over a NaN: it becomes code 0.
+  __m512i operator()(__m512 x) const {
+    const __m512 rounded = _mm512_roundscale_ps(_mm512_div_ps(x, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 q = _mm512_add_ps(rounded, zero_point);
+    return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(q, _mm512_setzero_ps()), top));
+  }
+};
+
+/// Codes of `channels` <= 4 rows of x at one group of pixels: channel c is byte c of a pixel's dword.
+inline __m512i dwords(const Quantizer& quantizer, const float* x, int64_t ldx, int channels, __mmask16 pixels) {
+  __m512i v = _mm512_setzero_si512();
+  for (int c = channels - 1; c >= 0; --c)
+    v = _mm512_or_si512(_mm512_slli_epi32(v, 8), quantizer(_mm512_maskz_loadu_ps(pixels, x + c * ldx)));
+  return v;
+}
+
+/// Up to four channels at the pixel stride of their number (or 4): one store a group of pixels.
+template <int kCount>
+void quantize_image(const float* x, int64_t ldx, int64_t cols, const Quantizer& quantizer, uint8_t* out) {
+  // Bytes 0..kCount - 1 of each dword to the front of its 128-bit quarter, then the quarters together.
+  alignas(16) int8_t bytes[16];
+  for (int i = 0; i < 16; ++i) bytes[i] = static_cast<int8_t>(i < 4 * kCount ? i / kCount * 4 + i % kCount : -1);
+  alignas(64) int32_t quarters[16];
+  for (int i = 0; i < 16; ++i) quarters[i] = i < 4 * kCount ? i / kCount * 4 + i % kCount : 15;
+  const __m512i squeeze = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  const __m512i join = _mm512_load_si512(quarters);
+  for (int64_t col = 0; col < cols; col += kPixels) {
+    const int64_t pixels = std::min<int64_t>(kPixels, cols - col);
+    __m512i v = dwords(quantizer, x + col, ldx, kCount, low_bits(pixels));
+    if (kCount < 4) v = _mm512_permutexvar_epi32(join, _mm512_shuffle_epi8(v, squeeze));
+    const int64_t size = pixels * kCount;
+    _mm512_mask_storeu_epi8(out + col * kCount, size == 64 ? ~0ull : (1ull << size) - 1, v);
+  }
+}
+
+}  // namespace
+
+void range(const float* x, int64_t count, float* lo, float* hi) {
+  // Two of each: a minimum takes four cycles. A NaN leaves the second operand, as the scalar comparison does.
+  __m512 low0 = _mm512_setzero_ps(), low1 = low0, high0 = low0, high1 = low0;
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    const __m512 first = _mm512_loadu_ps(x + i), second = _mm512_loadu_ps(x + i + 16);
+    low0 = _mm512_min_ps(first, low0);
+    high0 = _mm512_max_ps(first, high0);
+    low1 = _mm512_min_ps(second, low1);
+    high1 = _mm512_max_ps(second, high1);
+  }
+  for (; i < count; i += 16) {
+    const __m512 in = _mm512_maskz_loadu_ps(low_bits(count - i), x + i);
+    low0 = _mm512_min_ps(in, low0);
+    high0 = _mm512_max_ps(in, high0);
+  }
+  alignas(64) float lows[32], highs[32];
+  _mm512_store_ps(lows, low0);
+  _mm512_store_ps(lows + 16, low1);
+  _mm512_store_ps(highs, high0);
+  _mm512_store_ps(highs + 16, high1);
+  *lo = lows[0];
+  *hi = highs[0];
+  for (int j = 1; j < 32; ++j) {
+    *lo = lows[j] < *lo ? lows[j] : *lo;
+    *hi = highs[j] > *hi ? highs[j] : *hi;
+  }
+}
+
+void quantize_u8(const float* x, RunParams p, int64_t count, uint8_t* codes) {
+  const Quantizer quantizer(p);
+  const __m512i in_order =  // packing interleaves the four 128-bit quarters
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    const __m512i a = quantizer(_mm512_loadu_ps(x + i)), b = quantizer(_mm512_loadu_ps(x + i + 16));
+    const __m512i c = quantizer(_mm512_loadu_ps(x + i + 32)), d = quantizer(_mm512_loadu_ps(x + i + 48));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(in_order, bytes));
+  }
+  for (; i < count; i += 16) {
+    const __mmask16 mask = low_bits(count - i);
+    _mm512_mask_cvtepi32_storeu_epi8(codes + i, mask, quantizer(_mm512_maskz_loadu_ps(mask, x + i)));
+  }
+}
+
+void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols, RunParams p, uint8_t* out,
+                        int64_t ldo) {
+  const Quantizer quantizer(p);
+  if (rows == ldo && rows == 1) return quantize_image<1>(x, ldx, cols, quantizer, out);
+  if (rows == ldo && rows == 3) return quantize_image<3>(x, ldx, cols, quantizer, out);
+  if (rows == ldo && rows == 4) return quantize_image<4>(x, ldx, cols, quantizer, out);
+  for (int64_t col = 0; col < cols; col += kPixels) {
+    const int pixels = static_cast<int>(std::min<int64_t>(kPixels, cols - col));
+    const __mmask16 mask = low_bits(pixels);
+    for (int64_t row = 0; row < rows; row += kChannels) {
+      const int channels = static_cast<int>(std::min<int64_t>(kChannels, rows - row));
+      const __mmask16 bytes = low_bits(channels);
+      const float* from = x + row * ldx + col;
+      __m512i v[4];  // [4 channels][pixel]
+      for (int j = 0; j < 4; ++j)
+        v[j] = dwords(quantizer, from + 4 * j * ldx, ldx, std::clamp(channels - 4 * j, 0, 4), mask);
+      const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+      const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+      // Element i: pixels i, i + 4, i + 8, i + 12, one a 128-bit quarter.
+      const __m512i pixel[4] = {_mm512_unpacklo_epi64(a, c), _mm512_unpackhi_epi64(a, c), _mm512_unpacklo_epi64(b, d),
+                                _mm512_unpackhi_epi64(b, d)};
+      uint8_t* to = out + col * ldo + row;
+      for (int i = 0; i < 4; ++i) {
+        if (i < pixels) _mm_mask_storeu_epi8(to + i * ldo, bytes, _mm512_castsi512_si128(pixel[i]));
+        if (i + 4 < pixels)
+          _mm_mask_storeu_epi8(to + (i + 4) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 1));
+        if (i + 8 < pixels)
+          _mm_mask_storeu_epi8(to + (i + 8) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 2));
+        if (i + 12 < pixels)
+          _mm_mask_storeu_epi8(to + (i + 12) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 3));
+      }
+    }
+  }
+}
+
+}  // namespace cora::cpu::avx512
+
+CORA_END_TARGET
+#endif

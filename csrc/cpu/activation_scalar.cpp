@@ -1,0 +1,39 @@
+// Ranges and codes of activations: the baseline of every level and the arithmetic the others must match.
+#include "cpu/kernels.h"
+
+#include <cmath>
+
+namespace cora::cpu::scalar {
+
+namespace {
+
+/// The comparisons are written so that a NaN falls to 0, as maxps and minps do.
+inline uint8_t code(float x, RunParams p) {
+  float q = std::nearbyint(x / p.scale) + p.zero_point;
+  q = q > 0.0f ? q : 0.0f;
+  return static_cast<uint8_t>(q < p.max_code ? q : p.max_code);
+}
+
+}  // namespace
+
+void range(const float* x, int64_t count, float* lo, float* hi) {
+  float low = 0, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    low = x[i] < low ? x[i] : low;
+    high = x[i] > high ? x[i] : high;
+  }
+  *lo = low;
+  *hi = high;
+}
+
+void quantize_u8(const float* x, RunParams p, int64_t count, uint8_t* codes) {
+  for (int64_t i = 0; i < count; ++i) codes[i] = code(x[i], p);
+}
+
+void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols, RunParams p, uint8_t* out,
+                        int64_t ldo) {
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t r = 0; r < rows; ++r) out[c * ldo + r] = code(x[r * ldx + c], p);
+}
+
+}  // namespace cora::cpu::scalar
