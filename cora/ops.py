@@ -24,6 +24,7 @@ __all__ = [
     "dequantize_activation",
     "dequantize_packed",
     "fake_quantize",
+    "fake_quantize_out",
     "isa",
     "linear_lowrank",
     "lowrank_factors",
@@ -217,6 +218,54 @@ def _(
         x.new_empty(x.shape if residual else none),
         x.new_empty(x.shape if codes else none, dtype=torch.uint8),
     )
+
+
+def fake_quantize_out(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out: Tensor,
+    residual: Tensor | None = None,
+    codes: Tensor | None = None,
+) -> None:
+    """:func:`fake_quantize` into tensors of the caller; no gradient.
+
+    New memory costs more than the arithmetic: the kernel's pages are zeroed at their first touch.
+
+    Args:
+        x: float32.
+        scale, zero_point, bits: as in :func:`fake_quantize`.
+        out: float32 of x's shape, contiguous; may be x itself.
+        residual: float32 of x's shape, contiguous, or None.
+        codes: uint8 of x's shape, contiguous, or None.
+    """
+    _ops.fake_quantize_out.default(x, scale, zero_point, bits, out, residual, codes)
+
+
+@torch.library.register_fake("cora::fake_quantize_out")
+def _(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out: Tensor,
+    residual: Tensor | None,
+    codes: Tensor | None,
+) -> None:
+    op = "fake_quantize_out"
+    _check_fake_quantize(op, x, scale, zero_point, bits)
+    _check_dtype(op, "x", x, torch.float32)
+    for name, t, dtype in (
+        ("out", out, torch.float32),
+        ("residual", residual, torch.float32),
+        ("codes", codes, torch.uint8),
+    ):
+        if t is not None:
+            _check_dtype(op, name, t, dtype)
+            _check_shape(op, name, t, list(x.shape))
+            what = f"{name} must be contiguous, got shape {list(t.shape)} in another layout"
+            _check(t.is_contiguous(), op, what)
 
 
 @torch.library.register_fake("cora::fake_quantize_backward")

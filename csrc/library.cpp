@@ -7,6 +7,9 @@ STABLE_TORCH_LIBRARY(cora, m) {
       "fake_quantize(Tensor x, Tensor scale, Tensor zero_point, int bits, bool residual, bool codes)"
       " -> (Tensor out, Tensor residual, Tensor codes)");
   m.def(
+      "fake_quantize_out(Tensor x, Tensor scale, Tensor zero_point, int bits, Tensor(a!) out, Tensor(b!)? residual,"
+      " Tensor(c!)? codes) -> ()");
+  m.def(
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits)"
       " -> (Tensor grad_x, Tensor grad_scale)");
   m.def("quantize_activation(Tensor x, float scale, int zero_point, int bits, int halo) -> Tensor");

@@ -37,7 +37,25 @@ def codes(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=U8)
 
 
+def quantize_out(**change: Any) -> Any:
+    scale, zero_point = qparams(6, 1, 4)
+    x = torch.randn(6, 12)
+    args = {"x": x, "scale": scale, "zero_point": zero_point, "bits": 4, "out": x, **change}
+    return lambda: ops.fake_quantize_out(**args)
+
+
 SHAPE_ERRORS = [
+    (quantize_out(x=torch.zeros(6, 12).half()), "x must have dtype float32, got float16"),
+    (
+        quantize_out(out=torch.zeros(6, 11)),
+        r"cora::fake_quantize_out: out must have shape \[6, 12\], got \[6, 11\]",
+    ),
+    (quantize_out(residual=codes(6, 12)), "residual must have dtype float32, got uint8"),
+    (quantize_out(codes=torch.zeros(6, 12)), "codes must have dtype uint8, got float32"),
+    (
+        quantize_out(out=torch.zeros(12, 6).T),
+        r"out must be contiguous, got shape \[6, 12\] in another layout",
+    ),
     (quantize(bits=1), "cora::fake_quantize: bits must be 2..8, got 1"),
     (quantize(bits=9), "bits must be 2..8, got 9"),
     (

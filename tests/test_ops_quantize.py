@@ -68,6 +68,28 @@ def test_larger_than_a_chunk(isa: str) -> None:
     )
 
 
+@pytest.mark.parametrize("parts", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("rows", [1, 5], ids=["per-tensor", "per-channel"])
+def test_into_given_tensors(isa: str, parts: tuple[bool, bool], rows: int) -> None:
+    """Large enough that stores bypass the caches; rows start anywhere in a cache line."""
+    scale, zero_point = qparams(rows, 1, 4)
+    for shape in ((5, 33), (5, 1_700_003)):
+        x = torch.randn(shape)
+        want = ops.fake_quantize(x, scale, zero_point, 4, residual=True, codes=True)
+        room = [torch.full((x.numel() + 9,), 99, dtype=t.dtype) for t in want]
+        for offset in (0, 1):  # 0: as torch aligns a tensor
+            got = [t[offset : offset + x.numel()].view(shape) for t in room]
+            given = [t if part else None for t, part in zip(got[1:], parts, strict=True)]
+            ops.fake_quantize_out(x, scale, zero_point, 4, got[0], *given)
+            for i, part in enumerate((True, *parts)):
+                expected = want[i] if part else torch.full_like(want[i], 99)
+                assert torch.equal(got[i], expected)
+                assert (room[i][offset + x.numel() :] == 99).all()
+                room[i].fill_(99)
+    ops.fake_quantize_out(x, scale, zero_point, 4, x)  # in place
+    assert torch.equal(x, want[0])
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("residual", [False, True])
 def test_backward_equals_oracle(isa: str, granularity: str, residual: bool) -> None:

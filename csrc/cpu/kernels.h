@@ -17,7 +17,10 @@ struct RunParams {
 };
 
 /// out = scale * (q - zero_point); residual = x - out and codes = q where not null. A NaN gives code 0.
-using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes);
+/// `stream`: the outputs are larger than the caches, so stores may go past them. No two arrays overlap,
+/// but for out == x.
+using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, bool stream, float* out, float* residual,
+                            uint8_t* codes);
 
 /// grad_x = grad where the code was not clamped, else 0. Returns the run's scale gradient,
 /// sum grad * (rint(x/s) - x/s  if not clamped  else  q - zero_point), partial sums in float64.

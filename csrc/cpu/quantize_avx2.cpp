@@ -34,6 +34,20 @@ inline void store_bytes(__m256i v, void* to) {
   std::memcpy(static_cast<char*>(to) + 4, &second, 4);
 }
 
+/// Low bytes of 32 lanes, in order: packing interleaves the 128-bit halves.
+inline __m256i bytes_of(const __m256i (&q)[4]) {
+  const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+/// Elements before all arrays that are not null lie on a vector's boundary; -1 when they never do together.
+inline int64_t until_aligned(const float* first, const float* second, const uint8_t* codes) {
+  const auto of = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const int64_t count = codes != nullptr ? static_cast<int64_t>(-of(codes) % 32) : static_cast<int64_t>(-of(first) % 32 / 4);
+  const bool aligned = of(first + count) % 32 == 0 && (second == nullptr || of(second + count) % 32 == 0);
+  return aligned ? count : -1;
+}
+
 inline double sum4(__m256d v) {
   alignas(32) double lanes[4];
   _mm256_store_pd(lanes, v);
@@ -66,9 +80,31 @@ inline int64_t unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes) 
 
 }  // namespace
 
-void fake_quantize(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes) {
+void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, float* out, float* residual,
+                   uint8_t* codes) {
   const Vectors v(p);
+  const auto rest = [&](int64_t i, int64_t end) {
+    scalar::fake_quantize(x + i, p, end - i, false, out + i, residual ? residual + i : nullptr,
+                          codes ? codes + i : nullptr);
+  };
   int64_t i = 0;
+  const int64_t head = stream ? until_aligned(out, residual, codes) : -1;
+  if (head >= 0 && head < count) {
+    rest(0, head);
+    for (i = head; i + 32 <= count; i += 32) {
+      __m256i q4[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m256 in = _mm256_loadu_ps(x + i + 8 * j);
+        const __m256 q = v.code(in);
+        const __m256 y = _mm256_mul_ps(v.scale, _mm256_sub_ps(q, v.zero_point));
+        _mm256_stream_ps(out + i + 8 * j, y);
+        if (residual != nullptr) _mm256_stream_ps(residual + i + 8 * j, _mm256_sub_ps(in, y));
+        q4[j] = _mm256_cvtps_epi32(q);
+      }
+      if (codes != nullptr) _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + i), bytes_of(q4));
+    }
+    _mm_sfence();
+  }
   for (; i + 8 <= count; i += 8) {
     const __m256 in = _mm256_loadu_ps(x + i);
     const __m256 q = v.code(in);
@@ -77,7 +113,7 @@ void fake_quantize(const float* x, RunParams p, int64_t count, float* out, float
     if (residual != nullptr) _mm256_storeu_ps(residual + i, _mm256_sub_ps(in, y));
     if (codes != nullptr) store_bytes(_mm256_cvtps_epi32(q), codes + i);
   }
-  scalar::fake_quantize(x + i, p, count - i, out + i, residual ? residual + i : nullptr, codes ? codes + i : nullptr);
+  rest(i, count);
 }
 
 double fake_quantize_backward(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x) {

@@ -34,6 +34,21 @@ struct Vectors {
   }
 };
 
+/// Low bytes of 64 lanes, in order: packing interleaves the 128-bit quarters.
+inline __m512i bytes_of(const __m512i (&q)[4]) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
+  return _mm512_permutexvar_epi32(order, bytes);
+}
+
+/// Elements before all arrays that are not null lie on a cache line; -1 when they never do together.
+inline int64_t until_aligned(const float* first, const float* second, const uint8_t* codes) {
+  const auto of = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
+  const int64_t count = codes != nullptr ? static_cast<int64_t>(-of(codes) % 64) : static_cast<int64_t>(-of(first) % 64 / 4);
+  const bool aligned = of(first + count) % 64 == 0 && (second == nullptr || of(second + count) % 64 == 0);
+  return aligned ? count : -1;
+}
+
 /// Unpacks whole octets; reads 8 bytes at a time, so it stops while those 8 are within the row.
 template <int kBits>
 inline int64_t unpack_octets(const uint8_t* packed, int64_t k, int64_t bytes, uint8_t* codes) {
@@ -61,17 +76,37 @@ inline int64_t unpack_nibbles(const uint8_t* packed, int64_t k, uint8_t* codes) 
 
 }  // namespace
 
-void fake_quantize(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes) {
+void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, float* out, float* residual,
+                   uint8_t* codes) {
   const Vectors v(p);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = tail_mask(count - i);
+  const auto some = [&](int64_t i, __mmask16 mask) {
     const __m512 in = _mm512_maskz_loadu_ps(mask, x + i);
     const __m512 q = v.code(in);
     const __m512 y = _mm512_mul_ps(v.scale, _mm512_sub_ps(q, v.zero_point));
     _mm512_mask_storeu_ps(out + i, mask, y);
     if (residual != nullptr) _mm512_mask_storeu_ps(residual + i, mask, _mm512_sub_ps(in, y));
     if (codes != nullptr) _mm512_mask_cvtepi32_storeu_epi8(codes + i, mask, _mm512_cvtps_epi32(q));
+  };
+  int64_t i = 0;
+  const int64_t head = stream ? until_aligned(out, residual, codes) : -1;
+  if (head >= 0 && head < count) {
+    for (; i + 16 <= head; i += 16) some(i, 0xffff);
+    if (i < head) some(i, tail_mask(head - i));
+    for (i = head; i + 64 <= count; i += 64) {
+      __m512i q4[4];
+      for (int j = 0; j < 4; ++j) {
+        const __m512 in = _mm512_loadu_ps(x + i + 16 * j);
+        const __m512 q = v.code(in);
+        const __m512 y = _mm512_mul_ps(v.scale, _mm512_sub_ps(q, v.zero_point));
+        _mm512_stream_ps(out + i + 16 * j, y);
+        if (residual != nullptr) _mm512_stream_ps(residual + i + 16 * j, _mm512_sub_ps(in, y));
+        q4[j] = _mm512_cvtps_epi32(q);
+      }
+      if (codes != nullptr) _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), bytes_of(q4));
+    }
+    _mm_sfence();
   }
+  for (; i < count; i += 16) some(i, tail_mask(count - i));
 }
 
 double fake_quantize_backward(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x) {

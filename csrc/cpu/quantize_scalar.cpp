@@ -29,12 +29,13 @@ void unpack_row_bits(const uint8_t* packed, int64_t k, uint8_t* codes) {
 
 }  // namespace
 
-void fake_quantize(const float* x, RunParams p, int64_t count, float* out, float* residual, uint8_t* codes) {
+void fake_quantize(const float* x, RunParams p, int64_t count, bool, float* out, float* residual, uint8_t* codes) {
   for (int64_t i = 0; i < count; ++i) {
-    const float q = clamp_code(unclamped(x[i], p), p.max_code);
+    const float in = x[i];
+    const float q = clamp_code(unclamped(in, p), p.max_code);
     const float y = p.scale * (q - p.zero_point);
     out[i] = y;
-    if (residual != nullptr) residual[i] = x[i] - y;
+    if (residual != nullptr) residual[i] = in - y;
     if (codes != nullptr) codes[i] = static_cast<uint8_t>(q);
   }
 }

@@ -13,6 +13,9 @@ namespace cora {
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements a task: 64 KiB in, the same out, within L2
+// Outputs of this size or more are stored past the caches, where a store would first read the line: but not into
+// memory just allocated, whose pages the system zeroes, and so brings into the caches, right before the store.
+constexpr int64_t kStreamBytes = 32 << 20;
 
 /// x seen as a matrix, cut into runs that share one scale, and each run into chunks.
 struct Runs {
@@ -51,6 +54,23 @@ Runs check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, c
 
 int64_t grain(const Runs& runs) { return std::max<int64_t>(1, kChunk / std::max<int64_t>(1, runs.run)); }
 
+/// All float32 and contiguous; residual and codes may be null.
+void run_fake_quantize(const Runs& runs, const float* x, const Tensor& scale, const Tensor& zero_point, int64_t bits,
+                       bool stream, float* out, float* residual, uint8_t* codes) {
+  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
+  const auto kernel = cpu::k_fake_quantize();
+  const float* ps = data<float>(s);
+  const int32_t* pz = data<int32_t>(z);
+  const float top = static_cast<float>(max_code(static_cast<int>(bits)));
+  parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      runs.visit(i, [&](int64_t at, int64_t n, int64_t si) {
+        kernel(x + at, {ps[si], static_cast<float>(pz[si]), top}, n, stream, out + at, residual ? residual + at : nullptr,
+               codes ? codes + at : nullptr);
+      });
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t bits,
                                                      bool want_residual, bool want_codes) {
   const char* op = "fake_quantize";
@@ -59,27 +79,34 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_cpu(Tensor x, Tensor scale, Ten
   const ScalarType dtype = x.scalar_type();
   const std::vector<int64_t> shape = sizes_of(x), none{0};
   const Tensor xf = as_contiguous(to_dtype(x, ScalarType::Float));
-  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
   Tensor out = empty(shape, ScalarType::Float);
   Tensor residual = empty(want_residual ? shape : none, ScalarType::Float);
   Tensor codes = empty(want_codes ? shape : none, ScalarType::Byte);
-
-  const auto kernel = cpu::k_fake_quantize();
-  const float* px = data<float>(xf);
-  const float* ps = data<float>(s);
-  const int32_t* pz = data<int32_t>(z);
-  float* po = mutable_data<float>(out);
-  float* pr = want_residual ? mutable_data<float>(residual) : nullptr;
-  uint8_t* pc = want_codes ? mutable_data<uint8_t>(codes) : nullptr;
-  const float top = static_cast<float>(max_code(static_cast<int>(bits)));
-  parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      runs.visit(i, [&](int64_t at, int64_t count, int64_t si) {
-        kernel(px + at, {ps[si], static_cast<float>(pz[si]), top}, count, po + at, pr ? pr + at : nullptr,
-               pc ? pc + at : nullptr);
-      });
-  });
+  run_fake_quantize(runs, data<float>(xf), scale, zero_point, bits, false, mutable_data<float>(out),
+                    want_residual ? mutable_data<float>(residual) : nullptr,
+                    want_codes ? mutable_data<uint8_t>(codes) : nullptr);
   return {to_dtype(out, dtype), to_dtype(residual, dtype), codes};
+}
+
+void fake_quantize_out_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t bits, Tensor out, OptTensor residual,
+                           OptTensor codes) {
+  const char* op = "fake_quantize_out";
+  const Runs runs = check_fake_quantize(op, x, scale, zero_point, bits);
+  check_qparam_values(op, scale, zero_point);
+  check_dtype(op, "x", x, ScalarType::Float);
+  const auto check_out = [&](const char* name, const Tensor& t, ScalarType dtype) {
+    check_dtype(op, name, t, dtype);
+    check_shape(op, name, t, sizes_of(x));
+    CORA_CHECK(op, t.is_contiguous(), name, " must be contiguous, got shape ", shape_text(t), " in another layout");
+  };
+  check_out("out", out, ScalarType::Float);
+  if (residual.has_value()) check_out("residual", *residual, ScalarType::Float);
+  if (codes.has_value()) check_out("codes", *codes, ScalarType::Byte);
+  const Tensor source = as_contiguous(x);
+  const int64_t bytes = x.numel() * (4 + (residual.has_value() ? 4 : 0) + (codes.has_value() ? 1 : 0));
+  run_fake_quantize(runs, data<float>(source), scale, zero_point, bits, bytes >= kStreamBytes, mutable_data<float>(out),
+                    residual.has_value() ? mutable_data<float>(*residual) : nullptr,
+                    codes.has_value() ? mutable_data<uint8_t>(*codes) : nullptr);
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_backward_cpu(Tensor grad, Tensor x, Tensor scale, Tensor zero_point,
@@ -168,6 +195,7 @@ STABLE_TORCH_LIBRARY_IMPL(cora, CUDA, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_cpu));
+  m.impl("fake_quantize_out", TORCH_BOX(&fake_quantize_out_cpu));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_cpu));
 }
 
