@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 
 CORA_BEGIN_AVX512
 
@@ -16,29 +17,75 @@ namespace {
 
 constexpr int kPixels = 16;
 constexpr int kChannels = 16;
+constexpr int kAhead = 64;  // elements: more rows are read side by side than the hardware follows
 
 inline __mmask16 low_bits(int64_t count) {
   return count >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << count) - 1);
 }
 
+/// Codes as int32 lanes. A division takes twice the time of everything else, so codes come from a product with
+/// 1 / scale first. Product and quotient differ by less than 2^-22 of their magnitude, which matters only where a
+/// rounding or a limit lies between them: within that distance of a tie. There, found by the largest distance from an
+/// integer in a block, the block is done again with the division, so that every code is that of the division.
 struct Quantizer {
-  __m512 scale, zero_point, top;
+  __m512 scale, inverse, zero_point, top, low, high, limit;
+  __m512i zero;
+
   explicit Quantizer(RunParams p)
-      : scale(_mm512_set1_ps(p.scale)), zero_point(_mm512_set1_ps(p.zero_point)), top(_mm512_set1_ps(p.max_code)) {}
-  /// int32 lanes. max's second operand wins over a NaN: it becomes code 0.
-  __m512i operator()(__m512 x) const {
+      : scale(_mm512_set1_ps(p.scale)),
+        inverse(_mm512_set1_ps(1.0f / p.scale)),
+        zero_point(_mm512_set1_ps(p.zero_point)),
+        top(_mm512_set1_ps(p.max_code)),
+        low(_mm512_set1_ps(-p.zero_point)),
+        high(_mm512_set1_ps(p.max_code - p.zero_point)),
+        zero(_mm512_set1_epi32(static_cast<int>(p.zero_point))) {
+    const float most = std::max(std::fabs(p.zero_point), std::fabs(p.max_code - p.zero_point));
+    const bool normal = p.scale > 0x1p-100f && p.scale < 0x1p100f;  // 1 / scale has its full precision
+    limit = _mm512_set1_ps(normal ? 0.5f - most * 0x1p-21f : -1.0f);
+  }
+
+  /// A NaN leaves the second operand of a maximum: it becomes code 0.
+  __m512i exact(__m512 x) const {
     const __m512 rounded = _mm512_roundscale_ps(_mm512_div_ps(x, scale), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 q = _mm512_add_ps(rounded, zero_point);
     return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(q, _mm512_setzero_ps()), top));
   }
+  __m512i near(__m512 x, __m512& distance) const {
+    const __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inverse), low), high);
+    const __m512i q = _mm512_cvtps_epi32(v);
+    distance = _mm512_range_ps(distance, _mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), 0xb);  // larger magnitude, as positive
+    return _mm512_add_epi32(q, zero);
+  }
+  bool doubtful(__m512 distance) const { return _mm512_cmp_ps_mask(distance, limit, _CMP_GE_OQ) != 0; }
 };
 
 /// Codes of `channels` <= 4 rows of x at one group of pixels: channel c is byte c of a pixel's dword.
-inline __m512i dwords(const Quantizer& quantizer, const float* x, int64_t ldx, int channels, __mmask16 pixels) {
+template <typename Code>
+inline __m512i dwords(const Code& code, const float* x, int64_t ldx, int channels, __mmask16 pixels) {
   __m512i v = _mm512_setzero_si512();
-  for (int c = channels - 1; c >= 0; --c)
-    v = _mm512_or_si512(_mm512_slli_epi32(v, 8), quantizer(_mm512_maskz_loadu_ps(pixels, x + c * ldx)));
+  for (int c = channels - 1; c >= 0; --c) {
+    const float* row = x + c * ldx;
+    _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
+    v = _mm512_or_si512(_mm512_slli_epi32(v, 8), code(_mm512_maskz_loadu_ps(pixels, row)));
+  }
   return v;
+}
+
+/// The same for up to 16 rows: v[j] holds rows 4 j .. 4 j + 3.
+template <int kVectors>
+inline void dwords(const Quantizer& quantizer, const float* x, int64_t ldx, int channels, __mmask16 pixels,
+                   __m512i (&v)[kVectors]) {
+  __m512 distance = _mm512_setzero_ps();
+  const auto near = [&](__m512 in) { return quantizer.near(in, distance); };
+  const auto exact = [&](__m512 in) { return quantizer.exact(in); };
+  if (channels == kChannels)
+    for (int j = 0; j < kVectors; ++j) v[j] = dwords(near, x + 4 * j * ldx, ldx, 4, pixels);
+  else
+    for (int j = 0; j < kVectors; ++j)
+      v[j] = dwords(near, x + 4 * j * ldx, ldx, std::clamp(channels - 4 * j, 0, 4), pixels);
+  if (quantizer.doubtful(distance))
+    for (int j = 0; j < kVectors; ++j)
+      v[j] = dwords(exact, x + 4 * j * ldx, ldx, std::clamp(channels - 4 * j, 0, 4), pixels);
 }
 
 /// Up to four channels at the pixel stride of their number (or 4): one store a group of pixels.
@@ -53,10 +100,11 @@ void quantize_image(const float* x, int64_t ldx, int64_t cols, const Quantizer& 
   const __m512i join = _mm512_load_si512(quarters);
   for (int64_t col = 0; col < cols; col += kPixels) {
     const int64_t pixels = std::min<int64_t>(kPixels, cols - col);
-    __m512i v = dwords(quantizer, x + col, ldx, kCount, low_bits(pixels));
-    if (kCount < 4) v = _mm512_permutexvar_epi32(join, _mm512_shuffle_epi8(v, squeeze));
+    __m512i v[1];
+    dwords(quantizer, x + col, ldx, kCount, low_bits(pixels), v);
+    if (kCount < 4) v[0] = _mm512_permutexvar_epi32(join, _mm512_shuffle_epi8(v[0], squeeze));
     const int64_t size = pixels * kCount;
-    _mm512_mask_storeu_epi8(out + col * kCount, size == 64 ? ~0ull : (1ull << size) - 1, v);
+    _mm512_mask_storeu_epi8(out + col * kCount, size == 64 ? ~0ull : (1ull << size) - 1, v[0]);
   }
 }
 
@@ -97,14 +145,17 @@ void quantize_u8(const float* x, RunParams p, int64_t count, uint8_t* codes) {
       _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
-    const __m512i a = quantizer(_mm512_loadu_ps(x + i)), b = quantizer(_mm512_loadu_ps(x + i + 16));
-    const __m512i c = quantizer(_mm512_loadu_ps(x + i + 32)), d = quantizer(_mm512_loadu_ps(x + i + 48));
-    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    __m512i q[4];
+    __m512 distance = _mm512_setzero_ps();
+    for (int j = 0; j < 4; ++j) q[j] = quantizer.near(_mm512_loadu_ps(x + i + 16 * j), distance);
+    if (quantizer.doubtful(distance))
+      for (int j = 0; j < 4; ++j) q[j] = quantizer.exact(_mm512_loadu_ps(x + i + 16 * j));
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(q[0], q[1]), _mm512_packs_epi32(q[2], q[3]));
     _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(in_order, bytes));
   }
   for (; i < count; i += 16) {
     const __mmask16 mask = low_bits(count - i);
-    _mm512_mask_cvtepi32_storeu_epi8(codes + i, mask, quantizer(_mm512_maskz_loadu_ps(mask, x + i)));
+    _mm512_mask_cvtepi32_storeu_epi8(codes + i, mask, quantizer.exact(_mm512_maskz_loadu_ps(mask, x + i)));
   }
 }
 
@@ -122,8 +173,7 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
       const __mmask16 bytes = low_bits(channels);
       const float* from = x + row * ldx + col;
       __m512i v[4];  // [4 channels][pixel]
-      for (int j = 0; j < 4; ++j)
-        v[j] = dwords(quantizer, from + 4 * j * ldx, ldx, std::clamp(channels - 4 * j, 0, 4), mask);
+      dwords(quantizer, from, ldx, channels, mask, v);
       const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
       const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
       // Element i: pixels i, i + 4, i + 8, i + 12, one a 128-bit quarter.
