@@ -12,17 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, float_tensors, output_logits, required_inputs
+from .batches import Batch, divergence, float_tensors, output_logits, required_inputs
+from .fold import fold_batch_norms, fold_pairs
 from .lowrank import FloatLayer, LayerShape
-from .modules import QUANT_LAYERS
+from .modules import QUANT_LAYERS, QuantLayer
 
 __all__ = [
     "ActivationRange",
     "Calibration",
     "activation_qparams",
+    "correct_biases",
     "input_rows",
     "quantizable_layers",
-    "reestimate_batch_norm",
 ]
 
 ActivationRange = Literal["minmax", "percentile", "mse"]
@@ -155,6 +156,8 @@ class Calibration:
         memory_limit: bytes of second moments held at once; beyond it they are made in several passes.
         logits: finds the logits in the model's output; see `output_logits`.
         progress: show progress bars.
+        fold_bn: fold batch norms into the layers before them (see `cora.fold`), so that they are
+            quantized with the weights.
 
     Raises:
         ValueError: no samples, non-finite values, or no layer that can be quantized.
@@ -170,6 +173,7 @@ class Calibration:
         memory_limit: int = 2 << 30,
         logits: Callable[[Any], Tensor | None] = output_logits,
         progress: bool = False,
+        fold_bn: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -190,6 +194,13 @@ class Calibration:
         self.memory_limit = memory_limit
         self.device = next(self.model.parameters()).device
         self.batches = self._take(batches, samples)
+        self.fold_bn = fold_bn
+        self.folded: dict[str, str] = {}  # layer -> the batch norm now in it
+        if fold_bn:
+            self.folded, kept = fold_batch_norms(self.model, lambda _: self.run(self.batches[0]))
+            self.kept_float.update(kept)
+            for norm in self.folded.values():
+                self.kept_float.pop(norm, None)
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
         self._sensitivity: dict[str, float] | None = None
@@ -228,6 +239,10 @@ class Calibration:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
+        if self.folded:
+            model = copy.deepcopy(model)
+            here = {name for name, _ in model.named_modules()}
+            fold_pairs(model, {a: b for a, b in self.folded.items() if {a, b} <= here})
         layers, _ = quantizable_layers(model)
         for name in {**self.layers, **layers}:
             own, other = (
@@ -251,14 +266,24 @@ class Calibration:
         """The float model's output on every batch."""
         if self._teacher is None:
             with torch.no_grad():
-                outputs = [self._run(batch) for batch in self.bar(self.batches, "float outputs")]
+                outputs = [self.run(batch) for batch in self.bar(self.batches, "float outputs")]
             for index, output in enumerate(outputs):
                 if any(tensor.isnan().any() for tensor in float_tensors(output)):
                     raise ValueError(f"model: output on calibration batch {index} is NaN")
             self._teacher = outputs
         return self._teacher
 
-    def _run(self, batch: Batch) -> Any:
+    def divergence(self, candidate: nn.Module) -> float:
+        """Mean divergence of a model from the float one over the samples (see `divergence`)."""
+        total = 0.0
+        with torch.no_grad():
+            for batch, teacher in zip(self.batches, self.teacher(), strict=True):
+                output = batch.run(candidate)
+                total += float(divergence(output, teacher, self.logits)) * len(batch)
+        return total / self.samples
+
+    def run(self, batch: Batch) -> Any:
+        """The float model's output on a batch."""
         try:
             return batch.run(self.model)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -270,7 +295,7 @@ class Calibration:
             ) from error
 
     @contextmanager
-    def _watch(
+    def watch(
         self, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
     ) -> Iterator[None]:
         """Call see(name, input, output) whenever one of the named layers runs."""
@@ -331,9 +356,9 @@ class Calibration:
             product = (rows.transpose(1, 2) @ rows).mul_(positions / max(rows.shape[1], 1))
             sums[name] = sums[name].add_(product) if name in sums else product
 
-        with torch.no_grad(), self._watch(names, see):
+        with torch.no_grad(), self.watch(names, see):
             for batch in self.bar(self.batches, "second moments"):
-                self._run(batch)
+                self.run(batch)
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
@@ -368,12 +393,12 @@ class Calibration:
         for weight in weights:
             weight.requires_grad_(True)
         try:
-            with self._watch(self.layers, see):
+            with self.watch(self.layers, see):
                 for batch in self.bar(self.batches, "sensitivity"):
                     if count >= 256:
                         break
                     part = batch[: 256 - count]
-                    loss = self._sampled_loss(self._run(part), generator)
+                    loss = self._sampled_loss(self.run(part), generator)
                     torch.autograd.grad(loss, weights, allow_unused=True)
                     count += len(part)
         finally:
@@ -413,18 +438,19 @@ class Calibration:
         lows = dict.fromkeys(self.layers, float("inf"))
         highs = dict.fromkeys(self.layers, float("-inf"))
         kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        generator = torch.Generator().manual_seed(self.seed)
+        # Each layer's own generator: layers that read one tensor choose the same range for it.
+        generators = {name: torch.Generator().manual_seed(self.seed) for name in self.layers}
         limit = -(-_RANGE_SAMPLES // len(self.batches))
 
         def see(name: str, x: Tensor, _output: Tensor) -> None:
             x = x.detach().float().reshape(-1)
             lows[name] = min(lows[name], float(x.min()))
             highs[name] = max(highs[name], float(x.max()))
-            kept[name].append(x[_draw(len(x), limit, generator)])
+            kept[name].append(x[_draw(len(x), limit, generators[name])])
 
-        with torch.no_grad(), self._watch(self.layers, see):
+        with torch.no_grad(), self.watch(self.layers, see):
             for batch in self.bar(self.batches, "activation ranges"):
-                self._run(batch)
+                self.run(batch)
         result = {}
         for name, values in kept.items():
             sample = torch.cat(values) if values else torch.zeros(1)
@@ -466,20 +492,65 @@ def activation_qparams(
     return quantizer(min(shares, key=error))
 
 
-def reestimate_batch_norm(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Replace the running statistics of every BatchNorm by those of `model` on the batches, in place."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    norms = [m for m in norms if m.track_running_stats]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative average
-        norm.train()
+def correct_biases(
+    qmodel: nn.Module, layers: Mapping[str, QuantLayer], calibration: Calibration
+) -> bool:
+    """Shift the biases of packed layers, in place, so that output channels keep their float means.
+
+    Means are compared batch by batch on the same inputs; a layer sees what the corrected layers before
+    it give. The shifts are kept if they bring the model closer to the float one, and taken back if not.
+
+    Returns:
+        Whether they were kept.
+
+    Source: Nagel et al. 2019, arXiv 1906.04721, sec. 4.2.
+    """
+    expected: dict[str, list[Tensor]] = {}
+    shifts: dict[str, list[Tensor]] = {name: [] for name in layers}
+
+    def mean(name: str, output: Tensor) -> Tensor:
+        channel = _channel(calibration.layers[name], output)
+        return output.float().mean([d for d in range(output.dim()) if d != channel])
+
+    def see(name: str, _x: Tensor, output: Tensor) -> None:
+        expected.setdefault(name, []).append(mean(name, output))
+
+    def correct(name: str, output: Tensor) -> Tensor | None:
+        if not expected.get(name):
+            return None
+        shift = expected[name].pop(0) - mean(name, output)
+        shifts[name].append(shift)
+        shape = [1] * output.dim()
+        shape[_channel(calibration.layers[name], output)] = -1
+        return output + shift.reshape(shape).to(output.dtype)
+
+    before = calibration.divergence(qmodel)
+    handles = [
+        layer.register_forward_hook(lambda _m, _a, output, name=name: correct(name, output))
+        for name, layer in layers.items()
+    ]
     try:
         with torch.no_grad():
-            for batch in batches:
-                batch.run(model)
+            for batch in calibration.bar(calibration.batches, "bias correction"):
+                expected.clear()
+                with calibration.watch(layers, see):
+                    calibration.run(batch)
+                batch.run(qmodel)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.eval()
+        for handle in handles:
+            handle.remove()
+    biases = {name: layer.bias for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if shifts[name]:
+            shift = torch.stack(shifts[name]).mean(0)
+            layer.bias = shift if layer.bias is None else layer.bias + shift
+    if calibration.divergence(qmodel) < before:
+        return True
+    for name, layer in layers.items():
+        layer.bias = biases[name]
+    return False
+
+
+def _channel(layer: FloatLayer, output: Tensor) -> int:
+    """The dimension of a layer's output that holds its channels."""
+    return output.dim() - (1 if isinstance(layer, nn.Linear) else len(layer.kernel_size) + 1)

@@ -192,7 +192,8 @@ def _quantize_arguments(command: Any) -> None:
     add("--activation-bits", type=int, choices=range(2, 9))
     add("--activation", choices=("static", "dynamic"), default="static")
     add("--activation-range", choices=("minmax", "percentile", "mse"), default="mse")
-    add("--reestimate-bn", action="store_true", help="BatchNorm statistics of the quantized net")
+    add("--keep-bn", action="store_true", help="do not fold batch norms into the layers before")
+    add("--no-bias-correction", action="store_true", help="leave biases as they are")
     adapters = command.add_argument_group("adapters")
     add = adapters.add_argument
     add("--rank-budget", type=float, default=0.05, metavar="SHARE", help="0: no adapters")
@@ -292,6 +293,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         args.seed,
         logits=task.output_logits,
         progress=args.progress,
+        fold_bn=not args.keep_bn,
     )
     qmodel = cora.quantize(
         model,
@@ -307,7 +309,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         first_last=args.first_last,
         activation=args.activation,
         activation_range=args.activation_range,
-        reestimate_bn=args.reestimate_bn,
+        bias_correction=not args.no_bias_correction,
     )
     seconds = time.perf_counter() - clock
     cora.save(qmodel, args.output)

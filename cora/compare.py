@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
-from .batches import divergence
 from .calibration import Calibration
 from .convert import quantize
 from .lowrank import FloatLayer, LayerShape, unfold
@@ -48,10 +46,18 @@ def compare(
     if "bits" not in settings["weight"]:
         raise ValueError("qmodel: compare needs one QuantSpec for all layers, got several")
     spec = QuantSpec(**settings["weight"])
-    evaluate = evaluate or (lambda m: {"kl": calibration_divergence(m, calibration)})
+    evaluate = evaluate or (lambda m: {"kl": calibration.divergence(m)})
     options: dict[str, Any] = {
         key: settings[key]
-        for key in ("activation_bits", "adapter_bits", "fit", "first_last", "skip", "reestimate_bn")
+        for key in (
+            "activation_bits",
+            "adapter_bits",
+            "fit",
+            "first_last",
+            "skip",
+            "fold_bn",
+            "bias_correction",
+        )
     }
     if settings["activation_bits"]:
         options["activation"] = settings["activation"]
@@ -85,7 +91,7 @@ def compare(
     best, best_loss, best_label = None, float("inf"), ""
     for label, specs in same_bits_specs(calibration, report, spec):
         candidate = plain(specs)
-        loss = calibration_divergence(candidate, calibration)
+        loss = calibration.divergence(candidate)
         if loss < best_loss:
             best, best_loss, best_label = candidate, loss, label
     if best is not None:
@@ -108,16 +114,6 @@ def compare(
         )
     report.comparison = rows
     return rows
-
-
-def calibration_divergence(candidate: nn.Module, calibration: Calibration) -> float:
-    """Mean divergence from the float model over the calibration samples (see `divergence`)."""
-    total = 0.0
-    with torch.no_grad():
-        for batch, teacher in zip(calibration.batches, calibration.teacher(), strict=True):
-            output = batch.run(candidate)
-            total += float(divergence(output, teacher, calibration.logits)) * len(batch)
-    return total / calibration.samples
 
 
 def same_bits_specs(

@@ -18,8 +18,9 @@ from .allocation import Budget, LayerFit
 from .calibration import (
     ActivationRange,
     Calibration,
-    reestimate_batch_norm,
+    correct_biases,
 )
+from .fold import FoldedBatchNorm
 from .lowrank import ADAPTER_BITS, LayerShape, factors, quantize_adapter, truncate, unfold
 from .modules import (
     QUANT_LAYERS,
@@ -28,6 +29,7 @@ from .modules import (
     check_activation_bits,
     fake_quantize_dynamic,
     quantize_matrix,
+    replace_layers,
 )
 from .quantizer import QParams, QuantSpec
 from .report import (
@@ -41,7 +43,7 @@ from .report import (
 )
 from .search import SearchConfig, SearchResult, search_ranks
 
-__all__ = ["dequantize", "quantize", "replace_layers"]
+__all__ = ["dequantize", "quantize"]
 
 FirstLast = Literal["same", "8bit", "float"]
 Fit = Literal["weighted", "plain"]
@@ -74,7 +76,8 @@ def quantize(
     first_last: FirstLast = "same",
     activation: Literal["static", "dynamic"] = "static",
     activation_range: ActivationRange = "mse",
-    reestimate_bn: bool = False,
+    fold_bn: bool = True,
+    bias_correction: bool = True,
 ) -> nn.Module:
     """Quantize a model's weights to packed codes and win back the loss with low-rank adapters.
 
@@ -99,8 +102,10 @@ def quantize(
         activation: "static" fixes input ranges from the calibration data, "dynamic" takes them anew
             from each call.
         activation_range: how a static range is chosen: "minmax", "percentile" or "mse".
-        reestimate_bn: replace BatchNorm statistics by those of the quantized network on the
-            calibration data; by default they stay untouched.
+        fold_bn: fold batch norms into the layers before them, before anything is quantized; a
+            `Calibration` has its own.
+        bias_correction: shift biases so that output channels keep their float means on the calibration
+            data, if that lowers the divergence from the float model.
 
     Returns:
         A packed copy of the model in eval mode, with a `report` attribute.
@@ -123,7 +128,7 @@ def quantize(
         calibration.check(model)
     else:
         calibration = Calibration(
-            model, calibration, search.samples, search.seed, progress=progress
+            model, calibration, search.samples, search.seed, progress=progress, fold_bn=fold_bn
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
@@ -167,9 +172,11 @@ def quantize(
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
-    qmodel = replace_layers(qmodel, layers).eval()
-    if reestimate_bn:
-        reestimate_batch_norm(qmodel, calibration.batches)
+        layers[name].float_bias = model.get_submodule(name).bias is not None
+    folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
+    places = {norm: FoldedBatchNorm() for norm in folded.values()}
+    qmodel = replace_layers(qmodel, {**layers, **places}).eval()
+    corrected = bias_correction and correct_biases(qmodel, layers, calibration)
     settings = {
         "weight": _spec_settings(weight),
         "activation_bits": activation_bits,
@@ -179,7 +186,10 @@ def quantize(
         "adapter_bits": adapter_bits,
         "fit": fit,
         "first_last": first_last,
-        "reestimate_bn": reestimate_bn,
+        "fold_bn": calibration.fold_bn,
+        "folded": folded,
+        "bias_correction": bias_correction,
+        "biases_corrected": corrected,
         "search": {
             key: value for key, value in dataclasses.asdict(search).items() if key != "label_loss"
         },
@@ -208,22 +218,6 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
         if report is not None:
             qmodel.report = report
     return replace_layers(model, layers)
-
-
-def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Put `layers` in the place of the modules of those names, wherever the model holds them.
-
-    Returns:
-        The model, or the layer itself where the model is the layer replaced (name "").
-    """
-    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
-    if id(model) in replaced:
-        return replaced[id(model)]
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and id(child) in replaced:
-                parent._modules[key] = replaced[id(child)]
-    return model
 
 
 def _check_arguments(
@@ -265,7 +259,7 @@ def _specs(
     names = list(calibration.layers)
     reasons = dict(calibration.kept_float)
     for pattern in skip:
-        known = [*names, *calibration.kept_float]
+        known = [*names, *calibration.kept_float, *calibration.folded.values()]
         if not fnmatch.filter(known, pattern):
             close = difflib.get_close_matches(pattern, known, 3) or known[:3]
             raise ValueError(

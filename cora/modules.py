@@ -6,6 +6,7 @@ convolutions run fused on the packed weight; 3-d and transposed ones unpack it f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +43,7 @@ __all__ = [
     "fake_quantize_dynamic",
     "quantize_matrix",
     "quantize_weight",
+    "replace_layers",
 ]
 
 
@@ -174,6 +176,7 @@ class QuantLayer(nn.Module):
         self.adapter_bits = weight.adapter.bits
         self.rank = weight.adapter.rank
         self.activation_bits = activation_bits
+        self.float_bias = layer.bias is not None  # the model's own; a folded batch norm brings one
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scale", weight.qparams.scale)
         self.register_buffer("zero_point", weight.qparams.zero_point)
@@ -518,6 +521,22 @@ def _with_weights(layer: FloatLayer, packed: QuantLayer) -> nn.Module:
     if packed.bias is not None:
         layer.bias = nn.Parameter(packed.bias.clone())
     return layer.train(packed.training)
+
+
+def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
+    """Put `layers` in the place of the modules of those names, wherever the model holds them.
+
+    Returns:
+        The model, or the layer itself where the model is the layer replaced (name "").
+    """
+    replaced = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and id(child) in replaced:
+                parent._modules[key] = replaced[id(child)]
+    return model
 
 
 QUANT_LAYERS: dict[type[nn.Module], type[QuantLayer]] = {

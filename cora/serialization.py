@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .convert import replace_layers
 from .files import write_file
+from .fold import FoldedBatchNorm
 from .lowrank import Adapter, FloatLayer, LayerShape
-from .modules import QUANT_LAYERS, QuantLayer, QuantWeight
+from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
 from .quantizer import QParams, zero_point_bits
 from .report import Report
 
@@ -62,6 +62,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
     header = {
         "format": FORMAT_VERSION,
         "layers": layers,
+        "folded": sorted(n for n, m in qmodel.named_modules() if isinstance(m, FoldedBatchNorm)),
         "report": _stored_report(getattr(qmodel, "report", None)),
     }
     header["sha256"] = _checksum(header, tensors)
@@ -100,6 +101,14 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         if missing:
             raise ValueError(f"{path}: layer {name!r} lacks {', '.join(sorted(missing))}")
         layers[name] = _unpack_layer(float_layer, config, stored)
+    for name in header.get("folded", []):
+        if not isinstance(available.get(name), nn.modules.batchnorm._BatchNorm | FoldedBatchNorm):
+            found = type(available[name]).__name__ if name in available else "nothing"
+            raise ValueError(
+                f"{path}: the file is of another architecture: {name!r} is a batch norm in the file, "
+                f"the model has {found}"
+            )
+        layers[name] = FoldedBatchNorm().eval()
     report_attribute = model.__dict__.get("report")
     qmodel: Any = copy.deepcopy(model).eval()
     if report_attribute is not None:
@@ -129,7 +138,8 @@ def _join(name: str, key: str) -> str:
 def _geometry(layer: nn.Module) -> dict[str, Any]:
     values = {key: getattr(layer, key) for key in _GEOMETRY if hasattr(layer, key)}
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
-    return {**values, "bias": layer.bias is not None}
+    bias = layer.float_bias if isinstance(layer, QuantLayer) else layer.bias is not None
+    return {**values, "bias": bias}
 
 
 def _check_layer(

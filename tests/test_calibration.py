@@ -27,7 +27,6 @@ from cora.calibration import (
     activation_qparams,
     input_rows,
     quantizable_layers,
-    reestimate_batch_norm,
 )
 from cora.lowrank import LayerShape, unfold
 
@@ -441,21 +440,3 @@ def test_model_is_not_changed(training: bool) -> None:
     assert_same_state(copied, state(calibration.model))
     assert not any(m.training for m in calibration.model.modules())
     assert all(torch.equal(x, y) for x, y in zip(data, inputs, strict=True))
-
-
-def test_reestimate_batch_norm() -> None:
-    net, data = trained_net(), batches()
-    net.frozen = nn.BatchNorm1d(3, track_running_stats=False)
-    before = state(net)
-    reestimate_batch_norm(net, [Batch(x) for x in data])
-    after = state(net)
-    outputs = [net.stem(x) for x in data]
-    mean = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)
-    variance = torch.stack([y.var((0, 2, 3)) for y in outputs]).mean(0)
-    torch.testing.assert_close(net.norm.running_mean, mean, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(net.norm.running_var, variance, atol=1e-5, rtol=1e-4)
-    assert net.norm.momentum == 0.1 and not net.norm.training
-    for key in before["tensors"]:
-        if "running" not in key and "num_batches" not in key:
-            assert torch.equal(before["tensors"][key], after["tensors"][key]), key
-    assert before["training"] == after["training"]

@@ -15,6 +15,7 @@ import cora
 from cora import Calibration, QuantSpec, SearchConfig
 from cora.batches import divergence
 from cora.calibration import quantizable_layers
+from cora.fold import FoldedBatchNorm
 from cora.modules import QuantLayer
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
@@ -39,7 +40,7 @@ def close(a: nn.Module, b: nn.Module, *x: Tensor, atol: float = 1e-3) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation_bits": 8, "reestimate_bn": True}, {"search": SearchConfig(iterations=6)}],
+    [{}, {"activation_bits": 8, "fold_bn": False}, {"search": SearchConfig(iterations=6)}],
     ids=["plain", "activations-bn", "gate"],
 )
 @pytest.mark.parametrize("training", [False, True])
@@ -59,7 +60,8 @@ def test_the_users_model_is_untouched(training: bool, options: dict[str, Any]) -
     assert not list(net.stem.named_buffers()) and list(packed_layers(qmodel)) == NAMES
     shared = {id(t) for t in net.state_dict(keep_vars=True).values()}
     assert not shared & {id(t) for t in qmodel.state_dict(keep_vars=True).values()}
-    qmodel.norm.weight.data.zero_()
+    for tensor in qmodel.state_dict().values():
+        tensor.zero_()
     assert_same_state(before, state(net))
 
 
@@ -86,7 +88,7 @@ def test_packed_is_the_dequantized_model(adapter_bits: int, activation_bits: int
 def test_rank_budget_0_is_plain_quantization() -> None:
     net = trained_net()
     for search in (None, UNIFORM, SearchConfig()):
-        qmodel = quantize(net, rank_budget=0, search=search)
+        qmodel = quantize(net, rank_budget=0, search=search, fold_bn=False)
         for name, layer in packed_layers(qmodel).items():
             assert layer.rank == 0 and layer.adapter_a is None
             kind = type(layer)
@@ -197,7 +199,11 @@ def test_an_embedding_tied_to_a_layer_stays_float() -> None:
     model, tokens = Tied(), torch.randint(0, 9, (40, 3))
     calibration = Calibration(model, tokens)
     qmodel = quantize(
-        model, calibration, QuantSpec(2), search=SearchConfig(iterations=0, holdout=20)
+        model,
+        calibration,
+        QuantSpec(2),
+        search=SearchConfig(iterations=0, holdout=20),
+        bias_correction=False,
     )
     assert torch.equal(qmodel.embedding.weight, model.embedding.weight)
     assert set(packed_layers(qmodel)) == {"head", "middle"}
@@ -329,15 +335,61 @@ def test_one_calibration_for_several_quantizations() -> None:
                 assert torch.equal(value, shared.state_dict()[key]), key
 
 
-def test_reestimate_bn() -> None:
-    net, data = trained_net(), batches()
-    kept = quantize(net, data)
+def test_batch_norms_are_folded_before_quantization() -> None:
+    net, x = trained_net(), batches()[0]
+    qmodel = quantize(net, spec=QuantSpec(8), rank_budget=0, bias_correction=False)
+    assert isinstance(qmodel.norm, FoldedBatchNorm)
+    assert qmodel.report.settings["folded"] == {"stem": "norm"}
+    factor = net.norm.weight / (net.norm.running_var + net.norm.eps).sqrt()
+    torch.testing.assert_close(
+        qmodel.stem.bias, net.norm.bias - factor * net.norm.running_mean, atol=1e-6, rtol=1e-5
+    )
+    weight = net.stem.weight * factor[:, None, None, None]
+    assert (qmodel.stem.weight - weight).abs().max() < weight.abs().max() / 2**7
+    close(qmodel, net, x, atol=0.5)
+    kept = quantize(net, fold_bn=False, bias_correction=False)
     assert torch.equal(kept.norm.running_mean, net.norm.running_mean)
-    assert torch.equal(kept.norm.num_batches_tracked, net.norm.num_batches_tracked)
-    changed = quantize(net, data, reestimate_bn=True)
-    mean = torch.stack([changed.stem(x).mean((0, 2, 3)) for x in data]).mean(0)
-    torch.testing.assert_close(changed.norm.running_mean, mean, atol=1e-5, rtol=1e-4)
-    assert not changed.norm.training
+    assert kept.stem.bias is None and kept.report.settings["folded"] == {}
+    skipped = quantize(net, skip=["stem"])  # a layer that stays float stays as it is
+    assert type(skipped.norm) is nn.BatchNorm2d and skipped.report.settings["folded"] == {}
+
+
+def test_a_calibration_is_of_the_unfolded_model() -> None:
+    net = trained_net()
+    calibration = Calibration(net, batches())
+    calibration.check(net)
+    changed = copy.deepcopy(net)
+    changed.norm.running_mean.add_(
+        1
+    )  # moves nothing but the folded bias; its scale moves the weight
+    changed.norm.running_var.mul_(2)
+    with pytest.raises(ValueError, match="layer 'stem' differs"):
+        quantize(changed, calibration)
+    with pytest.raises(ValueError, match="another model"):
+        quantize(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), calibration)
+
+
+def test_bias_correction() -> None:
+    """Channel means are the float model's, layer by layer; kept only where the outputs come closer."""
+    net, data = trained_net(), batches()
+    calibration = Calibration(net, data)
+    options: dict[str, Any] = {"spec": QuantSpec(3), "rank_budget": 0}
+    plain = quantize(net, calibration, **options, bias_correction=False)
+    corrected = quantize(net, calibration, **options)
+    assert corrected.report.settings["biases_corrected"]
+    assert calibration.divergence(corrected) < calibration.divergence(plain)
+    x = torch.cat(data)
+    with torch.no_grad():
+        before, after = ((m(x) - net(x)).mean(0).abs().max() for m in (plain, corrected))
+    assert after < 0.2 * before
+    assert not any(m._forward_hooks for m in corrected.modules())
+    exact = quantize(net, calibration, spec=QuantSpec(8), rank_budget=9, adapter_bits=32)
+    if not exact.report.settings["biases_corrected"]:  # nothing to win: nothing is changed
+        untouched = quantize(
+            net, calibration, QuantSpec(8), rank_budget=9, adapter_bits=32, bias_correction=False
+        )
+        for key, value in untouched.state_dict().items():
+            assert torch.equal(value, exact.state_dict()[key]), key
 
 
 def test_activation_options() -> None:
@@ -357,7 +409,7 @@ def test_activation_options() -> None:
 
 
 def test_dequantize_leaves_the_packed_model() -> None:
-    qmodel = quantize(trained_net())
+    qmodel = quantize(trained_net(), fold_bn=False, bias_correction=False)
     before = {key: value.clone() for key, value in qmodel.state_dict().items()}
     plain = cora.dequantize(qmodel)
     assert {type(m) for m in plain.modules()} == {type(m) for m in Net().modules()}

@@ -35,7 +35,15 @@ def net() -> nn.Module:
 def qnet(net: nn.Module) -> nn.Module:
     config = SearchConfig(iterations=9)
     return cora.quantize(
-        net, batches(), QuantSpec(3), 8, 0.1, search=config, skip=["pointwise"], progress=False
+        net,
+        batches(),
+        QuantSpec(3),
+        8,
+        0.1,
+        search=config,
+        skip=["pointwise"],
+        progress=False,
+        fold_bn=False,
     )
 
 

@@ -48,7 +48,7 @@ def file(qnet: nn.Module, tmp_path: Path) -> Path:
         {"spec": QuantSpec(4, "per_tensor", symmetric=True)},
         {"spec": QuantSpec(8, symmetric=True)},
         {"spec": {"stem": QuantSpec(3, "per_group", 9), "body.*": QuantSpec(6, clip="minmax")}},
-        {"skip": ["stem"], "reestimate_bn": True}, {"search": SearchConfig(iterations=4)},
+        {"skip": ["stem"]}, {"fold_bn": False}, {"bias_correction": False}, {"search": SearchConfig(iterations=4)},
     ],
     ids=str,
 )  # fmt: skip
@@ -221,8 +221,8 @@ def stem(**options: Any) -> nn.Conv2d:
         ("stem", stem(stride=2), "layer 'stem'.*stride"),
         ("stem", stem(in_channels=6, groups=2), "layer 'stem'.*groups"),
         ("stem", stem(padding_mode="reflect"), "layer 'stem'.*padding_mode"),
-        ("norm", nn.BatchNorm2d(13), r"norm.weight is \[12\] in the file, \[13\]"),
-        ("norm", nn.Identity(), "the model lacks.* norm"),
+        ("norm", nn.Identity(), "'norm' is a batch norm in the file, the model has Identity"),
+        ("norm", None, "'norm' is a batch norm in the file, the model has nothing"),
         ("extra", nn.Linear(3, 3), "lacks extra.bias, extra.weight"),
     ],
 )
@@ -297,7 +297,7 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
         (lambda h, t: t.pop("head.codes"), "checksum does not match"),
         (lambda h, t: t.update(more=torch.ones(1)), "checksum does not match"),
         (
-            lambda h, t: t.update({"norm.weight": t["norm.weight"].half()}),
+            lambda h, t: t.update({"stem.bias": t["stem.bias"].half()}),
             "checksum does not match",
         ),
         (lambda h, t: t.update({"head.scale": t["head.scale"] * 2}), "checksum does not match"),
