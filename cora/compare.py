@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -72,7 +73,7 @@ def compare(
             "row": "float",
             "bits_per_weight": 32.0,
             "total_bits": float_state_bits(model),
-            **evaluate(model),
+            **evaluate(copy.deepcopy(model).eval()),
         }
     ]
 

@@ -28,7 +28,7 @@ def report() -> cora.Report:
         nn.Conv2d(8, 12, 3, groups=2),
         nn.Flatten(),
     ).append(nn.Linear(12 * 36, 4))
-    calibration = cora.Calibration(model, [torch.randn(8, 3, 10, 10)], 8)
+    calibration = cora.Calibration(model, [torch.randn(8, 3, 10, 10)], 8, fold_bn=False)
     search = cora.SearchConfig(iterations=6, batch_size=4)
     qmodel = cora.quantize(
         model, calibration, cora.QuantSpec(bits=2), search=search, progress=False
