@@ -47,6 +47,10 @@ __all__ = [
 ]
 
 
+_Ints = tuple[int, ...]
+_KernelGeometry = tuple[int, _Ints, _Ints, _Ints, _Ints, int]
+
+
 @dataclass(frozen=True, slots=True)
 class QuantWeight:
     """A quantized weight and its adapter, as stored.
@@ -146,7 +150,9 @@ class QuantLayer(nn.Module):
 
     Buffers: `codes` uint8, `scale` float32, `zero_point` int32, `adapter_a`, `adapter_b` and
     `adapter_scale` (None unless the adapter is integer), `bias`, `x_scale`, `x_zero_point` (None
-    unless activations are quantized with a static range).
+    unless activations are quantized with a static range). `prepared`, which is not part of the state,
+    is the same in the order the kernels read it; `prepare()` makes it anew after a buffer was changed
+    in place.
     """
 
     float_type: ClassVar[type[nn.Module]]
@@ -161,6 +167,7 @@ class QuantLayer(nn.Module):
     bias: Tensor | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    prepared: Tensor | None
 
     def __init__(
         self, layer: FloatLayer, weight: QuantWeight, activation_bits: int | None = None
@@ -188,6 +195,8 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("x_scale", None)
         self.register_buffer("x_zero_point", None)
+        self.register_buffer("prepared", None, persistent=False)
+        self.prepare()
 
     @classmethod
     def from_float(
@@ -232,6 +241,61 @@ class QuantLayer(nn.Module):
         """Fix the input's quantizer by a scale and a zero-point of one element each."""
         self.x_scale = scale.reshape(1).float()
         self.x_zero_point = zero_point.reshape(1).to(torch.int32)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Bring `prepared` up to date with the buffers."""
+        self._range: tuple[float | None, int] = (None, 0)
+        if any(buffer.is_meta for buffer in self.buffers()):
+            return
+        if self.x_scale is not None and self.x_zero_point is not None:
+            self._range = (float(self.x_scale), int(self.x_zero_point))
+        if (geometry := self._kernel_geometry()) is None:
+            return
+        channels, kernel, stride, padding, dilation, groups = geometry
+        self.prepared = ops.prepare_layer(
+            self.codes,
+            self.scale,
+            self.zero_point,
+            self.bits,
+            channels,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            groups,
+            self.adapter_a,
+            self.adapter_b,
+            self.adapter_scale,
+            self.bias,
+        )
+        self.geometry = [self.shape.rows, *kernel, *stride, *padding, *dilation]
+
+    def _kernel_geometry(self) -> _KernelGeometry | None:
+        """(channels, kernel, stride, padding, dilation, groups) of the kernel that runs this layer:
+        kernel () for a linear one; None if it runs on an unpacked weight."""
+        return None
+
+    def run(self, x: Tensor) -> Tensor:
+        """The layer on an input that needs no more padding than the kernel does."""
+        scale, zero_point = self._range
+        assert self.prepared is not None
+        return ops.run_layer(
+            x, self.prepared, self.geometry, scale, zero_point, self.activation_bits or 0
+        )
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_buffers"] = {**self._buffers, "prepared": None}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.prepare()
 
     def packed_weight(self) -> QuantWeight:
         """The packed weight and adapter this layer holds."""
@@ -280,24 +344,18 @@ class QuantLayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> QuantLayer:
         # .half() and .bfloat16() change the activations, not what is stored: integers, float32
         # scales and a float adapter stay as they are; .to(device) moves them.
-        before = dict(self._buffers)
+        before, prepared = dict(self._buffers), self.prepared
+        self.prepared = None  # its order is the device's
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        if prepared is not None and prepared.device == self.codes.device:
+            self.prepared = prepared
+        else:
+            self.prepare()
         return self
-
-    def _operands(self) -> dict[str, Any]:
-        return {
-            "a": self.adapter_a,
-            "b": self.adapter_b,
-            "adapter_scale": self.adapter_scale,
-            "bias": self.bias,
-            "x_scale": self.x_scale,
-            "x_zero_point": self.x_zero_point,
-            "x_bits": self.activation_bits or 0,
-        }
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         """Fake-quantized input, for the layers that run on an unpacked weight."""
@@ -317,10 +375,11 @@ class QuantLinear(QuantLayer):
     in_features: int
     out_features: int
 
+    def _kernel_geometry(self) -> _KernelGeometry:
+        return self.in_features, (), (), (), (), 1
+
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear_lowrank(
-            input, self.codes, self.scale, self.zero_point, self.bits, **self._operands()
-        )
+        return self.run(input)
 
     def to_float(self) -> nn.Module:
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -359,48 +418,39 @@ class _QuantConv(QuantLayer):
     output_padding: tuple[int, ...]
     _reversed_padding_repeated_twice: list[int]
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The input as a batch, padded unless zero padding is the same on both sides."""
+    def _sides(self) -> list[tuple[int, int]]:
+        """Padding before and after, by dimension."""
         if isinstance(self.padding, str):
             both = self._reversed_padding_repeated_twice[::-1]
-            sides = [(both[2 * i + 1], both[2 * i]) for i in range(self.dims)]
-        else:
-            sides = [(p, p) for p in self.padding]
+            return [(both[2 * i + 1], both[2 * i]) for i in range(self.dims)]
+        return [(p, p) for p in self.padding]
+
+    def _kernel_padding(self) -> tuple[int, ...]:
+        """What the kernels pad with zeros themselves: the same amount on both sides, or nothing."""
+        sides = self._sides()
         if self.padding_mode == "zeros" and all(left == right for left, right in sides):
-            return x, tuple(left for left, _ in sides)
+            return tuple(left for left, _ in sides)
+        return (0,) * self.dims
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """The input as a batch, padded unless the kernel does it."""
+        sides = self._sides()
+        if all(
+            left == right == p
+            for (left, right), p in zip(sides, self._kernel_padding(), strict=True)
+        ):
+            return x
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         amounts = [amount for pair in reversed(sides) for amount in pair]
-        return F.pad(x, amounts, mode=mode), (0,) * self.dims
+        return F.pad(x, amounts, mode=mode)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input if input.dim() == self.dims + 2 else input.unsqueeze(0)
-        y = self._convolve(*self._padded(x))
+        y = self._convolve(self._padded(x))
         return y if x is input else y.squeeze(0)
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         raise NotImplementedError
-
-    def _fused(
-        self,
-        x: Tensor,
-        kernel: tuple[int, ...],
-        stride: tuple[int, ...],
-        padding: tuple[int, ...],
-        dilation: tuple[int, ...],
-    ) -> Tensor:
-        return ops.conv2d_lowrank(
-            x,
-            self.codes,
-            self.scale,
-            self.zero_point,
-            self.bits,
-            kernel,
-            stride,
-            padding,
-            dilation,
-            self.groups,
-            **self._operands(),
-        )
 
     def to_float(self) -> nn.Module:
         layer = self.float_type(
@@ -425,15 +475,18 @@ class QuantConv1d(_QuantConv):
     float_type = nn.Conv1d
     dims = 1
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
-        y = self._fused(
-            x.unsqueeze(2),
+    def _kernel_geometry(self) -> _KernelGeometry:
+        return (
+            self.in_channels,
             (1, self.kernel_size[0]),
             (1, self.stride[0]),
-            (0, padding[0]),
+            (0, self._kernel_padding()[0]),
             (1, self.dilation[0]),
+            self.groups,
         )
-        return y.squeeze(2)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return self.run(x.unsqueeze(2)).squeeze(2)
 
 
 class QuantConv2d(_QuantConv):
@@ -442,8 +495,18 @@ class QuantConv2d(_QuantConv):
     float_type = nn.Conv2d
     dims = 2
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
-        return self._fused(x, self.kernel_size, self.stride, padding, self.dilation)
+    def _kernel_geometry(self) -> _KernelGeometry:
+        return (
+            self.in_channels,
+            self.kernel_size,
+            self.stride,
+            self._kernel_padding(),
+            self.dilation,
+            self.groups,
+        )
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        return self.run(x)
 
 
 class QuantConv3d(_QuantConv):
@@ -452,13 +515,13 @@ class QuantConv3d(_QuantConv):
     float_type = nn.Conv3d
     dims = 3
 
-    def _convolve(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    def _convolve(self, x: Tensor) -> Tensor:
         return F.conv3d(
             self._quantized_input(x),
             self.weight.to(x.dtype),
             None if self.bias is None else self.bias.to(x.dtype),
             self.stride,
-            padding,
+            self._kernel_padding(),
             self.dilation,
             self.groups,
         )

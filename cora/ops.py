@@ -29,8 +29,10 @@ __all__ = [
     "linear_lowrank",
     "lowrank_factors",
     "pack_bits",
+    "prepare_layer",
     "quantize_activation",
     "residual_svd_init",
+    "run_layer",
     "set_isa",
     "unpack_bits",
 ]
@@ -56,7 +58,7 @@ def isa() -> dict[str, str]:
     """The CPU level in force and the level of the kernel each op takes.
 
     Returns:
-        ``{"level": "avx512", "fake_quantize": "avx512", "pack_row": "avx2", ...}``.
+        ``{"level": "amx", "tile_s8": "amx", "fake_quantize": "avx512", ...}``.
 
     Raises:
         RuntimeError: the environment variable ``CORA_ISA`` names no level of this CPU.
@@ -66,7 +68,7 @@ def isa() -> dict[str, str]:
 
 
 def set_isa(name: str) -> None:
-    """Force a CPU level: ``scalar``, ``avx2`` or ``avx512`` (as ``CORA_ISA`` does at start).
+    """Force a CPU level: ``scalar``, ``avx2``, ``avx512`` or ``amx`` (as ``CORA_ISA`` does at start).
 
     Raises:
         RuntimeError: unknown, or not supported by this CPU; the message lists the valid names.
@@ -626,9 +628,8 @@ def linear_lowrank(
     )
 
 
-def _check_layer(
+def _check_operands(
     op: str,
-    x: Tensor,
     n: Any,
     k: Any,
     groups: int,
@@ -636,11 +637,7 @@ def _check_layer(
     b: Tensor | None,
     adapter_scale: Tensor | None,
     bias: Tensor | None,
-    x_scale: Tensor | None,
-    x_zero_point: Tensor | None,
-    x_bits: int,
 ) -> None:
-    _check_float(op, "x", x)
     _check((a is None) == (b is None), op, "a and b must be given together")
     if a is not None and b is not None:
         fits = a.dtype in (torch.int8, *_FLOATS)
@@ -664,6 +661,24 @@ def _check_layer(
     if bias is not None:
         _check_dtype(op, "bias", bias, torch.float32)
         _check_shape(op, "bias", bias, [n])
+
+
+def _check_layer(
+    op: str,
+    x: Tensor,
+    n: Any,
+    k: Any,
+    groups: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    adapter_scale: Tensor | None,
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    x_bits: int,
+) -> None:
+    _check_float(op, "x", x)
+    _check_operands(op, n, k, groups, a, b, adapter_scale, bias)
     _check(x_bits == 0 or 2 <= x_bits <= 8, op, f"x_bits must be 0 or 2..8, got {x_bits}")
     both = (x_scale is None) == (x_zero_point is None)
     _check(both, op, "x_scale and x_zero_point must be given together")
@@ -818,6 +833,189 @@ def _(
     return torch.empty([x.shape[0], n, *size], dtype=x.dtype, device=x.device, memory_format=layout)
 
 
+def prepare_layer(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    channels: int,
+    kernel_size: _Pair = (),
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Put a packed layer into the order the kernels read; :func:`run_layer` takes the result.
+
+    The weight keeps its bits; the order is the same on every CPU level, but belongs to the device
+    and to this version: it is not for files.
+
+    Args:
+        codes: uint8 [N, ceil(K * bits / 8)].
+        scale, zero_point: float32 and int32 [R, G].
+        bits: 2..8.
+        channels: of the input.
+        kernel_size: empty for a linear layer (K = channels), else one int or two: a convolution.
+        stride, padding, dilation, groups: the convolution's.
+        a, b, adapter_scale, bias: as in :func:`conv2d_lowrank`.
+
+    Returns:
+        uint8 [bytes].
+    """
+    linear = kernel_size == ()
+    return _ops.prepare_layer.default(
+        codes,
+        scale,
+        zero_point,
+        bits,
+        channels,
+        *([] if linear else _pair(v) for v in (kernel_size, stride, padding, dilation)),
+        groups,
+        a,
+        b,
+        adapter_scale,
+        bias,
+    )
+
+
+@torch.library.register_fake("cora::prepare_layer")
+def _(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    channels: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    a: Tensor | None,
+    b: Tensor | None,
+    adapter_scale: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    op = "prepare_layer"
+    divides = groups >= 1 and channels % groups == 0
+    _check(divides, op, f"groups must divide the {channels} channels, got {groups}")
+    k = channels // groups * math.prod(kernel_size)
+    _check_packed(op, "codes", codes, scale, zero_point, bits, k)
+    n = codes.shape[0]
+    _check(n % groups == 0, op, f"groups must divide the {n} rows of codes, got {groups}")
+    _check_operands(op, n, k, groups, a, b, adapter_scale, bias)
+    return codes.new_empty([torch.library.get_ctx().new_dynamic_size()])
+
+
+def run_layer(
+    x: Tensor,
+    layer: Tensor,
+    geometry: list[int],
+    x_scale: float | None = None,
+    x_zero_point: int = 0,
+    x_bits: int = 0,
+    x_halo: int = 0,
+    add: Tensor | None = None,
+    add_scale: float = 1.0,
+    add_zero_point: int = 0,
+    add_halo: int = 0,
+    clamp_min: float = -math.inf,
+    clamp_max: float = math.inf,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_halo: int = 0,
+) -> Tensor:
+    """Run a prepared layer: ``clamp(layer(x) + add, clamp_min, clamp_max)``, quantised or not.
+
+    Tensors of codes are uint8 of 8 bits, ``scale * (code - zero_point)``, of a convolution
+    channels_last with ``halo`` pixels of zero_point around them: [batch, channels, H + 2 halo,
+    W + 2 halo]. A border at least as wide as the layer's padding is read in place.
+
+    Sums of codes are exact integers within a scale group on every CPU level and thread count. The
+    float steps are, in this order: the integer times (weight scale * x_scale), scale groups added
+    up in order; plus the adapter; plus bias; plus add; clamped; and for codes times 1 / out_scale,
+    rounded to even. The adapter's hidden values are exact integers too; on AMX its second product
+    is done with them split into two bfloat16.
+
+    Args:
+        x: float32, float16 or bfloat16, or uint8 codes; [..., K] (linear) or [batch, channels, H, W].
+        layer: from :func:`prepare_layer`, on x's device.
+        geometry: [N] of a linear layer, [N, *kernel_size, *stride, *padding, *dilation] of a convolution.
+        x_scale, x_zero_point: of the input's codes; None: a range for each sample at each call.
+        x_bits: 0 (float input) or 2..8.
+        x_halo, add_halo: the border that x and add have.
+        add: float or codes, of the output's shape, or None.
+        add_scale, add_zero_point: of add's codes.
+        clamp_min, clamp_max: (0, inf) is ReLU, (0, 6) ReLU6.
+        out_scale, out_zero_point: of the output's codes; None: the output is float.
+        out_halo: the border the output gets.
+
+    Returns:
+        uint8 if out_scale is given, else x's dtype (float32 if x is codes).
+    """
+    return _ops.run_layer.default(
+        x,
+        layer,
+        geometry,
+        x_scale,
+        x_zero_point,
+        x_bits,
+        x_halo,
+        add,
+        add_scale,
+        add_zero_point,
+        add_halo,
+        clamp_min,
+        clamp_max,
+        out_scale,
+        out_zero_point,
+        out_halo,
+    )
+
+
+@torch.library.register_fake("cora::run_layer")
+def _(
+    x: Tensor,
+    layer: Tensor,
+    geometry: list[int],
+    x_scale: float | None,
+    x_zero_point: int,
+    x_bits: int,
+    x_halo: int,
+    add: Tensor | None,
+    add_scale: float,
+    add_zero_point: int,
+    add_halo: int,
+    clamp_min: float,
+    clamp_max: float,
+    out_scale: float | None,
+    out_zero_point: int,
+    out_halo: int,
+) -> Tensor:
+    op = "run_layer"
+    codes = x.dtype == torch.uint8
+    if not codes:
+        _check_float(op, "x", x)
+    dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
+    n, *pairs = geometry
+    if not pairs:
+        return x.new_empty([*x.shape[:-1], n], dtype=dtype)
+    _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
+    kernel, stride, padding, dilation = pairs[:2], pairs[2:4], pairs[4:6], pairs[6:]
+    size = []
+    for d in range(2):
+        reach = dilation[d] * (kernel[d] - 1) + 1
+        padded = x.shape[2 + d] - 2 * x_halo + 2 * padding[d]
+        size.append((padded - reach) // stride[d] + 1 + 2 * out_halo)
+    dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last = codes or out_scale is not None or dense
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty([x.shape[0], n, *size], dtype=dtype, device=x.device, memory_format=layout)
+
+
 def _no_gradient(op: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
@@ -830,3 +1028,4 @@ def _no_gradient(op: str) -> None:
 
 _no_gradient("linear_lowrank")
 _no_gradient("conv2d_lowrank")
+_no_gradient("run_layer")

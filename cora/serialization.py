@@ -246,6 +246,8 @@ def _unpack_layer(
     layer.bias = tensors.get("bias")
     if "x_scale" in tensors:
         layer.set_activation_range(tensors["x_scale"], tensors["x_zero_point"])
+    else:
+        layer.prepare()
     return layer.eval()
 
 

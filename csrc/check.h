@@ -32,6 +32,9 @@ template <typename... Args>
     if (!(condition)) ::cora::fail((op), __VA_ARGS__); \
   } while (0)
 
+inline bool is_float(ScalarType t) {
+  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
+}
 std::string shape_text(const Tensor& t);
 std::string dtype_text(ScalarType dtype);
 

@@ -31,6 +31,14 @@ STABLE_TORCH_LIBRARY(cora, m) {
       "conv2d_lowrank(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int bits, int[2] kernel_size,"
       " int[2] stride, int[2] padding, int[2] dilation, int groups, Tensor? a, Tensor? b,"
       " Tensor? adapter_scale, Tensor? bias, Tensor? x_scale, Tensor? x_zero_point, int x_bits) -> Tensor");
+  m.def(
+      "prepare_layer(Tensor codes, Tensor scale, Tensor zero_point, int bits, int channels, int[] kernel_size,"
+      " int[] stride, int[] padding, int[] dilation, int groups, Tensor? a, Tensor? b, Tensor? adapter_scale,"
+      " Tensor? bias) -> Tensor");
+  m.def(
+      "run_layer(Tensor x, Tensor layer, int[] geometry, float? x_scale, int x_zero_point, int x_bits, int x_halo,"
+      " Tensor? add, float add_scale, int add_zero_point, int add_halo, float clamp_min, float clamp_max,"
+      " float? out_scale, int out_zero_point, int out_halo) -> Tensor");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }

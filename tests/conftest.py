@@ -13,7 +13,7 @@ import torch
 
 from cora import ops
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "amx")
 
 
 def supported_levels() -> tuple[str, ...]:

@@ -185,6 +185,7 @@ def test_copies_and_state_dict() -> None:
     twin = copy.deepcopy(packed)
     assert torch.equal(twin(x), y)
     twin.codes.zero_()
+    twin.prepare()
     assert not torch.equal(twin(x), y) and torch.equal(packed(x), y)
     twin.load_state_dict(packed.state_dict())
     assert torch.equal(twin(x), y)

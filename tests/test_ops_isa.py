@@ -12,11 +12,12 @@ from conftest import LEVELS, SUPPORTED
 
 from cora import ops
 
-# Kernels that have no version of their own at a level, and the one they take. All others must.
-NEXT_LOWER = {"avx512": {"pack_row": "avx2"}}
+# The kernels a level has of its own, where that is not all, and what the others take.
+AMX = ("tile_s8", "store_hidden", "expand_up", "up_project")
 NEEDS = {
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
-    "avx512": {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
+    "avx512": {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"},
+    "amx": {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
 }
 
 
@@ -30,7 +31,11 @@ def test_every_kernel_runs_at_its_level(isa: str) -> None:
     report = ops.isa()
     assert report.pop("level") == isa
     assert len(report) >= 20
-    expected = {name: NEXT_LOWER.get(isa, {}).get(name, isa) for name in report}
+    expected = dict.fromkeys(report, isa)
+    if isa == "amx":
+        expected = {name: "amx" if name in AMX else "avx512" for name in report}
+    if isa in ("avx512", "amx"):
+        expected["pack_row"] = "avx2"
     assert report == expected
 
 
@@ -64,7 +69,7 @@ def test_detection_agrees_with_the_kernel() -> None:
     line = next(line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
     flags = set(line.split())
     expected = ["scalar"]
-    for level in ("avx2", "avx512"):
+    for level in ("avx2", "avx512", "amx"):
         if NEEDS[level] <= flags and len(expected) == LEVELS.index(level):
             expected.append(level)
     assert list(SUPPORTED) == expected

@@ -6,8 +6,9 @@
 
 namespace cora::cpu {
 
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-constexpr int kIsaCount = 3;
+/// kAvx512: F, BW, DQ, VL, VNNI, VBMI. kAmx: kAvx512 and AVX-512 BF16, AMX int8 and bf16.
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+constexpr int kIsaCount = 4;
 
 const char* isa_name(Isa isa);
 /// The level in force: the best the CPU has, capped by CORA_ISA or set_active_isa().
@@ -43,16 +44,27 @@ struct KernelTable {
   CORA_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function))
 #define CORA_BEGIN_AVX512                                                                              \
   CORA_PRAGMA(clang attribute push(                                                                    \
-      __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+      __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), \
+      apply_to = function))
+#define CORA_BEGIN_AMX                                                                                \
+  CORA_PRAGMA(clang attribute push(                                                                   \
+      __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,"   \
+                            "avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))),                    \
       apply_to = function))
 #define CORA_END_TARGET CORA_PRAGMA(clang attribute pop)
 #else
 #define CORA_BEGIN_AVX2 CORA_PRAGMA(GCC push_options) CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2"))
-// g++ 12's own avx512fintrin.h trips -Wmaybe-uninitialized.
+// g++ 12's own avx512fintrin.h trips both warnings.
 #define CORA_BEGIN_AVX512                                     \
   CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
+  CORA_PRAGMA(GCC diagnostic ignored "-Wuninitialized")       \
   CORA_PRAGMA(GCC push_options)                               \
-  CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))
+  CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))
+#define CORA_BEGIN_AMX                                        \
+  CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
+  CORA_PRAGMA(GCC diagnostic ignored "-Wuninitialized")       \
+  CORA_PRAGMA(GCC push_options)                               \
+  CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))
 #define CORA_END_TARGET CORA_PRAGMA(GCC pop_options)
 #endif
 #else

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/isa.h"
+#include "cpu/planes.h"
 
 #include <cstdint>
 
@@ -26,9 +27,6 @@ using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, bool str
 /// sum grad * (rint(x/s) - x/s  if not clamped  else  q - zero_point), partial sums in float64.
 using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x);
 
-/// xs[i] = q - 128 as int8 (the signed operand of the integer kernels), codes of 8 bits or fewer.
-using QuantizeS8Fn = void(const float* x, RunParams p, int64_t count, int8_t* xs);
-
 /// codes[i] = q; a NaN gives code 0.
 using QuantizeU8Fn = void(const float* x, RunParams p, int64_t count, uint8_t* codes);
 
@@ -47,56 +45,100 @@ using UnpackRowFn = void(const uint8_t* packed, int64_t k, int bits, uint8_t* co
 /// out[i] = scale * (codes[i] - zero_point)
 using DequantizeFn = void(const uint8_t* codes, float scale, int32_t zero_point, int64_t count, float* out);
 
-// --- Tile kernels of linear and conv2d ----------------------------------------------------------
-// C [m, 32] += X [m, K] * W [32, K]^T for up to kTileM rows of x and one panel of kTileN weight rows.
-// K is `taps` runs of `run` consecutive elements: rows[t * kTileM + i] points at run t of row i. A
-// linear layer has one run, a convolution one per kernel position, so no im2col is stored.
-constexpr int kTileM = 12;
-constexpr int kTileN = 32;
-constexpr int kQuad = 4;  // elements of K one lane of the integer dot product takes
+// --- Linear and conv2d ---------------------------------------------------------------------------
+// y [m, 32] = X [m, K] * W [32, K]^T for up to tile_shape().m rows of x and one panel of 32 weight rows.
+// K is `taps` runs of `run` consecutive elements: run t of row i starts at rows[i] + tap[t], so a
+// convolution stores no im2col. A panel is a sequence of quad-rows [taps][quads][32 lanes][4], the
+// integer dot product's (and an AMX tile's) operand as it stands. Elements past a run meet zeros.
 
-/// Codes [lanes][ld] -> integer panel[t][c / 4][32][4]: element (t, c) of a lane is its code c * taps + t.
-/// run is rounded up to a multiple of 4 with zeros; lanes beyond `lanes` are zero. Up to 4 bytes past a
-/// lane's last code are read.
-using InterleaveFn = void(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run, uint8_t* panel);
+/// What a level works on at once.
+struct TileShape {
+  int m;      // rows of x
+  int align;  // elements of K a panel's run is padded to; x is read that far
+  /// x's rows have to lie at equal distances (16 by 16)
+  bool equidistant;
+};
+constexpr int kMaxTileM = 32;
 
-/// The integer panel as floats: out[t][c][32] = scale[lane] * (code - zero_point[lane]); arrays of 32.
-using PanelF32Fn = void(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps, int64_t run,
-                        float* out);
+/// Sets the tile registers up for a level's kernels and clears them again: one a task.
+class TileSession {
+ public:
+  explicit TileSession(Isa isa);
+  ~TileSession();
+  TileSession(const TileSession&) = delete;
+  TileSession& operator=(const TileSession&) = delete;
 
-/// acc[i * 32 + n] += sum of x * w: x int8, w unsigned up to 255, int32, no saturation on the way.
-/// The last run's up to 3 bytes past `run` are read (times zero). Only `lanes` <= 32 need be computed.
-using TileS8Fn = void(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,
-                      int32_t* acc);
-using TileF32Fn = void(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m, int lanes,
-                       float* acc);
+ private:
+  const Isa isa_;
+};
+inline TileShape tile_shape(Isa isa) { return isa == Isa::kAmx ? TileShape{32, 64, true} : TileShape{12, kQuad, false}; }
+
+/// Packed quad-rows (cpu/planes.h) -> int8 code - offset[lane], [rows][32][4]. offset [32]: the difference fits.
+using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel);
+
+/// The same quad-rows as floats [4 * rows][32]: scale[lane] * (panel - far[lane]); arrays of 32.
+using PanelF32Fn = void(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out);
+
+/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
+/// Room for tile_shape().m rows.
+using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                      int m, int lanes, int32_t* acc);
+/// c[i * 32 + n] += sum of x * w over [taps][run][32] floats.
+using TileF32Fn = void(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
+                       int m, int lanes, float* c);
 
 /// sums[i] = sum of row i's runs.
-using RowSumsFn = void(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums);
+using RowSumsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m,
+                       int32_t* sums);
 
-/// c[i*32+n] += float(acc - zx[i] * wsum[n] - zw[n] * xsum[i]) * scale[n]: a scale group's exact integer
+/// c[i*32+n] (+)= float(acc - zx[i] * wsum[n] - far[n] * xsum[i]) * scale[n]: a scale group's exact integer
 /// becomes float. xsum is the sum of x - zx. The result fits int32 (steps may wrap); arrays of 32.
-using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* zw,
-                          const int32_t* xsum, const float* scale, float* c);
+using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* far,
+                          const int32_t* xsum, const float* scale, bool add, float* c);
 
-/// y[i*ldy+n] = c[i*32+n] * sx[i] (null: 1), then fma(u[i*ldu+j], b[j*32+n], y) for j ascending, then
-/// + bias[n] (null: none; else 32 floats).
-using FinishFn = void(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu, const float* b,
-                      int64_t rank, const float* bias, float* y, int64_t ldy);
+// The adapter's second half. A chunk is up to 32 ranks; u and b are kept as the level multiplies them,
+// kHiddenChunk floats' room a chunk.
+constexpr int kHiddenChunk = kMaxTileM * kLanes;
+/// c [m, 32] -> u: the hidden values of a chunk.
+using StoreHiddenFn = void(const float* c, int m, void* u);
+/// b int8 [rank][32] -> out, all chunks.
+using ExpandUpFn = void(const int8_t* b, int64_t rank, void* out);
+/// up [m, 32] = u [m, rank] * b, rank > 0.
+using UpProjectFn = void(const void* u, int m, int64_t rank, const void* b, float* up);
 
-// --- Few rows of x: dot products along K, codes as unpacked --------------------------------------
-/// out[i] = sum of codes * x row i, i < m <= kDotM; out[m] = sum of codes. int32.
-constexpr int kDotM = 4;
-using DotS8Fn = void(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out);
-/// out[i] = sum of (code - zero_point) * x row i
-using DotF32Fn = void(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m, int64_t count,
-                      float* out);
+/// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
+///   v = float(acc - correction[n]) * alpha[n], or c * alpha[n] (alpha null: 1); times row_scale[i]
+///   v += up; v += bias[n]; v += add's row; v = min(max(v, low), high)
+/// and v as it is, or as codes clamp(rint(v * inverse_scale) + zero_point, 0, 255).
+struct Epilogue {
+  const int32_t* acc;  // [m, 32], or null
+  const int32_t* correction;
+  const float* c;  // [m, 32] when acc is null
+  const float *alpha, *row_scale, *up, *bias;
+  const void* add;  // float, or codes when add_codes; row i at add_at[i]; null: none
+  bool add_codes;
+  float add_scale, add_zero;
+  float low, high;
+  void* y;  // float, or codes when codes
+  bool codes;
+  float inverse_scale, zero_point;
+};
+using EpilogueFn = void(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at);
+
+// --- Few rows of x: the packed panel is read once, expanded in registers -------------------------
+constexpr int kGemvM = 4;
+/// acc[i * 32 + n] = sum of x row i * code (8 bits: code - 128), m <= kGemvM; x [m][4 * rows], padded with zeros.
+using GemvS8Fn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m,
+                      int32_t* acc);
+/// c[i * 32 + n] = sum of x row i * (code - zero_point[n])
+using GemvF32Fn = void(const uint8_t* packed, int bits, int64_t rows, const float* zero_point, const float* x,
+                       int64_t ldx, int m, float* c);
 
 // --- Depthwise: one weight row a channel, channels contiguous -------------------------------------
 /// y[c] = sum over t of w[t * channels + c] * rows[t][c], fma, t ascending.
 using DepthwiseF32Fn = void(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y);
 /// y[c] += float(sum over t of (w - zw[c]) * (x - zx)) * scale[c]; the sum fits int32.
-using DepthwiseS8Fn = void(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw,
+using DepthwiseS8Fn = void(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw,
                            const float* scale, int64_t taps, int64_t channels, float* y);
 /// y[c] = fma(u[c], b[c], y[c] * sx) + bias[c]; u with b, and bias, may be null.
 using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels);
@@ -104,55 +146,69 @@ using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* 
 /// out[c * ldo + r] = in[r * ldi + c]
 using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo);
 
-// The kernels by name. Every level has those of the first list.
+// The kernels by name. Every level up to avx512 has those of the first list.
 #define CORA_KERNELS_COMMON(_)                      \
   _(FakeQuantizeFn, fake_quantize)                  \
   _(FakeQuantizeBackwardFn, fake_quantize_backward) \
-  _(QuantizeS8Fn, quantize_s8)                      \
   _(QuantizeU8Fn, quantize_u8)                      \
   _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \
   _(UnpackRowFn, unpack_row)                        \
   _(DequantizeFn, dequantize)                       \
-  _(InterleaveFn, interleave)                       \
+  _(ExpandFn, expand)                               \
   _(PanelF32Fn, panel_f32)                          \
-  _(TileS8Fn, tile_s8)                              \
   _(TileF32Fn, tile_f32)                            \
   _(RowSumsFn, row_sums)                            \
   _(RequantizeFn, requantize)                       \
-  _(FinishFn, finish)                               \
-  _(DotS8Fn, dot_s8)                                \
-  _(DotF32Fn, dot_f32)                              \
+  _(EpilogueFn, epilogue)                           \
+  _(GemvS8Fn, gemv_s8)                              \
+  _(GemvF32Fn, gemv_f32)                            \
   _(DepthwiseF32Fn, depthwise_f32)                  \
   _(DepthwiseS8Fn, depthwise_s8)                    \
   _(DepthwiseFinishFn, depthwise_finish)            \
   _(TransposeFn, transpose)
+// Where the tile registers are worth it.
+#define CORA_KERNELS_UP_TO_AMX(_)   \
+  _(TileS8Fn, tile_s8)              \
+  _(StoreHiddenFn, store_hidden)    \
+  _(ExpandUpFn, expand_up)          \
+  _(UpProjectFn, up_project)
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 
 #define CORA_DECLARE(Fn, name) Fn name;
 namespace scalar {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
 }  // namespace scalar
 namespace avx2 {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
 }  // namespace avx2
 namespace avx512 {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 }  // namespace avx512
+namespace amx {
+CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
+}  // namespace amx
 
 // The tables k_<name>: k_fake_quantize() is the active level's kernel.
 #if CORA_X86
-#define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, avx512::name}};
-#define CORA_TABLE_UP_TO_AVX2(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, avx2::name, nullptr}};
+#define CORA_LEVELS(...) {__VA_ARGS__}
 #else
-#define CORA_TABLE(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {scalar::name, nullptr, nullptr}};
-#define CORA_TABLE_UP_TO_AVX2(Fn, name) CORA_TABLE(Fn, name)
+#define CORA_LEVELS(first, ...) {first, nullptr, nullptr, nullptr}
 #endif
+#define CORA_TABLE(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, nullptr)};
+#define CORA_TABLE_UP_TO_AMX(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, amx::name)};
+#define CORA_TABLE_UP_TO_AVX2(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, nullptr)};
 CORA_KERNELS_COMMON(CORA_TABLE)
+CORA_KERNELS_UP_TO_AMX(CORA_TABLE_UP_TO_AMX)
 CORA_KERNELS_UP_TO_AVX2(CORA_TABLE_UP_TO_AVX2)
 
 }  // namespace cora::cpu

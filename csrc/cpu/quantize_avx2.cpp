@@ -138,14 +138,6 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
   return sum + scalar::fake_quantize_backward(grad + i, x + i, p, count - i, grad_x + i);
 }
 
-void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
-  const Vectors v(p);
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    store_bytes(_mm256_sub_epi32(_mm256_cvtps_epi32(v.code(_mm256_loadu_ps(x + i))), _mm256_set1_epi32(128)), xs + i);
-  scalar::quantize_s8(x + i, p, count - i, xs + i);
-}
-
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const uint64_t mask = octet_mask(bits);
   uint64_t seen = 0;

@@ -133,16 +133,6 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
   return sum;
 }
 
-void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
-  const Vectors v(p);
-  const __m512i shift = _mm512_set1_epi32(128);
-  for (int64_t i = 0; i < count; i += 16) {
-    const __mmask16 mask = tail_mask(count - i);
-    const __m512i q = _mm512_cvtps_epi32(v.code(_mm512_maskz_loadu_ps(mask, x + i)));
-    _mm512_mask_cvtepi32_storeu_epi8(xs + i, mask, _mm512_sub_epi32(q, shift));
-  }
-}
-
 void unpack_row(const uint8_t* packed, int64_t k, int bits, uint8_t* codes) {
   const int64_t bytes = row_bytes(k, bits);
   int64_t done = 0;

@@ -53,11 +53,6 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
   return sum;
 }
 
-void quantize_s8(const float* x, RunParams p, int64_t count, int8_t* xs) {
-  for (int64_t i = 0; i < count; ++i)
-    xs[i] = static_cast<int8_t>(static_cast<int>(clamp_code(unclamped(x[i], p), p.max_code)) - 128);
-}
-
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const unsigned limit = static_cast<unsigned>(max_code(bits));
   unsigned seen = 0;

@@ -1,7 +1,8 @@
 // The layer kernels, AVX2 + FMA.
 // Method: the 12 x 32 tile is done in pieces of 16 weight rows: 6 x 16 floats (12 accumulators, two
 // panel vectors, one broadcast), or 4 x 16 integers. vpmaddubsw adds two products of an unsigned and a
-// signed byte into 16 bits: exact up to weight codes of 127, so bit 7 of a code is multiplied apart.
+// signed byte into 16 bits: exact up to weights of 64; wider ones meet bit 7 of x apart.
+#include "bits.h"
 #include "cpu/kernels.h"
 
 #if CORA_X86
@@ -18,7 +19,7 @@ namespace {
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-inline __m256i broadcast4(const int8_t* x) {
+inline __m256i broadcast4(const uint8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, 4);
   return _mm256_set1_epi32(quad);
@@ -30,55 +31,99 @@ inline int32_t sum_epi32(__m256i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
 }
 
-inline float sum_ps(__m256 v) {
-  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+inline __m256i add_pairs(__m256i acc, __m256i x, __m256i w) {
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(x, w), _mm256_set1_epi16(1)));
+}
+/// acc + the four products of each dword; kWide: |w| may be above 64.
+template <bool kWide>
+inline __m256i add_products(__m256i acc, __m256i x, __m256i w) {
+  if (!kWide) return add_pairs(acc, x, w);
+  const __m256i bit7 = _mm256_set1_epi8(static_cast<char>(0x80));  // 2 * 128 * -128 just fits 16 bits
+  return add_pairs(add_pairs(acc, _mm256_andnot_si256(bit7, x), w), _mm256_and_si256(bit7, x), w);
 }
 
-/// acc + the four products of each dword, u <= 127 or u = 128 (then x * 128 * 2 just fits 16 bits).
-inline __m256i add_products(__m256i acc, __m256i u, __m256i x) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, x), _mm256_set1_epi16(1)));
+/// The four vectors of a quad-row's codes, eight lanes each.
+template <int kBits>
+inline void load_codes(const uint8_t* packed, __m256i codes[4]) {
+  constexpr Planes planes = planes_of(kBits);
+#pragma GCC unroll 3
+  for (int p = 0; p < planes.count; ++p) {
+    const int width = planes.width[p], shift = planes.shift[p];
+    for (int g = 0; g < 4; ++g) {
+      __m256i part;
+      if (width == 8) {
+        part = load(packed + g * 32);
+      } else if (width == 4) {
+        part = _mm256_and_si256(_mm256_srli_epi16(load(packed + g % 2 * 32), g / 2 * 4), _mm256_set1_epi8(0x0f));
+      } else if (width == 2) {
+        part = _mm256_and_si256(_mm256_srli_epi16(load(packed), 2 * g), _mm256_set1_epi8(3));
+      } else {  // each byte looks at its own bit of the group's four bytes
+        const __m256i which = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2,
+                                               3, 3, 3, 3, 3, 3, 3, 3);
+        const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+        const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(broadcast4(packed + g * 4), which), bit);
+        part = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(1));
+      }
+      codes[g] = p == 0 ? part : _mm256_or_si256(codes[g], _mm256_slli_epi16(part, shift));
+    }
+    packed += kQuadRow / 8 * width;
+  }
+}
+
+template <int kBits>
+void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, int8_t* panel) {
+  __m256i o[4];
+  for (int g = 0; g < 4; ++g)
+    o[g] = _mm256_mullo_epi32(
+        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset + g * 8))),
+        _mm256_set1_epi32(0x01010101));
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
+    __m256i codes[4];
+    load_codes<kBits>(packed, codes);
+    for (int g = 0; g < 4; ++g) store(panel + g * 32, _mm256_sub_epi8(codes[g], o[g]));
+  }
 }
 
 template <int kM>
-void tile_s8_fixed(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int32_t* acc) {
-  const __m256i bit7 = _mm256_set1_epi8(static_cast<char>(0x80));
+void tile_s8_fixed(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                   int32_t* acc) {
   __m256i c[kM][2];
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) c[i][h] = load(acc + i * kTileN + h * 8);
-  for (int64_t t = 0; t < taps; ++t, rows += kTileM)
-    for (int64_t k = 0; k < run; k += kQuad, panel += kTileN * kQuad) {
+    for (int h = 0; h < 2; ++h) c[i][h] = _mm256_setzero_si256();
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
       const __m256i w[2] = {load(panel), load(panel + 32)};
-      if (_mm256_testz_si256(_mm256_or_si256(w[0], w[1]), bit7)) {
+      const __m256i size = _mm256_or_si256(_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1]));
+      if (_mm256_testz_si256(size, _mm256_set1_epi8(static_cast<char>(0xc0)))) {
 #pragma GCC unroll 4
         for (int i = 0; i < kM; ++i) {
-          const __m256i x = broadcast4(rows[i] + k);
-          for (int h = 0; h < 2; ++h) c[i][h] = add_products(c[i][h], w[h], x);
+          const __m256i xi = broadcast4(x[i] + k);
+          for (int h = 0; h < 2; ++h) c[i][h] = add_products<false>(c[i][h], xi, w[h]);
         }
       } else {
         for (int i = 0; i < kM; ++i) {
-          const __m256i x = broadcast4(rows[i] + k);
-          for (int h = 0; h < 2; ++h) {
-            c[i][h] = add_products(c[i][h], _mm256_andnot_si256(bit7, w[h]), x);
-            c[i][h] = add_products(c[i][h], _mm256_and_si256(bit7, w[h]), x);
-          }
+          const __m256i xi = broadcast4(x[i] + k);
+          for (int h = 0; h < 2; ++h) c[i][h] = add_products<true>(c[i][h], xi, w[h]);
         }
       }
     }
+  }
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) store(acc + i * kTileN + h * 8, c[i][h]);
+    for (int h = 0; h < 2; ++h) store(acc + i * kLanes + h * 8, c[i][h]);
 }
 
 template <int kM>
-void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const float* panel, float* acc) {
+void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
+                    float* acc) {
   __m256 c[kM][2];
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) c[i][h] = _mm256_loadu_ps(acc + i * kTileN + h * 8);
-  for (int64_t t = 0; t < taps; ++t, rows += kTileM) {
+    for (int h = 0; h < 2; ++h) c[i][h] = _mm256_loadu_ps(acc + i * kLanes + h * 8);
+  for (int64_t t = 0; t < taps; ++t) {
     const float* x[kM];
-    for (int i = 0; i < kM; ++i) x[i] = rows[i];
-    for (int64_t k = 0; k < run; ++k, panel += kTileN) {
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    for (int64_t k = 0; k < run; ++k, panel += kLanes) {
       const __m256 w0 = _mm256_loadu_ps(panel), w1 = _mm256_loadu_ps(panel + 8);
 #pragma GCC unroll 6
       for (int i = 0; i < kM; ++i) {
@@ -89,186 +134,201 @@ void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const f
     }
   }
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc + i * kTileN + h * 8, c[i][h]);
+    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc + i * kLanes + h * 8, c[i][h]);
 }
 
 inline __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-}  // namespace
-
-void interleave(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run, uint8_t* panel) {
-  const __m256i offsets =
-      _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int32_t>(ld)));
-  const int64_t quads = (run + kQuad - 1) / kQuad;
-  const __m256i zero = _mm256_setzero_si256();
-  const __m256i even = _mm256_set1_epi32(0x00ff00ff), low = _mm256_set1_epi32(0x0000ffff);
-  for (int first = 0; first < kTileN; first += 8) {
-    const uint8_t* source = codes + first * ld;
-    const __m256i exist = lane_mask(lanes - first);
-    const auto gather = [&](int64_t at) {
-      return _mm256_mask_i32gather_epi32(zero, reinterpret_cast<const int*>(source + at), offsets, exist, 1);
-    };
-    uint8_t* out = panel + first * kQuad;
-    for (int64_t q = 0; q < quads; ++q) {
-      const int64_t left = run - q * kQuad;  // 1..3 in the last, ragged quad
-      const __m256i keep = _mm256_set1_epi32(left >= 4 ? -1 : static_cast<int32_t>((1u << (8 * left)) - 1));
-      if (taps == 1) {
-        store(out + q * 128, _mm256_and_si256(gather(q * 4), keep));
-        continue;
-      }
-      // Four channels by four taps: each dword holds one channel's taps t..t+3; transpose 4x4 bytes.
-      for (int64_t t = 0; t < taps; t += 4) {
-        __m256i v[4];
-        for (int i = 0; i < 4; ++i) v[i] = i < left ? gather((q * 4 + i) * taps + t) : zero;
-        const __m256i e01 =
-            _mm256_or_si256(_mm256_and_si256(v[0], even), _mm256_slli_epi32(_mm256_and_si256(v[1], even), 8));
-        const __m256i o01 =
-            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[0], 8), even), _mm256_andnot_si256(even, v[1]));
-        const __m256i e23 =
-            _mm256_or_si256(_mm256_and_si256(v[2], even), _mm256_slli_epi32(_mm256_and_si256(v[3], even), 8));
-        const __m256i o23 =
-            _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi32(v[2], 8), even), _mm256_andnot_si256(even, v[3]));
-        const __m256i tap[4] = {
-            _mm256_or_si256(_mm256_and_si256(e01, low), _mm256_slli_epi32(e23, 16)),
-            _mm256_or_si256(_mm256_and_si256(o01, low), _mm256_slli_epi32(o23, 16)),
-            _mm256_or_si256(_mm256_srli_epi32(e01, 16), _mm256_andnot_si256(low, e23)),
-            _mm256_or_si256(_mm256_srli_epi32(o01, 16), _mm256_andnot_si256(low, o23)),
-        };
-        for (int64_t j = 0; j < 4 && t + j < taps; ++j) store(out + ((t + j) * quads + q) * 128, tap[j]);
-      }
+/// kM rows by the 16 lanes from 16 * half.
+template <int kBits, int kM>
+void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
+  __m256i sum[kM][4];
+  for (auto& row : sum)
+    for (auto& v : row) v = _mm256_setzero_si256();
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
+    __m256i w[4];
+    load_codes<kBits>(packed, w);
+    if (kBits == 8)
+      for (auto& v : w) v = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
+    for (int i = 0; i < kM; ++i) {
+      const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
+      for (int g = 0; g < 4; ++g) sum[i][g] = add_products<(kBits > 6)>(sum[i][g], xi, w[g]);
     }
   }
+  for (int i = 0; i < kM; ++i)
+    for (int g = 0; g < 4; ++g) store(acc + i * kLanes + g * 8, sum[i][g]);
 }
 
-void panel_f32(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps, int64_t run,
-               float* out) {
+template <int kBits, int kM>
+void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+                    float* c) {
   const __m256i byte = _mm256_set1_epi32(0xff);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; c += kQuad, panel += kTileN * kQuad) {
-      const int64_t left = run - c < kQuad ? run - c : kQuad;
-      for (int n = 0; n < kTileN; n += 8) {
-        const __m256 s = _mm256_loadu_ps(scale + n);
-        const __m256i z = load(zero_point + n);
-        __m256i quad = load(panel + n * kQuad);
-        for (int64_t i = 0; i < left; ++i) {
-          const __m256i q = _mm256_sub_epi32(_mm256_and_si256(quad, byte), z);
-          _mm256_storeu_ps(out + i * kTileN + n, _mm256_mul_ps(s, _mm256_cvtepi32_ps(q)));
-          quad = _mm256_srli_epi32(quad, 8);
-        }
+  __m256 sum[kM][4];
+  for (auto& row : sum)
+    for (auto& v : row) v = _mm256_setzero_ps();
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
+    __m256i w[4];
+    load_codes<kBits>(packed, w);
+    for (int j = 0; j < kQuad; ++j)
+      for (int g = 0; g < 4; ++g) {
+        const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w[g], 8 * j), byte));
+        const __m256 exact = _mm256_sub_ps(code, _mm256_loadu_ps(zero_point + g * 8));
+        for (int i = 0; i < kM; ++i)
+          sum[i][g] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(x + i * ldx + r * kQuad + j), sum[i][g]);
       }
-      out += left * kTileN;
+  }
+  for (int i = 0; i < kM; ++i)
+    for (int g = 0; g < 4; ++g) _mm256_storeu_ps(c + i * kLanes + g * 8, sum[i][g]);
+}
+
+}  // namespace
+
+void expand(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel) {
+  CORA_DISPATCH_BITS(bits, [&] { expand_fixed<kBits>(packed, rows, offset, panel); });
+}
+
+void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out) {
+  for (int64_t r = 0; r < rows; ++r, panel += kQuadRow, out += kQuad * kLanes)
+    for (int n = 0; n < kLanes; n += 8) {
+      const __m256 s = _mm256_loadu_ps(scale + n);
+      const __m256i f = load(far + n), quad = load(panel + n * kQuad);
+      for (int i = 0; i < kQuad; ++i) {
+        const __m256i w = _mm256_srai_epi32(_mm256_slli_epi32(quad, 24 - 8 * i), 24);
+        _mm256_storeu_ps(out + i * kLanes + n, _mm256_mul_ps(s, _mm256_cvtepi32_ps(_mm256_sub_epi32(w, f))));
+      }
     }
 }
 
-void tile_s8(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,
-             int32_t* acc) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
+             int lanes, int32_t* acc) {
   static constexpr decltype(&tile_s8_fixed<1>) kTiles[4] = {tile_s8_fixed<1>, tile_s8_fixed<2>, tile_s8_fixed<3>,
                                                             tile_s8_fixed<4>};
   for (int n = 0; n < lanes; n += 16)
     for (int i = 0; i < m; i += 4)
-      kTiles[(m - i < 4 ? m - i : 4) - 1](rows + i, taps, run, panel + n * kQuad, acc + i * kTileN + n);
+      kTiles[(m - i < 4 ? m - i : 4) - 1](rows + i, tap, taps, quads, panel + n * kQuad, acc + i * kLanes + n);
 }
 
-void tile_f32(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m, int lanes, float* acc) {
+void tile_f32(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel, int m,
+              int lanes, float* c) {
   static constexpr decltype(&tile_f32_fixed<1>) kTiles[6] = {tile_f32_fixed<1>, tile_f32_fixed<2>, tile_f32_fixed<3>,
                                                              tile_f32_fixed<4>, tile_f32_fixed<5>, tile_f32_fixed<6>};
   for (int n = 0; n < lanes; n += 16)
     for (int i = 0; i < m; i += 6)
-      kTiles[(m - i < 6 ? m - i : 6) - 1](rows + i, taps, run, panel + n, acc + i * kTileN + n);
+      kTiles[(m - i < 6 ? m - i : 6) - 1](rows + i, tap, taps, run, panel + n, c + i * kLanes + n);
 }
 
-void row_sums(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums) {
+void row_sums(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m, int32_t* sums) {
   const __m256i ones = _mm256_set1_epi8(1);
   for (int i = 0; i < m; ++i) {
     __m256i sum = _mm256_setzero_si256();
     int32_t rest = 0;
     for (int64_t t = 0; t < taps; ++t) {
-      const int8_t* x = rows[t * kTileM + i];
-      int64_t c = 0;
-      for (; c + 32 <= run; c += 32) sum = add_products(sum, ones, load(x + c));
-      for (; c < run; ++c) rest += x[c];
+      const uint8_t* x = rows[i] + tap[t];
+      int64_t k = 0;
+      for (; k + 32 <= run; k += 32) sum = add_pairs(sum, load(x + k), ones);
+      for (; k < run; ++k) rest += x[k];
     }
     sums[i] = sum_epi32(sum) + rest;
   }
 }
 
-void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* zw,
-                const int32_t* xsum, const float* scale, float* c) {
-  for (int n = 0; n < kTileN; n += 8) {
-    const __m256i ws = load(wsum + n), z = load(zw + n);
+void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* far,
+                const int32_t* xsum, const float* scale, bool add, float* c) {
+  for (int n = 0; n < kLanes; n += 8) {
+    const __m256i ws = load(wsum + n), f = load(far + n);
     const __m256 s = _mm256_loadu_ps(scale + n);
     for (int i = 0; i < m; ++i) {
-      __m256i sum = load(acc + i * kTileN + n);
+      __m256i sum = load(acc + i * kLanes + n);
       sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(ws, _mm256_set1_epi32(zx[i])));
-      sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(z, _mm256_set1_epi32(xsum[i])));
-      float* to = c + i * kTileN + n;
-      _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), _mm256_mul_ps(_mm256_cvtepi32_ps(sum), s)));
+      sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(f, _mm256_set1_epi32(xsum[i])));
+      float* to = c + i * kLanes + n;
+      const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), s);
+      _mm256_storeu_ps(to, add ? _mm256_add_ps(_mm256_loadu_ps(to), value) : value);
     }
   }
 }
 
-void finish(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu, const float* b,
-            int64_t rank, const float* bias, float* y, int64_t ldy) {
+void store_hidden(const float* c, int m, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+
+void expand_up(const int8_t* b, int64_t rank, void* out) {
+  float* to = static_cast<float*>(out);
+  for (int64_t i = 0; i < rank * kLanes; i += 8)
+    _mm256_storeu_ps(
+        to + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + i)))));
+}
+
+void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+  for (int i = 0; i < m; ++i) {
+    __m256 v[4];
+    for (auto& part : v) part = _mm256_setzero_ps();
+    const float* w = static_cast<const float*>(b);
+    const float* hidden = static_cast<const float*>(u) + i * kLanes;
+    for (int64_t j = 0; j < rank; ++j, w += kLanes) {
+      const __m256 uj = _mm256_broadcast_ss(hidden + j / kLanes * kHiddenChunk + j % kLanes);
+      for (int g = 0; g < 4; ++g) v[g] = _mm256_fmadd_ps(uj, _mm256_loadu_ps(w + g * 8), v[g]);
+    }
+    for (int g = 0; g < 4; ++g) _mm256_storeu_ps(up + i * kLanes + g * 8, v[g]);
+  }
+}
+
+void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  const __m256 low = _mm256_set1_ps(e.low), high = _mm256_set1_ps(e.high), zero = _mm256_setzero_ps();
   for (int n = 0; n < lanes; n += 8) {
-    const bool whole = lanes - n >= 8;
-    const __m256i mask = lane_mask(lanes - n);
-    for (int i = 0; i < m; i += 4) {  // up to four rows at once: the fma chains overlap
-      const int rows = m - i < 4 ? m - i : 4;
-      __m256 v[4];
-      for (int r = 0; r < 4; ++r) {
-        v[r] = _mm256_loadu_ps(c + (r < rows ? i + r : i) * kTileN + n);
-        if (sx != nullptr) v[r] = _mm256_mul_ps(v[r], _mm256_set1_ps(sx[r < rows ? i + r : i]));
+    const int count = lanes - n < 8 ? lanes - n : 8;
+    const __m256i correction = e.acc != nullptr ? load(e.correction + n) : _mm256_setzero_si256();
+    const __m256 alpha = e.alpha != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
+    const __m256 bias = e.bias != nullptr ? _mm256_loadu_ps(e.bias + n) : zero;
+    for (int i = 0; i < m; ++i) {
+      if (at[i] < 0) continue;
+      const int k = i * kLanes + n;
+      __m256 v = e.acc != nullptr ? _mm256_cvtepi32_ps(_mm256_sub_epi32(load(e.acc + k), correction))
+                                  : _mm256_loadu_ps(e.c + k);
+      v = _mm256_mul_ps(v, alpha);
+      if (e.row_scale != nullptr) v = _mm256_mul_ps(v, _mm256_set1_ps(e.row_scale[i]));
+      if (e.up != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(e.up + k));
+      v = _mm256_add_ps(v, bias);
+      if (e.add != nullptr && e.add_codes) {
+        uint64_t bytes = 0;
+        std::memcpy(&bytes, static_cast<const uint8_t*>(e.add) + add_at[i] + n, static_cast<size_t>(count));
+        const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+        const __m256 a = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(e.add_zero));
+        v = _mm256_add_ps(v, _mm256_mul_ps(a, _mm256_set1_ps(e.add_scale)));
+      } else if (e.add != nullptr) {
+        v = _mm256_add_ps(v, _mm256_maskload_ps(static_cast<const float*>(e.add) + add_at[i] + n, lane_mask(count)));
       }
-      for (int64_t j = 0; j < rank; ++j) {
-        const __m256 bj = _mm256_loadu_ps(b + j * kTileN + n);
-        for (int r = 0; r < 4; ++r)
-          v[r] = _mm256_fmadd_ps(_mm256_set1_ps(u[(r < rows ? i + r : i) * ldu + j]), bj, v[r]);
+      v = _mm256_min_ps(_mm256_max_ps(v, low), high);
+      if (!e.codes) {
+        _mm256_maskstore_ps(static_cast<float*>(e.y) + at[i] + n, lane_mask(count), v);
+        continue;
       }
-      for (int r = 0; r < rows; ++r) {
-        if (bias != nullptr) v[r] = _mm256_add_ps(v[r], _mm256_loadu_ps(bias + n));
-        float* to = y + (i + r) * ldy + n;
-        if (whole)
-          _mm256_storeu_ps(to, v[r]);
-        else
-          _mm256_maskstore_ps(to, mask, v[r]);
-      }
+      const __m256 whole = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(e.inverse_scale)), 8);
+      const __m256 q = _mm256_min_ps(_mm256_max_ps(_mm256_add_ps(whole, _mm256_set1_ps(e.zero_point)), zero),
+                                     _mm256_set1_ps(255.0f));
+      const __m256i code = _mm256_cvtps_epi32(q);
+      const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
+      const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+      std::memcpy(static_cast<uint8_t*>(e.y) + at[i] + n, &bytes, static_cast<size_t>(count));
     }
   }
 }
 
-void dot_s8(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out) {
-  const __m256i zero = _mm256_setzero_si256(), ones = _mm256_set1_epi8(1);
-  const __m256i bit7 = _mm256_set1_epi8(static_cast<char>(0x80));
-  __m256i sum[kDotM + 1] = {zero, zero, zero, zero, zero};
-  int64_t k = 0;
-  for (; k + 32 <= count; k += 32) {
-    const __m256i w = load(codes + k), high = _mm256_and_si256(w, bit7), rest = _mm256_andnot_si256(bit7, w);
-    const bool wide = !_mm256_testz_si256(w, bit7);
-    for (int i = 0; i <= m; ++i) {
-      const __m256i v = i < m ? load(x + i * ldx + k) : ones;
-      sum[i] = add_products(sum[i], rest, v);
-      if (wide) sum[i] = add_products(sum[i], high, v);
-    }
-  }
-  scalar::dot_s8(codes + k, x + k, ldx, m, count - k, out);
-  for (int i = 0; i <= m; ++i) out[i] += sum_epi32(sum[i]);
+#define CORA_GEMV(f) {f<kBits, 1>, f<kBits, 2>, f<kBits, 3>, f<kBits, 4>}
+
+void gemv_s8(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m, int32_t* acc) {
+  CORA_DISPATCH_BITS(bits, [&] {
+    static constexpr decltype(&gemv_s8_fixed<kBits, 1>) kRows[kGemvM] = CORA_GEMV(gemv_s8_fixed);
+    kRows[m - 1](packed, rows, x, ldx, acc);
+  });
 }
 
-void dot_f32(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m, int64_t count, float* out) {
-  const __m256 z = _mm256_set1_ps(zero_point);
-  __m256 sum[kDotM][2];
-  for (auto& s : sum) s[0] = s[1] = _mm256_setzero_ps();
-  int64_t k = 0;
-  for (; k + 16 <= count; k += 16)
-    for (int h = 0; h < 2; ++h) {
-      const __m256i q = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + k + h * 8)));
-      const __m256 w = _mm256_sub_ps(_mm256_cvtepi32_ps(q), z);
-      for (int i = 0; i < m; ++i) sum[i][h] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * ldx + k + h * 8), sum[i][h]);
-    }
-  scalar::dot_f32(codes + k, zero_point, x + k, ldx, m, count - k, out);
-  for (int i = 0; i < m; ++i) out[i] += sum_ps(_mm256_add_ps(sum[i][0], sum[i][1]));
+void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+              int m, float* c) {
+  CORA_DISPATCH_BITS(bits, [&] {
+    static constexpr decltype(&gemv_f32_fixed<kBits, 1>) kRows[kGemvM] = CORA_GEMV(gemv_f32_fixed);
+    kRows[m - 1](packed, rows, zero_point, x, ldx, c);
+  });
 }
 
 void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y) {
@@ -281,7 +341,7 @@ void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64
   }
 }
 
-void depthwise_s8(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
+void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
                   int64_t taps, int64_t channels, float* y) {
   const __m256i z = _mm256_set1_epi32(zx);
   int64_t c = 0;
@@ -290,7 +350,7 @@ void depthwise_s8(const int8_t* const* rows, int32_t zx, const uint8_t* w, const
     for (int64_t t = 0; t < taps; ++t) {
       const __m128i x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[t] + c));
       const __m128i q8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + t * channels + c));
-      const __m256i x = _mm256_sub_epi32(_mm256_cvtepi8_epi32(x8), z);
+      const __m256i x = _mm256_sub_epi32(_mm256_cvtepu8_epi32(x8), z);
       // Both fit 16 bits and the high halves of the codes are 0: madd is a 32-bit product.
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_cvtepu8_epi32(q8)));
       xsum = _mm256_add_epi32(xsum, x);

@@ -1,7 +1,8 @@
-// The layer kernels, AVX-512 with VNNI.
+// The layer kernels, AVX-512 with VNNI and VBMI.
 // Method: a tile is 12 rows of x by 32 weight rows: 24 accumulators, two panel vectors and a broadcast
-// operand, so each loaded panel vector feeds 12 FMAs (or vpdpbusd: unsigned weight codes times signed
-// input, four of K a lane). Panels are built by dword gathers, 16 weight rows at a time.
+// operand, so each loaded panel vector feeds 12 FMAs (or vpdpbusd: unsigned codes of x times signed
+// weights, four of K a lane).
+#include "bits.h"
 #include "cpu/kernels.h"
 
 #if CORA_X86
@@ -15,12 +16,14 @@ namespace cora::cpu::avx512 {
 
 namespace {
 
+constexpr int kTileM = 12;
+
 inline __mmask16 mask16(int64_t left) {
   return left >= 16 ? static_cast<__mmask16>(0xffff) : left <= 0 ? 0 : static_cast<__mmask16>((1u << left) - 1);
 }
 inline __mmask64 mask64(int64_t left) { return left >= 64 ? ~0ull : (1ull << left) - 1; }
 
-inline __m512i broadcast4(const int8_t* x) {
+inline __m512i broadcast4(const uint8_t* x) {
   int32_t quad;
   std::memcpy(&quad, x, 4);
   return _mm512_set1_epi32(quad);
@@ -33,47 +36,94 @@ inline int32_t sum_epi32(__m512i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
 }
 
-inline float sum_ps(__m512 v) {
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-  const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-  const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+/// The two vectors of a quad-row's codes: lanes 0..15 and 16..31.
+template <int kBits>
+inline void load_codes(const uint8_t* packed, __m512i codes[2]) {
+  constexpr Planes planes = planes_of(kBits);
+#pragma GCC unroll 3
+  for (int p = 0; p < planes.count; ++p) {
+    const int width = planes.width[p], shift = planes.shift[p];
+    __m512i part[2];
+    if (width == 8) {
+      part[0] = _mm512_loadu_si512(packed);
+      part[1] = _mm512_loadu_si512(packed + 64);
+      packed += 128;
+    } else if (width == 4) {
+      const __m512i mask = _mm512_set1_epi8(0x0f), v = _mm512_loadu_si512(packed);
+      part[0] = _mm512_and_si512(v, mask);
+      part[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+      packed += 64;
+    } else if (width == 2) {
+      const __m512i mask = _mm512_set1_epi8(3);
+      const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+      const __m512i low = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
+      part[0] = _mm512_and_si512(_mm512_srlv_epi16(v, low), mask);
+      part[1] = _mm512_and_si512(_mm512_srlv_epi16(v, _mm512_add_epi16(low, _mm512_set1_epi16(4))), mask);
+      packed += 32;
+    } else {
+      uint64_t bits[2];
+      std::memcpy(bits, packed, 16);
+      const __m512i one = _mm512_set1_epi8(static_cast<char>(1 << shift));
+      for (int h = 0; h < 2; ++h) codes[h] = _mm512_or_si512(codes[h], _mm512_maskz_mov_epi8(bits[h], one));
+      return;  // the narrowest plane is the last
+    }
+    for (int h = 0; h < 2; ++h)
+      codes[h] = p == 0 ? part[h] : _mm512_or_si512(codes[h], _mm512_slli_epi16(part[h], shift));
+  }
+}
+
+template <int kBits>
+void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, int8_t* panel) {
+  // A lane's offset to the four bytes of its dword.
+  const __m512i spread = _mm512_set1_epi32(0x01010101);
+  const __m512i o[2] = {
+      _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset))), spread),
+      _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset + 16))), spread)};
+#pragma GCC unroll 2
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
+    __m512i codes[2];
+    load_codes<kBits>(packed, codes);
+    _mm512_storeu_si512(panel, _mm512_sub_epi8(codes[0], o[0]));
+    _mm512_storeu_si512(panel + 64, _mm512_sub_epi8(codes[1], o[1]));
+  }
 }
 
 /// kHalves vectors of 16 weight rows by kM rows of x.
 template <int kM, int kHalves>
-void tile_s8_fixed(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int32_t* acc) {
+void tile_s8_fixed(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                   int32_t* acc) {
   __m512i c[kM][kHalves];
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_loadu_si512(acc + i * kTileN + h * 16);
-  for (int64_t t = 0; t < taps; ++t, rows += kTileM) {
-    const int8_t* x[kM];
-    for (int i = 0; i < kM; ++i) x[i] = rows[i];
+    for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_setzero_si512();
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < run; k += kQuad, panel += kTileN * kQuad) {
+    for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
       __m512i w[kHalves];
       for (int h = 0; h < kHalves; ++h) w[h] = _mm512_loadu_si512(panel + h * 64);
 #pragma GCC unroll 12
       for (int i = 0; i < kM; ++i) {
         const __m512i xi = broadcast4(x[i] + k);
-        for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_dpbusd_epi32(c[i][h], w[h], xi);
+        for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_dpbusd_epi32(c[i][h], xi, w[h]);
       }
     }
   }
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < kHalves; ++h) _mm512_storeu_si512(acc + i * kTileN + h * 16, c[i][h]);
+    for (int h = 0; h < kHalves; ++h) _mm512_storeu_si512(acc + i * kLanes + h * 16, c[i][h]);
 }
 
 template <int kM, int kHalves>
-void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const float* panel, float* acc) {
+void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
+                    float* acc) {
   __m512 c[kM][kHalves];
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_loadu_ps(acc + i * kTileN + h * 16);
-  for (int64_t t = 0; t < taps; ++t, rows += kTileM) {
+    for (int h = 0; h < kHalves; ++h) c[i][h] = _mm512_loadu_ps(acc + i * kLanes + h * 16);
+  for (int64_t t = 0; t < taps; ++t) {
     const float* x[kM];
-    for (int i = 0; i < kM; ++i) x[i] = rows[i];
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < run; ++k, panel += kTileN) {
+    for (int64_t k = 0; k < run; ++k, panel += kLanes) {
       __m512 w[kHalves];
       for (int h = 0; h < kHalves; ++h) w[h] = _mm512_loadu_ps(panel + h * 16);
 #pragma GCC unroll 12
@@ -84,7 +134,7 @@ void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const f
     }
   }
   for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < kHalves; ++h) _mm512_storeu_ps(acc + i * kTileN + h * 16, c[i][h]);
+    for (int h = 0; h < kHalves; ++h) _mm512_storeu_ps(acc + i * kLanes + h * 16, c[i][h]);
 }
 
 #define CORA_TILES(f)                                                                                       \
@@ -94,170 +144,219 @@ void tile_f32_fixed(const float* const* rows, int64_t taps, int64_t run, const f
     f<12, 1>, f<12, 2>                                                                                      \
   }
 
-/// Dwords at codes + lane * ld + at for 16 lanes from `first`; lanes that do not exist give 0.
-inline __m512i gather(const uint8_t* codes, __m512i offsets, __mmask16 lanes, int64_t at) {
-  return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), lanes, offsets, codes + at, 1);
+template <int kRows>
+void up_project_rows(const float* u, int64_t rank, const float* b, float* up) {
+  __m512 v[kRows][2];
+  for (auto& row : v) row[0] = row[1] = _mm512_setzero_ps();
+  for (int64_t j = 0; j < rank; ++j, b += kLanes) {
+    const __m512 w[2] = {_mm512_loadu_ps(b), _mm512_loadu_ps(b + 16)};
+    const float* chunk = u + j / kLanes * kHiddenChunk + j % kLanes;
+    for (int i = 0; i < kRows; ++i)
+      for (int h = 0; h < 2; ++h) v[i][h] = _mm512_fmadd_ps(_mm512_set1_ps(chunk[i * kLanes]), w[h], v[i][h]);
+  }
+  for (int i = 0; i < kRows; ++i)
+    for (int h = 0; h < 2; ++h) _mm512_storeu_ps(up + i * kLanes + h * 16, v[i][h]);
+}
+
+template <int kBits, int kM>
+void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
+  constexpr int kWays = kM == 1 ? 4 : kM == 2 ? 2 : 1;  // chains enough to hide the dot product's latency
+  __m512i sum[kWays][kM][2];
+  for (auto& way : sum)
+    for (auto& row : way) row[0] = row[1] = _mm512_setzero_si512();
+  const __m512i bit7 = _mm512_set1_epi8(static_cast<char>(0x80));
+  const auto step = [&](int way, int64_t r) {
+    __m512i w[2];
+    load_codes<kBits>(packed + r * quad_row_bytes(kBits), w);
+    if (kBits == 8)
+      for (auto& v : w) v = _mm512_xor_si512(v, bit7);
+    for (int i = 0; i < kM; ++i) {
+      const __m512i xi = broadcast4(x + i * ldx + r * kQuad);
+      for (int h = 0; h < 2; ++h) sum[way][i][h] = _mm512_dpbusd_epi32(sum[way][i][h], xi, w[h]);
+    }
+  };
+  int64_t r = 0;
+  for (; r + kWays <= rows; r += kWays) {
+    _mm_prefetch(reinterpret_cast<const char*>(packed + r * quad_row_bytes(kBits) + 2048), _MM_HINT_T0);
+#pragma GCC unroll 4
+    for (int way = 0; way < kWays; ++way) step(way, r + way);
+  }
+  for (; r < rows; ++r) step(0, r);
+  for (int i = 0; i < kM; ++i)
+    for (int h = 0; h < 2; ++h) {
+      __m512i total = sum[0][i][h];
+      for (int way = 1; way < kWays; ++way) total = _mm512_add_epi32(total, sum[way][i][h]);
+      _mm512_storeu_si512(acc + i * kLanes + h * 16, total);
+    }
+}
+
+template <int kBits, int kM>
+void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+                    float* c) {
+  // Up to four bits a permute of 16 floats turns codes into values: it looks at the low four bits only.
+  constexpr bool kLookup = kBits <= 4;
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i byte = _mm512_set1_epi32(0xff);
+  const __m512 z[2] = {_mm512_loadu_ps(zero_point), _mm512_loadu_ps(zero_point + 16)};
+  constexpr int kWays = kM == 1 ? 2 : 1;
+  __m512 sum[kWays][kM][2];
+  for (auto& way : sum)
+    for (auto& row : way) row[0] = row[1] = _mm512_setzero_ps();
+  for (int64_t r = 0; r < rows; ++r) {
+    __m512i w[2];
+    load_codes<kBits>(packed + r * quad_row_bytes(kBits), w);
+#pragma GCC unroll 4
+    for (int j = 0; j < kQuad; ++j)
+      for (int h = 0; h < 2; ++h) {
+        const __m512i code = j == 0 ? w[h] : _mm512_srli_epi32(w[h], 8 * j);
+        const __m512 value = kLookup ? _mm512_permutexvar_ps(code, values)
+                                     : _mm512_cvtepi32_ps(_mm512_and_si512(code, byte));
+        const __m512 exact = _mm512_sub_ps(value, z[h]);
+        for (int i = 0; i < kM; ++i)
+          sum[j % kWays][i][h] =
+              _mm512_fmadd_ps(exact, _mm512_set1_ps(x[i * ldx + r * kQuad + j]), sum[j % kWays][i][h]);
+      }
+  }
+  for (int i = 0; i < kM; ++i)
+    for (int h = 0; h < 2; ++h) {
+      __m512 total = sum[0][i][h];
+      for (int way = 1; way < kWays; ++way) total = _mm512_add_ps(total, sum[way][i][h]);
+      _mm512_storeu_ps(c + i * kLanes + h * 16, total);
+    }
 }
 
 }  // namespace
 
-void interleave(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run, uint8_t* panel) {
-  const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i offsets = _mm512_mullo_epi32(steps, _mm512_set1_epi32(static_cast<int32_t>(ld)));
-  const int64_t quads = (run + kQuad - 1) / kQuad;
-  const __m512i even = _mm512_set1_epi32(0x00ff00ff), low = _mm512_set1_epi32(0x0000ffff);
-  for (int half = 0; half < 2; ++half) {
-    const uint8_t* source = codes + half * 16 * ld;
-    const __mmask16 exist = mask16(lanes - half * 16);
-    uint8_t* out = panel + half * 64;
-    for (int64_t q = 0; q < quads; ++q) {
-      const int64_t left = run - q * kQuad;  // 1..3 in the last, ragged quad
-      const __m512i keep = _mm512_set1_epi32(left >= 4 ? -1 : static_cast<int32_t>((1u << (8 * left)) - 1));
-      if (taps == 1) {
-        _mm512_storeu_si512(out + q * 128, _mm512_and_si512(gather(source, offsets, exist, q * 4), keep));
-        continue;
+void expand(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel) {
+  CORA_DISPATCH_BITS(bits, [&] { expand_fixed<kBits>(packed, rows, offset, panel); });
+}
+
+void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out) {
+  const __m512 s[2] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
+  const __m512i f[2] = {_mm512_loadu_si512(far), _mm512_loadu_si512(far + 16)};
+  for (int64_t r = 0; r < rows; ++r, panel += kQuadRow) {
+    __m512i quad[2] = {_mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64)};
+    for (int i = 0; i < kQuad; ++i, out += kLanes)
+      for (int h = 0; h < 2; ++h) {
+        const __m512i w = _mm512_sub_epi32(_mm512_srai_epi32(_mm512_slli_epi32(quad[h], 24 - 8 * i), 24), f[h]);
+        _mm512_storeu_ps(out + h * 16, _mm512_mul_ps(s[h], _mm512_cvtepi32_ps(w)));
       }
-      // Four channels by four taps: each dword holds one channel's taps t..t+3; transpose 4x4 bytes.
-      for (int64_t t = 0; t < taps; t += 4) {
-        __m512i v[4];
-        for (int i = 0; i < 4; ++i)
-          v[i] = i < left ? gather(source, offsets, exist, (q * 4 + i) * taps + t) : _mm512_setzero_si512();
-        const __m512i e01 =
-            _mm512_or_si512(_mm512_and_si512(v[0], even), _mm512_slli_epi32(_mm512_and_si512(v[1], even), 8));
-        const __m512i o01 =
-            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[0], 8), even), _mm512_andnot_si512(even, v[1]));
-        const __m512i e23 =
-            _mm512_or_si512(_mm512_and_si512(v[2], even), _mm512_slli_epi32(_mm512_and_si512(v[3], even), 8));
-        const __m512i o23 =
-            _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi32(v[2], 8), even), _mm512_andnot_si512(even, v[3]));
-        const __m512i tap[4] = {
-            _mm512_or_si512(_mm512_and_si512(e01, low), _mm512_slli_epi32(e23, 16)),
-            _mm512_or_si512(_mm512_and_si512(o01, low), _mm512_slli_epi32(o23, 16)),
-            _mm512_or_si512(_mm512_srli_epi32(e01, 16), _mm512_andnot_si512(low, e23)),
-            _mm512_or_si512(_mm512_srli_epi32(o01, 16), _mm512_andnot_si512(low, o23)),
-        };
-        for (int64_t j = 0; j < 4 && t + j < taps; ++j) _mm512_storeu_si512(out + ((t + j) * quads + q) * 128, tap[j]);
-      }
-    }
   }
 }
 
-void panel_f32(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps, int64_t run,
-               float* out) {
-  __m512 s[2];
-  __m512i z[2];
-  for (int h = 0; h < 2; ++h) {
-    s[h] = _mm512_loadu_ps(scale + h * 16);
-    z[h] = _mm512_loadu_si512(zero_point + h * 16);
-  }
-  const __m512i byte = _mm512_set1_epi32(0xff);
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; c += kQuad, panel += kTileN * kQuad) {
-      __m512i quad[2] = {_mm512_loadu_si512(panel), _mm512_loadu_si512(panel + 64)};
-      for (int64_t i = 0; i < kQuad && c + i < run; ++i, out += kTileN)
-        for (int h = 0; h < 2; ++h) {
-          const __m512i q = _mm512_sub_epi32(_mm512_and_si512(quad[h], byte), z[h]);
-          _mm512_storeu_ps(out + h * 16, _mm512_mul_ps(s[h], _mm512_cvtepi32_ps(q)));
-          quad[h] = _mm512_srli_epi32(quad[h], 8);
-        }
-    }
-}
-
-void tile_s8(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,
-             int32_t* acc) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
+             int lanes, int32_t* acc) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};
-  kTiles[m - 1][lanes > 16](rows, taps, run, panel, acc);
+  kTiles[m - 1][lanes > 16](rows, tap, taps, quads, panel, acc);
 }
 
-void tile_f32(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m, int lanes, float* acc) {
+void tile_f32(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel, int m,
+              int lanes, float* c) {
   static constexpr decltype(&tile_f32_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_f32_fixed)};
-  kTiles[m - 1][lanes > 16](rows, taps, run, panel, acc);
+  kTiles[m - 1][lanes > 16](rows, tap, taps, run, panel, c);
 }
 
-void row_sums(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums) {
+void row_sums(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
   for (int i = 0; i < m; ++i) {
     __m512i sum = _mm512_setzero_si512();
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < run; c += 64)
-        sum = _mm512_dpbusd_epi32(sum, ones, _mm512_maskz_loadu_epi8(mask64(run - c), rows[t * kTileM + i] + c));
+        sum = _mm512_dpbusd_epi32(sum, _mm512_maskz_loadu_epi8(mask64(run - c), rows[i] + tap[t] + c), ones);
     sums[i] = sum_epi32(sum);
   }
 }
 
-void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* zw,
-                const int32_t* xsum, const float* scale, float* c) {
-  for (int h = 0; h < kTileN; h += 16) {
-    const __m512i ws = _mm512_loadu_si512(wsum + h), z = _mm512_loadu_si512(zw + h);
+void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* far,
+                const int32_t* xsum, const float* scale, bool add, float* c) {
+  for (int h = 0; h < kLanes; h += 16) {
+    const __m512i ws = _mm512_loadu_si512(wsum + h), f = _mm512_loadu_si512(far + h);
     const __m512 s = _mm512_loadu_ps(scale + h);
     for (int i = 0; i < m; ++i) {
-      __m512i sum = _mm512_loadu_si512(acc + i * kTileN + h);
+      __m512i sum = _mm512_loadu_si512(acc + i * kLanes + h);
       sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(ws, _mm512_set1_epi32(zx[i])));
-      sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(z, _mm512_set1_epi32(xsum[i])));
-      float* to = c + i * kTileN + h;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_mul_ps(_mm512_cvtepi32_ps(sum), s)));
+      sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(f, _mm512_set1_epi32(xsum[i])));
+      float* to = c + i * kLanes + h;
+      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), s);
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), value) : value);
     }
   }
 }
 
-void finish(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu, const float* b,
-            int64_t rank, const float* bias, float* y, int64_t ldy) {
+void store_hidden(const float* c, int m, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+
+void expand_up(const int8_t* b, int64_t rank, void* out) {
+  float* to = static_cast<float*>(out);
+  for (int64_t i = 0; i < rank * kLanes; i += 16)
+    _mm512_storeu_ps(
+        to + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i)))));
+}
+
+void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+  const float *hidden = static_cast<const float*>(u), *w = static_cast<const float*>(b);
+  int i = 0;
+  for (; i + 6 <= m; i += 6) up_project_rows<6>(hidden + i * kLanes, rank, w, up + i * kLanes);
+  for (; i < m; ++i) up_project_rows<1>(hidden + i * kLanes, rank, w, up + i * kLanes);
+}
+
+void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  const __m512 low = _mm512_set1_ps(e.low), high = _mm512_set1_ps(e.high);
+  const __m512 inverse = _mm512_set1_ps(e.inverse_scale), zero = _mm512_set1_ps(e.zero_point);
+  const __m512 add_scale = _mm512_set1_ps(e.add_scale), add_zero = _mm512_set1_ps(e.add_zero);
   for (int h = 0; h < lanes; h += 16) {
     const __mmask16 mask = mask16(lanes - h);
-    int i = 0;
-    for (; i + 4 <= m; i += 4) {  // four rows at once: b is loaded once, the fma chains overlap
-      __m512 v[4];
-      for (int r = 0; r < 4; ++r) {
-        v[r] = _mm512_loadu_ps(c + (i + r) * kTileN + h);
-        if (sx != nullptr) v[r] = _mm512_mul_ps(v[r], _mm512_set1_ps(sx[i + r]));
+    const __m512i correction = e.acc != nullptr ? _mm512_loadu_si512(e.correction + h) : _mm512_setzero_si512();
+    const __m512 alpha = e.alpha != nullptr ? _mm512_loadu_ps(e.alpha + h) : _mm512_set1_ps(1.0f);
+    const __m512 bias = e.bias != nullptr ? _mm512_loadu_ps(e.bias + h) : _mm512_setzero_ps();
+    for (int i = 0; i < m; ++i) {
+      if (at[i] < 0) continue;
+      const int k = i * kLanes + h;
+      __m512 v = e.acc != nullptr
+                     ? _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(e.acc + k), correction))
+                     : _mm512_loadu_ps(e.c + k);
+      v = _mm512_mul_ps(v, alpha);
+      if (e.row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(e.row_scale[i]));
+      if (e.up != nullptr) v = _mm512_add_ps(v, _mm512_loadu_ps(e.up + k));
+      v = _mm512_add_ps(v, bias);
+      if (e.add != nullptr) {
+        const int64_t from = add_at[i] + h;
+        if (e.add_codes) {
+          const __m128i codes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(e.add) + from);
+          const __m512 a = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), add_zero);
+          v = _mm512_add_ps(v, _mm512_mul_ps(a, add_scale));
+        } else {
+          v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, static_cast<const float*>(e.add) + from));
+        }
       }
-      for (int64_t j = 0; j < rank; ++j) {
-        const __m512 bj = _mm512_loadu_ps(b + j * kTileN + h);
-        for (int r = 0; r < 4; ++r) v[r] = _mm512_fmadd_ps(_mm512_set1_ps(u[(i + r) * ldu + j]), bj, v[r]);
+      v = _mm512_min_ps(_mm512_max_ps(v, low), high);
+      if (e.codes) {
+        const __m512 q = _mm512_add_ps(_mm512_roundscale_ps(_mm512_mul_ps(v, inverse), 8), zero);
+        // Unsigned saturation takes a negative number for a large one.
+        const __m512i code = _mm512_max_epi32(_mm512_cvtps_epi32(_mm512_min_ps(q, _mm512_set1_ps(255.0f))),
+                                              _mm512_setzero_si512());
+        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(e.y) + at[i] + h, mask, code);
+      } else {
+        _mm512_mask_storeu_ps(static_cast<float*>(e.y) + at[i] + h, mask, v);
       }
-      for (int r = 0; r < 4; ++r) {
-        if (bias != nullptr) v[r] = _mm512_add_ps(v[r], _mm512_loadu_ps(bias + h));
-        _mm512_mask_storeu_ps(y + (i + r) * ldy + h, mask, v[r]);
-      }
-    }
-    for (; i < m; ++i) {
-      __m512 v = _mm512_loadu_ps(c + i * kTileN + h);
-      if (sx != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(sx[i]));
-      for (int64_t j = 0; j < rank; ++j)
-        v = _mm512_fmadd_ps(_mm512_set1_ps(u[i * ldu + j]), _mm512_loadu_ps(b + j * kTileN + h), v);
-      if (bias != nullptr) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + h));
-      _mm512_mask_storeu_ps(y + i * ldy + h, mask, v);
     }
   }
 }
 
-void dot_s8(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out) {
-  const __m512i ones = _mm512_set1_epi8(1);
-  __m512i sum[kDotM], code_sum = _mm512_setzero_si512();
-  for (__m512i& s : sum) s = _mm512_setzero_si512();
-  for (int64_t k = 0; k < count; k += 64) {
-    const __mmask64 mask = mask64(count - k);
-    const __m512i w = _mm512_maskz_loadu_epi8(mask, codes + k);
-    code_sum = _mm512_dpbusd_epi32(code_sum, w, ones);
-    for (int i = 0; i < m; ++i) sum[i] = _mm512_dpbusd_epi32(sum[i], w, _mm512_maskz_loadu_epi8(mask, x + i * ldx + k));
-  }
-  for (int i = 0; i < m; ++i) out[i] = sum_epi32(sum[i]);
-  out[m] = sum_epi32(code_sum);
+void gemv_s8(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m, int32_t* acc) {
+  CORA_DISPATCH_BITS(bits, [&] {
+    static constexpr decltype(&gemv_s8_fixed<kBits, 1>) kRows[kGemvM] = {
+        gemv_s8_fixed<kBits, 1>, gemv_s8_fixed<kBits, 2>, gemv_s8_fixed<kBits, 3>, gemv_s8_fixed<kBits, 4>};
+    kRows[m - 1](packed, rows, x, ldx, acc);
+  });
 }
 
-void dot_f32(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m, int64_t count, float* out) {
-  const __m512 z = _mm512_set1_ps(zero_point);
-  __m512 sum[kDotM][2];
-  for (auto& s : sum) s[0] = s[1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < count; k += 32)
-    for (int h = 0; h < 2; ++h) {
-      const __mmask16 mask = mask16(count - k - h * 16);
-      const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, codes + k + h * 16));
-      const __m512 w = _mm512_sub_ps(_mm512_cvtepi32_ps(q), z);
-      for (int i = 0; i < m; ++i)
-        sum[i][h] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x + i * ldx + k + h * 16), sum[i][h]);
-    }
-  for (int i = 0; i < m; ++i) out[i] = sum_ps(_mm512_add_ps(sum[i][0], sum[i][1]));
+void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+              int m, float* c) {
+  CORA_DISPATCH_BITS(bits, [&] {
+    static constexpr decltype(&gemv_f32_fixed<kBits, 1>) kRows[kGemvM] = {
+        gemv_f32_fixed<kBits, 1>, gemv_f32_fixed<kBits, 2>, gemv_f32_fixed<kBits, 3>, gemv_f32_fixed<kBits, 4>};
+    kRows[m - 1](packed, rows, zero_point, x, ldx, c);
+  });
 }
 
 void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y) {
@@ -271,14 +370,14 @@ void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64
   }
 }
 
-void depthwise_s8(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
+void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
                   int64_t taps, int64_t channels, float* y) {
   const __m512i z = _mm512_set1_epi32(zx);
   for (int64_t c = 0; c < channels; c += 16) {
     const __mmask16 mask = mask16(channels - c);
     __m512i sum = _mm512_setzero_si512(), xsum = _mm512_setzero_si512();
     for (int64_t t = 0; t < taps; ++t) {
-      const __m512i x = _mm512_sub_epi32(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, rows[t] + c)), z);
+      const __m512i x = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, rows[t] + c)), z);
       const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w + t * channels + c));
       sum = _mm512_add_epi32(sum, _mm512_madd_epi16(x, q));  // both fit 16 bits, the high halves of q are 0
       xsum = _mm512_add_epi32(xsum, x);

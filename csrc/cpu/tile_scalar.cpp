@@ -2,92 +2,128 @@
 // wherever a comment in kernels.h fixes one.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace cora::cpu::scalar {
 
-void interleave(const uint8_t* codes, int64_t ld, int lanes, int64_t taps, int64_t run, uint8_t* panel) {
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; c += kQuad)
-      for (int lane = 0; lane < kTileN; ++lane)
-        for (int64_t i = c; i < c + kQuad; ++i)
-          *panel++ = lane < lanes && i < run ? codes[lane * ld + i * taps + t] : 0;
+void expand(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel) {
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(bits), panel += kQuadRow) {
+    uint8_t codes[kQuadRow];
+    unpack_quad_row(packed, bits, codes);
+    for (int i = 0; i < kQuadRow; ++i) panel[i] = static_cast<int8_t>(codes[i] - offset[i / kQuad]);
+  }
 }
 
-void panel_f32(const uint8_t* panel, const float* scale, const int32_t* zero_point, int64_t taps, int64_t run,
-               float* out) {
-  for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; c += kQuad, panel += kTileN * kQuad)
-      for (int64_t i = 0; i < kQuad && c + i < run; ++i, out += kTileN)
-        for (int n = 0; n < kTileN; ++n) out[n] = scale[n] * static_cast<float>(panel[n * kQuad + i] - zero_point[n]);
+void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out) {
+  for (int64_t r = 0; r < rows; ++r, panel += kQuadRow)
+    for (int i = 0; i < kQuad; ++i, out += kLanes)
+      for (int n = 0; n < kLanes; ++n) out[n] = scale[n] * static_cast<float>(panel[n * kQuad + i] - far[n]);
 }
 
-void tile_s8(const int8_t* const* rows, int64_t taps, int64_t run, const uint8_t* panel, int m, int lanes,
-             int32_t* acc) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
+             int lanes, int32_t* acc) {
+  std::fill_n(acc, m * kLanes, 0);
   for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; c += kQuad, panel += kTileN * kQuad)
+    for (int64_t q = 0; q < quads; ++q, panel += kQuadRow)
       for (int i = 0; i < m; ++i) {
-        const int8_t* x = rows[t * kTileM + i] + c;
+        const uint8_t* x = rows[i] + tap[t] + q * kQuad;
         for (int n = 0; n < lanes; ++n)
-          for (int j = 0; j < kQuad; ++j) acc[i * kTileN + n] += x[j] * panel[n * kQuad + j];
+          for (int j = 0; j < kQuad; ++j) acc[i * kLanes + n] += x[j] * panel[n * kQuad + j];
       }
 }
 
-void tile_f32(const float* const* rows, int64_t taps, int64_t run, const float* panel, int m, int lanes, float* acc) {
+void tile_f32(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel, int m,
+              int lanes, float* c) {
   for (int64_t t = 0; t < taps; ++t)
-    for (int64_t c = 0; c < run; ++c, panel += kTileN)
+    for (int64_t k = 0; k < run; ++k, panel += kLanes)
       for (int i = 0; i < m; ++i) {
-        const float x = rows[t * kTileM + i][c];
-        for (int n = 0; n < lanes; ++n) acc[i * kTileN + n] += x * panel[n];
+        const float x = rows[i][tap[t] + k];
+        for (int n = 0; n < lanes; ++n) c[i * kLanes + n] += x * panel[n];
       }
 }
 
-void row_sums(const int8_t* const* rows, int64_t taps, int64_t run, int m, int32_t* sums) {
+void row_sums(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m, int32_t* sums) {
   for (int i = 0; i < m; ++i) {
     int32_t sum = 0;
     for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < run; ++c) sum += rows[t * kTileM + i][c];
+      for (int64_t k = 0; k < run; ++k) sum += rows[i][tap[t] + k];
     sums[i] = sum;
   }
 }
 
-void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* zw,
-                const int32_t* xsum, const float* scale, float* c) {
+void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsum, const int32_t* far,
+                const int32_t* xsum, const float* scale, bool add, float* c) {
   for (int i = 0; i < m; ++i)
-    for (int n = 0; n < kTileN; ++n) {
+    for (int n = 0; n < kLanes; ++n) {
       // Unsigned: partial products may pass 2^31, the result does not.
-      const uint32_t sum = static_cast<uint32_t>(acc[i * kTileN + n]) -
+      const uint32_t sum = static_cast<uint32_t>(acc[i * kLanes + n]) -
                            static_cast<uint32_t>(zx[i]) * static_cast<uint32_t>(wsum[n]) -
-                           static_cast<uint32_t>(zw[n]) * static_cast<uint32_t>(xsum[i]);
-      c[i * kTileN + n] += static_cast<float>(static_cast<int32_t>(sum)) * scale[n];
+                           static_cast<uint32_t>(far[n]) * static_cast<uint32_t>(xsum[i]);
+      const float value = static_cast<float>(static_cast<int32_t>(sum)) * scale[n];
+      c[i * kLanes + n] = add ? c[i * kLanes + n] + value : value;
     }
 }
 
-void finish(const float* c, int m, int lanes, const float* sx, const float* u, int64_t ldu, const float* b,
-            int64_t rank, const float* bias, float* y, int64_t ldy) {
-  for (int i = 0; i < m; ++i)
+void store_hidden(const float* c, int m, void* u) { std::copy_n(c, m * kLanes, static_cast<float*>(u)); }
+
+void expand_up(const int8_t* b, int64_t rank, void* out) { std::copy_n(b, rank * kLanes, static_cast<float*>(out)); }
+
+void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+  std::fill_n(up, m * kLanes, 0.0f);
+  for (int64_t j = 0; j < rank; ++j)
+    for (int i = 0; i < m; ++i) {
+      const float hidden = static_cast<const float*>(u)[j / kLanes * kHiddenChunk + i * kLanes + j % kLanes];
+      for (int n = 0; n < kLanes; ++n)
+        up[i * kLanes + n] = std::fma(hidden, static_cast<const float*>(b)[j * kLanes + n], up[i * kLanes + n]);
+    }
+}
+
+void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  for (int i = 0; i < m; ++i) {
+    if (at[i] < 0) continue;
     for (int n = 0; n < lanes; ++n) {
-      float v = c[i * kTileN + n];
-      if (sx != nullptr) v *= sx[i];
-      for (int64_t j = 0; j < rank; ++j) v = std::fma(u[i * ldu + j], b[j * kTileN + n], v);
-      if (bias != nullptr) v += bias[n];
-      y[i * ldy + n] = v;
+      const int k = i * kLanes + n;
+      float v = e.acc != nullptr ? static_cast<float>(e.acc[k] - e.correction[n]) : e.c[k];
+      if (e.alpha != nullptr) v *= e.alpha[n];
+      if (e.row_scale != nullptr) v *= e.row_scale[i];
+      if (e.up != nullptr) v += e.up[k];
+      if (e.bias != nullptr) v += e.bias[n];
+      if (e.add != nullptr && e.add_codes)
+        v += (static_cast<float>(static_cast<const uint8_t*>(e.add)[add_at[i] + n]) - e.add_zero) * e.add_scale;
+      else if (e.add != nullptr)
+        v += static_cast<const float*>(e.add)[add_at[i] + n];
+      v = std::min(std::max(v, e.low), e.high);
+      if (e.codes)
+        static_cast<uint8_t*>(e.y)[at[i] + n] = static_cast<uint8_t>(
+            std::min(std::max(std::nearbyint(v * e.inverse_scale) + e.zero_point, 0.0f), 255.0f));
+      else
+        static_cast<float*>(e.y)[at[i] + n] = v;
     }
-}
-
-void dot_s8(const uint8_t* codes, const int8_t* x, int64_t ldx, int m, int64_t count, int32_t* out) {
-  for (int i = 0; i <= m; ++i) {
-    int32_t sum = 0;
-    for (int64_t k = 0; k < count; ++k) sum += i < m ? codes[k] * x[i * ldx + k] : codes[k];
-    out[i] = sum;
   }
 }
 
-void dot_f32(const uint8_t* codes, float zero_point, const float* x, int64_t ldx, int m, int64_t count, float* out) {
-  for (int i = 0; i < m; ++i) {
-    float sums[8] = {};  // eight partial sums: shorter chains, smaller error
-    for (int64_t k = 0; k < count; ++k) sums[k & 7] += (codes[k] - zero_point) * x[i * ldx + k];
-    out[i] = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+void gemv_s8(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m, int32_t* acc) {
+  std::fill_n(acc, m * kLanes, 0);
+  const int offset = bits == 8 ? 128 : 0;
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(bits)) {
+    uint8_t codes[kQuadRow];
+    unpack_quad_row(packed, bits, codes);
+    for (int i = 0; i < m; ++i)
+      for (int k = 0; k < kQuadRow; ++k)
+        acc[i * kLanes + k / kQuad] += x[i * ldx + r * kQuad + k % kQuad] * (codes[k] - offset);
+  }
+}
+
+void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+              int m, float* c) {
+  std::fill_n(c, m * kLanes, 0.0f);
+  for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(bits)) {
+    uint8_t codes[kQuadRow];
+    unpack_quad_row(packed, bits, codes);
+    for (int i = 0; i < m; ++i)
+      for (int k = 0; k < kQuadRow; ++k)
+        c[i * kLanes + k / kQuad] += x[i * ldx + r * kQuad + k % kQuad] * (codes[k] - zero_point[k / kQuad]);
   }
 }
 
@@ -99,7 +135,7 @@ void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64
   }
 }
 
-void depthwise_s8(const int8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
+void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
                   int64_t taps, int64_t channels, float* y) {
   for (int64_t c = 0; c < channels; ++c) {
     int32_t sum = 0, xsum = 0;

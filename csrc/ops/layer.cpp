@@ -1,4 +1,4 @@
-// Checks and the order of the passes.
+// Checks of a packed layer's operands, and the order of the steps when one is run.
 #include "ops/layer.h"
 
 #include <cmath>
@@ -7,22 +7,128 @@ namespace cora {
 
 namespace {
 
-bool is_float(ScalarType t) { return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16; }
+/// Strides of a dense channels-last tensor; sizes of 1 may have any stride.
+bool is_channels_last(const Tensor& x) {
+  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (x.size(d) != 1 && x.stride(d) != wanted[d]) return false;
+  return true;
+}
 
-template <typename T>
-void run_as(const LayerArgs& args, const LayerWeights& weights, const Window& window, bool nchw, float* y) {
-  const LayerInput<T> input = prepare_input<T>(args, window, nchw);
-  const bool depthwise =
-      window.groups > 1 && window.group_channels() == 1 && weights.n == window.groups && weights.rank <= 1;
-  (depthwise ? run_depthwise<T> : run_tiles<T>)(weights, window, input, y);
+Tensor channels_last(const Tensor& x) {
+  return is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+}
+
+Window window_of(const Tensor& x, const LayerHeader& h, const RunArgs& args) {
+  const char* op = args.op;
+  Window w{};
+  if (h.linear) {
+    CORA_CHECK(op, x.dim() >= 1 && x.size(x.dim() - 1) == h.channels, "x must have ", h.channels,
+               " elements along its last dimension, got shape ", shape_text(x));
+    w.batch = x.numel() / h.channels;
+    w.channels = h.channels;
+    w.size[0] = w.size[1] = 1;
+    return w;
+  }
+  CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
+  CORA_CHECK(op, x.size(1) == h.channels, "x must have ", h.channels, " channels, got shape ", shape_text(x));
+  w.batch = x.size(0);
+  w.channels = h.channels;
+  w.groups = h.groups;
+  for (int d = 0; d < 2; ++d) {
+    w.size[d] = x.size(2 + d) - 2 * args.x_halo;
+    w.kernel[d] = h.kernel[d];
+    w.stride[d] = h.stride[d];
+    w.padding[d] = h.padding[d];
+    w.dilation[d] = h.dilation[d];
+    CORA_CHECK(op, w.size[d] >= 0, "x_halo must be at most half of x's height and width, got ", args.x_halo);
+    CORA_CHECK(op, w.padded(d) >= w.reach(d), "x's padded height and width must be at least ", w.reach(d),
+               " along dimension ", 2 + d, ", got ", w.padded(d));
+  }
+  return w;
+}
+
+void check_code(const char* op, const char* name, int64_t code, int64_t top) {
+  CORA_CHECK(op, code >= 0 && code <= top, name, " must be 0..", top, ", got ", code);
+}
+void check_scale(const char* op, const char* name, double scale) {
+  const float value = static_cast<float>(scale);
+  CORA_CHECK(op, std::isfinite(value) && value > 0, name, " must be finite and > 0, got ", scale);
+}
+
+void check_run(const Tensor& x, const LayerHeader& h, const RunArgs& v) {
+  const char* op = v.op;
+  const bool codes = x.scalar_type() == ScalarType::Byte;
+  CORA_CHECK(op, codes || is_float(x.scalar_type()), "x must have dtype float32, float16, bfloat16 or uint8, got ",
+             dtype_text(x.scalar_type()));
+  CORA_CHECK(op, v.x_bits == 0 || (v.x_bits >= kMinBits && v.x_bits <= kMaxBits), "x_bits must be 0 or 2..8, got ",
+             v.x_bits);
+  CORA_CHECK(op, !codes || (v.x_bits > 0 && v.x_scale.has_value()), "x_scale and x_bits must be given with codes");
+  CORA_CHECK(op, codes || v.x_halo == 0, "x_halo must be 0 unless x holds codes, got ", v.x_halo);
+  CORA_CHECK(op, v.x_halo >= 0 && v.out_halo >= 0 && v.add_halo >= 0, "halos must be >= 0");
+  if (v.x_scale.has_value()) {
+    CORA_CHECK(op, v.x_bits > 0, "x_scale must be None when x_bits is 0");
+    check_scale(op, "x_scale", *v.x_scale);
+    check_code(op, "x_zero_point", v.x_zero_point, max_code(static_cast<int>(v.x_bits)));
+  }
+  // 255 * 128 * 2^16 is the last product sum that fits the int32 accumulators.
+  CORA_CHECK(op, v.x_bits == 0 || h.taps * h.run <= 65536, "k must be <= 65536 with quantised input, got ",
+             h.taps * h.run);
+  CORA_CHECK(op, v.low <= v.high, "clamp_min must be <= clamp_max, got ", v.low, " and ", v.high);
+  CORA_CHECK(op, v.out_scale.has_value() || v.out_halo == 0, "out_halo must be 0 for a float output, got ",
+             v.out_halo);
+  if (v.out_scale.has_value()) {
+    check_scale(op, "out_scale", *v.out_scale);
+    check_code(op, "out_zero_point", v.out_zero_point, 255);
+  }
+  if (h.linear)
+    CORA_CHECK(op, v.x_halo == 0 && v.out_halo == 0 && v.add_halo == 0, "halos must be 0 for a linear layer");
+}
+
+/// The border of a batch of images of `line` bytes a row.
+void fill_halo(uint8_t* y, const Window& w, int64_t n, int64_t halo, uint8_t zero) {
+  const int64_t line = (w.out(1) + 2 * halo) * n, lines = w.out(0) + 2 * halo;
+  parallel_for(w.batch * lines, std::max<int64_t>(1, 65536 / line), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint8_t* row = y + i * line;
+      const int64_t at = i % lines;
+      if (at < halo || at >= lines - halo) {
+        std::fill_n(row, line, zero);
+      } else {
+        std::fill_n(row, halo * n, zero);
+        std::fill_n(row + line - halo * n, halo * n, zero);
+      }
+    }
+  });
+}
+
+/// rows [batch, pixels, n] -> y [batch, n, pixels]
+void to_planes(const float* rows, int64_t batch, int64_t pixels, int64_t n, float* y) {
+  const int64_t step = 256, pieces = (pixels + step - 1) / step;
+  parallel_for(batch * pieces, std::max<int64_t>(1, 16384 / (step * n)), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t image = i / pieces, p = i % pieces * step;
+      cpu::k_transpose()(rows + (image * pixels + p) * n, n, std::min(step, pixels - p), n, y + image * n * pixels + p,
+                         pixels);
+    }
+  });
+}
+
+template <typename X>
+void run_as(const Tensor& x, const Layer& layer, const Window& w, const RunArgs& args, bool nchw,
+            const LayerOutput& out) {
+  const LayerInput<X> input = prepare_input<X>(x, layer, w, args, nchw);
+  const LayerHeader& h = *layer.h;
+  const bool few = h.linear && w.rows() <= cpu::kGemvM && h.walk == Walk::kTaps &&
+                   (h.narrow || std::is_same_v<X, float>);
+  (h.depthwise ? run_depthwise<X> : few ? run_gemv<X> : run_tiles<X>)(layer, w, input, out);
 }
 
 }  // namespace
 
 void check_layer(const LayerArgs& v, int64_t n, int64_t k, int64_t groups) {
   const char* op = v.op;
-  CORA_CHECK(op, is_float(v.x.scalar_type()), "x must have dtype float32, float16 or bfloat16, got ",
-             dtype_text(v.x.scalar_type()));
   CORA_CHECK(op, v.a.has_value() == v.b.has_value(), "a and b must be given together");
   if (v.a.has_value()) {
     const ScalarType type = v.a->scalar_type();
@@ -47,66 +153,74 @@ void check_layer(const LayerArgs& v, int64_t n, int64_t k, int64_t groups) {
     check_dtype(op, "bias", *v.bias, ScalarType::Float);
     check_shape(op, "bias", *v.bias, {n});
   }
-  CORA_CHECK(op, v.x_bits == 0 || (v.x_bits >= kMinBits && v.x_bits <= kMaxBits), "x_bits must be 0 or 2..8, got ",
-             v.x_bits);
-  CORA_CHECK(op, v.x_scale.has_value() == v.x_zero_point.has_value(),
-             "x_scale and x_zero_point must be given together");
-  if (v.x_scale.has_value()) {
-    CORA_CHECK(op, v.x_bits > 0, "x_scale must be None when x_bits is 0");
-    check_dtype(op, "x_scale", *v.x_scale, ScalarType::Float);
-    check_dtype(op, "x_zero_point", *v.x_zero_point, ScalarType::Int);
-    CORA_CHECK(op, v.x_scale->numel() == 1, "x_scale must have 1 element, got shape ", shape_text(*v.x_scale));
-    CORA_CHECK(op, v.x_zero_point->numel() == 1, "x_zero_point must have 1 element, got shape ",
-               shape_text(*v.x_zero_point));
-    const float scale = *data<float>(*v.x_scale);
-    const int32_t zero = *data<int32_t>(*v.x_zero_point);
-    CORA_CHECK(op, std::isfinite(scale) && scale > 0, "x_scale must be finite and > 0, got ", scale);
-    const int top = max_code(static_cast<int>(v.x_bits));
-    CORA_CHECK(op, zero >= 0 && zero <= top, "x_zero_point must be 0..", top, ", got ", zero);
-  }
-  // 255 * 128 * 2^16 is the last product sum that fits the int32 accumulators.
-  CORA_CHECK(op, v.x_bits == 0 || k <= 65536, "k must be <= 65536 with quantised input, got ", k);
 }
 
-bool fits_int32(const LayerWeights& w, int64_t count) {
-  int64_t widest = 0;
-  const int64_t top = max_code(w.bits);
-  for (int64_t i = 0; i < w.q.rows * w.q.groups; ++i) {
-    const int64_t zero = w.zero_point[i];
-    widest = std::max({widest, std::abs(zero), std::abs(top - zero)});
+Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
+  const LayerHeader& h = *layer.h;
+  check_run(x, h, args);
+  const Window w = window_of(x, h, args);
+  const bool x_codes = x.scalar_type() == ScalarType::Byte, codes = args.out_scale.has_value();
+  const int64_t n = h.n, halo = args.out_halo;
+  const bool x_nhwc = h.linear || x_codes || (!x.is_contiguous() && is_channels_last(x));
+  const bool y_nhwc = h.linear || codes || x_nhwc || w.pixels() == 1;
+  std::vector<int64_t> shape{w.batch, n, w.out(0) + 2 * halo, w.out(1) + 2 * halo};
+  if (h.linear) {
+    shape = sizes_of(x);
+    shape.back() = n;
   }
-  return widest * 255 * count <= INT32_MAX;
-}
+  const bool strided = !h.linear && (codes || x_nhwc);
+  Tensor y = torch::stable::empty({shape.data(), shape.size()}, codes ? ScalarType::Byte : ScalarType::Float,
+                                  std::nullopt, std::nullopt, std::nullopt,
+                                  strided ? torch::headeronly::MemoryFormat::ChannelsLast
+                                          : torch::headeronly::MemoryFormat::Contiguous);
+  const ScalarType dtype = x_codes ? ScalarType::Float : x.scalar_type();
+  OptTensor add;
+  if (args.add.has_value()) {
+    const ScalarType type = args.add->scalar_type();
+    CORA_CHECK(args.op, type == ScalarType::Byte || is_float(type),
+               "add must have dtype float32, float16, bfloat16 or uint8, got ", dtype_text(type));
+    std::vector<int64_t> wanted = shape;
+    if (!h.linear)
+      for (int d = 0; d < 2; ++d) wanted[2 + d] = w.out(d) + 2 * args.add_halo;
+    check_shape(args.op, "add", *args.add, wanted);
+    add = type == ScalarType::Byte ? *args.add : to_dtype(*args.add, ScalarType::Float);
+    add = h.linear ? as_contiguous(*add) : channels_last(*add);
+  }
+  if (w.rows() == 0 || n == 0) return codes ? y : to_dtype(y, dtype);
 
-void run_layer(const LayerArgs& args, const Window& window, bool nchw, float* y) {
-  if (window.rows() == 0 || args.weight.size(0) == 0) return;
-  const Tensor packed = as_contiguous(args.weight), scale = as_contiguous(args.scale);
-  const Tensor zero_point = as_contiguous(args.zero_point);
-  const auto dense = [](const OptTensor& t, ScalarType dtype) {
-    return t.has_value() ? OptTensor(as_contiguous(to_dtype(*t, dtype))) : OptTensor();
-  };
-  const bool rank = args.b.has_value() && args.b->size(1) > 0;
-  const bool int8 = rank && args.a->scalar_type() == ScalarType::Char;
-  const OptTensor a = rank ? dense(args.a, int8 ? ScalarType::Char : ScalarType::Float) : OptTensor();
-  const OptTensor b = rank ? dense(args.b, ScalarType::Float) : OptTensor();
-  const OptTensor a_scale = dense(args.adapter_scale, ScalarType::Float), bias = dense(args.bias, ScalarType::Float);
-
-  LayerWeights w{};
-  w.packed = data<uint8_t>(packed);
-  w.scale = data<float>(scale);
-  w.zero_point = data<int32_t>(zero_point);
-  w.bias = bias ? data<float>(*bias) : nullptr;
-  w.a_codes = int8 ? data<int8_t>(*a) : nullptr;
-  w.a_float = rank && !int8 ? data<float>(*a) : nullptr;
-  w.a_scale = int8 ? data<float>(*a_scale) : nullptr;
-  w.b = rank ? data<float>(*b) : nullptr;
-  w.n = packed.size(0);
-  w.k = window.k();
-  w.rank = rank ? args.b->size(1) : 0;
-  w.row_stride = packed.size(1);
-  w.bits = static_cast<int>(args.bits);
-  w.q = {scale.size(0), scale.size(1), w.k / scale.size(1)};
-  (args.x_bits > 0 ? run_as<int8_t> : run_as<float>)(args, w, window, nchw, y);
+  const Tensor input = x_codes ? (h.linear ? as_contiguous(x) : channels_last(x))
+                               : to_dtype(x_nhwc && !h.linear ? x : as_contiguous(x), ScalarType::Float);
+  Buffer<float> rows(y_nhwc ? 0 : w.rows() * n);
+  LayerOutput out{};
+  out.pixel = out.add_pixel = n;
+  out.line = (w.out(1) + 2 * halo) * n;
+  out.image = (w.out(0) + 2 * halo) * out.line;
+  out.add_line = (w.out(1) + 2 * args.add_halo) * n;
+  out.add_image = (w.out(0) + 2 * args.add_halo) * out.add_line;
+  cpu::Epilogue& e = out.epilogue;
+  e.low = static_cast<float>(args.low);
+  e.high = static_cast<float>(args.high);
+  e.codes = codes;
+  e.inverse_scale = codes ? static_cast<float>(1.0 / *args.out_scale) : 1.0f;
+  e.zero_point = static_cast<float>(args.out_zero_point);
+  if (codes) {
+    uint8_t* first = mutable_data<uint8_t>(y);
+    if (halo > 0) fill_halo(first, w, n, halo, static_cast<uint8_t>(args.out_zero_point));
+    e.y = first + halo * (out.line + n);
+  } else {
+    e.y = y_nhwc ? mutable_data<float>(y) : rows.get();
+  }
+  if (add.has_value()) {
+    e.add_codes = add->scalar_type() == ScalarType::Byte;
+    e.add_scale = static_cast<float>(args.add_scale);
+    e.add_zero = static_cast<float>(args.add_zero_point);
+    const int64_t first = args.add_halo * (out.add_line + n);
+    e.add = e.add_codes ? static_cast<const void*>(data<uint8_t>(*add) + first)
+                        : static_cast<const void*>(data<float>(*add) + first);
+  }
+  (args.x_bits > 0 ? run_as<uint8_t> : run_as<float>)(input, layer, w, args, !x_nhwc, out);
+  if (!y_nhwc) to_planes(rows.get(), w.batch, w.pixels(), n, mutable_data<float>(y));
+  return codes ? y : to_dtype(y, dtype);
 }
 
 }  // namespace cora

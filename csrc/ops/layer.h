@@ -1,118 +1,94 @@
-// A packed layer with its adapter: what linear_lowrank and conv2d_lowrank share. A linear layer is the
-// convolution of a 1x1 image by a 1x1 kernel, so there is one driver.
+// What linear and 2-d convolution on a prepared layer share. A linear layer is the convolution of a
+// 1x1 image by a 1x1 kernel, so there is one driver.
 //
-//   layer.cpp        checks; the order of the passes
-//   layer_input.cpp  x -> padded, channels-last, and int8 codes where the input is quantised
-//   layer_tiles.cpp  weights -> panels; tiles and dot products; the epilogue
-//   depthwise.cpp    one input and one output channel a group
+//   prepare_layer.cpp  the packed layout -> a prepared layer
+//   layer.cpp          checks, the order of the steps, the output
+//   layer_input.cpp    x -> padded, channels last, and codes where the input is quantised
+//   layer_tiles.cpp    tiles of output positions by panels of output channels
+//   layer_gemv.cpp     a linear layer of a few rows
+//   depthwise.cpp      one input and one output channel a group
 #pragma once
 
-#include "bits.h"
-#include "check.h"
-#include "cpu/kernels.h"
-
-#include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include "ops/prepared.h"
 
 namespace cora {
 
-/// The op's arguments. After check_layer() optional tensors are as their names say in cora/ops.py.
+/// A packed layer's operands, as in cora/ops.py.
 struct LayerArgs {
   const char* op;
-  Tensor x, weight, scale, zero_point;
+  Tensor weight, scale, zero_point;
   int64_t bits;
-  OptTensor a, b, adapter_scale, bias, x_scale, x_zero_point;
-  int64_t x_bits;
+  OptTensor a, b, adapter_scale, bias;
+  bool linear;
 };
-
-/// Geometry; [0] is vertical, [1] horizontal.
-struct Window {
-  int64_t batch, channels, size[2];
-  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
-  int64_t groups = 1;
-
-  int64_t reach(int d) const { return dilation[d] * (kernel[d] - 1) + 1; }
-  int64_t padded(int d) const { return size[d] + 2 * padding[d]; }
-  int64_t out(int d) const { return (padded(d) - reach(d)) / stride[d] + 1; }
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t k() const { return group_channels() * taps(); }
-  int64_t pixels() const { return out(0) * out(1); }
-  int64_t rows() const { return batch * pixels(); }  // M: output positions
-};
-
-/// Checks every argument of the layer against n, k, groups; x's own shape is the caller's business.
 void check_layer(const LayerArgs& args, int64_t n, int64_t k, int64_t groups);
+Tensor prepare_layer(const LayerArgs& args, const Window& window);
 
-/// y float32 [rows, n], channels last. `nchw`: x's channels are its slow dimension.
-void run_layer(const LayerArgs& args, const Window& window, bool nchw, float* y);
-
-// --- Between the passes -----------------------------------------------------------------------
-
-/// 64-byte aligned, uninitialised, with 64 bytes to spare: kernels may read a little past the end.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + 191) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
+/// How a layer is run: its input's quantizer and the epilogue.
+struct RunArgs {
+  const char* op;
+  int64_t x_bits = 0;  // 0: float
+  std::optional<double> x_scale;
+  int64_t x_zero_point = 0;
+  int64_t x_halo = 0;
+  OptTensor add;
+  double add_scale = 1;
+  int64_t add_zero_point = 0, add_halo = 0;
+  double low = 0, high = 0;  // clamp
+  std::optional<double> out_scale;
+  int64_t out_zero_point = 0, out_halo = 0;
 };
+Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args);
 
-/// x as the kernels read it: padded and channels last; T is float, or int8 (code - 128).
-template <typename T>
+// --- Between the steps ------------------------------------------------------------------------
+
+/// x as the kernels read it: padded and channels last; X is float, or uint8_t codes.
+template <typename X>
 struct LayerInput {
-  const T* x;
-  Buffer<T> storage;           // empty when x is the caller's own tensor
-  Buffer<float> scale;         // int8: [batch]
-  Buffer<int32_t> zero;        // int8: [batch], zero-point - 128
+  const X* x;                  // the first output position's first element
+  Buffer<X> storage;           // empty when x is the caller's own tensor
+  Buffer<float> scale;         // codes: [batch]
+  Buffer<int32_t> zero;        // codes: [batch]
+  bool uniform = true;         // one scale and zero-point for the batch
+  bool slack = false;          // reads of a tile past the end are fine
   int64_t image, line, pixel;  // strides in elements
-
-  /// Offset of output position m's first tap.
-  int64_t offset(const Window& w, int64_t m) const {
-    const int64_t b = m / w.pixels(), rest = m % w.pixels();
-    return b * image + rest / w.out(1) * w.stride[0] * line + rest % w.out(1) * w.stride[1] * pixel;
-  }
 };
 
-template <typename T>
-LayerInput<T> prepare_input(const LayerArgs& args, const Window& window, bool nchw);
+/// The channels-last destination: element (image, y, x, channel 0) and what happens on the way there.
+struct LayerOutput {
+  cpu::Epilogue epilogue;  // its add and y point at position (0, 0, 0)
+  int64_t image, line, pixel;
+  int64_t add_image, add_line, add_pixel;
+};
 
-/// The weight and adapter as raw pointers.
-struct LayerWeights {
+template <typename X>
+LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& window, const RunArgs& args, bool nchw);
+
+template <typename X>
+void run_tiles(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);
+/// Few rows of a linear layer.
+template <typename X>
+void run_gemv(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);
+template <typename X>
+void run_depthwise(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);
+
+struct LayerSource;
+void plan_depthwise(LayerHeader& header);
+void fill_depthwise(const LayerHeader& header, const LayerSource& source, uint8_t* blob);
+
+/// Raw pointers to what a layer is prepared from.
+struct LayerSource {
   const uint8_t* packed;
   const float* scale;
   const int32_t* zero_point;
-  const float* bias;      // or null
-  const int8_t* a_codes;  // [groups * rank, k], or null
-  const float* a_float;   // the same as floats, or null
-  const float* a_scale;   // [groups * rank] with a_codes
-  const float* b;         // [n, rank]
-  int64_t n, k, rank, row_stride;
-  int bits;
+  const int8_t* a_codes;
+  const float *a_float, *a_scale;
+  const int8_t* b_codes;
+  const float *b_float, *bias;
+  int64_t row_stride;
   QParamShape q;
 
-  /// Index of row r's first scale.
-  int64_t first_scale(int64_t r) const { return q.rows == 1 ? 0 : r * q.groups; }
+  int64_t first_scale(int64_t row) const { return q.rows == 1 ? 0 : row * q.groups; }
 };
-
-template <typename T>
-void run_tiles(const LayerWeights& weights, const Window& window, const LayerInput<T>& input, float* y);
-template <typename T>
-void run_depthwise(const LayerWeights& weights, const Window& window, const LayerInput<T>& input, float* y);
-
-/// True when float(code - zero_point) * (x - zx) sums over `count` terms fit int32.
-bool fits_int32(const LayerWeights& weights, int64_t count);
 
 }  // namespace cora

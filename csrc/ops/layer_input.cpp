@@ -27,74 +27,98 @@ void dynamic_qparams(const float* x, int64_t batch, int64_t count, float top, Bu
     const float hi = *std::max_element(&high[b * chunks], &high[b * chunks] + chunks);
     const float step = (hi - lo) / top;
     scale[b] = step > 0 ? step : 1.0f;
-    zero[b] = static_cast<int32_t>(std::clamp(std::nearbyint(-lo / scale[b]), 0.0f, top)) - 128;
+    zero[b] = static_cast<int32_t>(std::clamp(std::nearbyint(-lo / scale[b]), 0.0f, top));
   }
 }
 
-}  // namespace
-
-template <typename T>
-LayerInput<T> prepare_input(const LayerArgs& args, const Window& w, bool nchw) {
-  constexpr bool kQuantised = std::is_same_v<T, int8_t>;
-  const float* x = data<float>(args.x);
-  const int64_t c = w.channels, plane = w.size[0] * w.size[1];
-  nchw = nchw && plane > 1 && c > 1;
-  LayerInput<T> in{};
-  in.pixel = c;
-  in.line = w.padded(1) * c;
-  in.image = w.padded(0) * in.line;
-
-  const float top = static_cast<float>(kQuantised ? max_code(static_cast<int>(args.x_bits)) : 0);
-  if constexpr (kQuantised) {
-    in.scale = Buffer<float>(w.batch);
-    in.zero = Buffer<int32_t>(w.batch);
-    if (args.x_scale.has_value()) {
-      std::fill_n(in.scale.get(), w.batch, *data<float>(*args.x_scale));
-      std::fill_n(in.zero.get(), w.batch, *data<int32_t>(*args.x_zero_point) - 128);
-    } else {
-      dynamic_qparams(x, w.batch, c * plane, top, in.scale, in.zero);
-    }
-  } else if (!nchw && w.padding[0] == 0 && w.padding[1] == 0) {
-    in.x = x;
-    return in;
-  }
-
-  in.storage = Buffer<T>(w.batch * in.image);
-  in.x = in.storage.get();
-  const auto transpose = cpu::k_transpose();
-  const auto quantize = cpu::k_quantize_s8();
-  const int64_t row = w.size[1] * c, lines = w.padded(0), side = w.padding[1] * c;
+/// Calls line(image, y, out) for every line of the padded input, `out` at its first pixel; fills the padding.
+template <typename X, typename Line>
+void for_padded_lines(const LayerInput<X>& in, const Window& w, const Line& line) {
+  const int64_t row = w.size[1] * w.channels, lines = w.padded(0), side = w.padding[1] * w.channels;
   parallel_for(w.batch * lines, std::max<int64_t>(1, kChunk / in.line), [&](int64_t begin, int64_t end) {
-    Buffer<float> scratch(kQuantised && nchw ? row : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / lines, h = i % lines - w.padding[0];
-      T zero = 0;
-      if constexpr (kQuantised) zero = static_cast<T>(in.zero[b]);
-      T* out = in.storage.get() + i * in.line;
+      X zero = 0;
+      if constexpr (std::is_same_v<X, uint8_t>) zero = static_cast<X>(in.zero[b]);
+      X* out = in.storage.get() + i * in.line;
       if (h < 0 || h >= w.size[0]) {
         std::fill_n(out, in.line, zero);
         continue;
       }
       std::fill_n(out, side, zero);
       std::fill_n(out + side + row, side, zero);
-      const float* from = nchw ? x + b * c * plane + h * w.size[1] : x + (b * plane + h * w.size[1]) * c;
-      if constexpr (kQuantised) {
-        if (nchw) {
-          transpose(from, plane, c, w.size[1], scratch.get(), c);
-          from = scratch.get();
-        }
-        quantize(from, {in.scale[b], static_cast<float>(in.zero[b] + 128), top}, row, out + side);
-      } else if (nchw) {
-        transpose(from, plane, c, w.size[1], out + side, c);
-      } else {
-        std::copy_n(from, row, out + side);
-      }
+      line(b, h, out + side);
     }
   });
+}
+
+}  // namespace
+
+template <typename X>
+LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w, const RunArgs& args, bool nchw) {
+  constexpr bool kCodes = std::is_same_v<X, uint8_t>;
+  const int64_t c = w.channels, plane = w.size[0] * w.size[1];
+  nchw = nchw && plane > 1 && c > 1;
+  LayerInput<X> in{};
+  in.pixel = c;
+  if constexpr (kCodes) {
+    in.scale = Buffer<float>(w.batch);
+    in.zero = Buffer<int32_t>(w.batch);
+    if (args.x_scale.has_value()) {
+      std::fill_n(in.scale.get(), w.batch, static_cast<float>(*args.x_scale));
+      std::fill_n(in.zero.get(), w.batch, static_cast<int32_t>(args.x_zero_point));
+    } else {
+      dynamic_qparams(data<float>(x), w.batch, c * plane, static_cast<float>(max_code(static_cast<int>(args.x_bits))),
+                      in.scale, in.zero);
+      in.uniform = w.batch == 1;
+    }
+  }
+
+  if (x.scalar_type() == ScalarType::Byte || (!kCodes && !nchw)) {  // the right order already
+    const int64_t halo = args.x_halo;
+    const X* first = data<X>(x);
+    const int64_t line = (w.size[1] + 2 * halo) * c, image = (w.size[0] + 2 * halo) * line;
+    // Read in place where its border is wide enough and no kernel reads past its end.
+    const bool aligned = !kCodes || layer.segment_run() % cpu::tile_shape(cpu::active_isa()).align == 0;
+    if (halo >= w.padding[0] && halo >= w.padding[1] && aligned) {
+      in.line = line;
+      in.image = image;
+      in.x = first + (halo - w.padding[0]) * line + (halo - w.padding[1]) * c;
+      return in;
+    }
+    in.line = w.padded(1) * c;
+    in.image = w.padded(0) * in.line;
+    in.storage = Buffer<X>(w.batch * in.image + cpu::kMaxTileM * c);
+    for_padded_lines(in, w, [&](int64_t b, int64_t h, X* out) {
+      std::copy_n(first + b * image + (h + halo) * line + halo * c, w.size[1] * c, out);
+    });
+  } else {
+    in.line = w.padded(1) * c;
+    in.image = w.padded(0) * in.line;
+    in.storage = Buffer<X>(w.batch * in.image + cpu::kMaxTileM * c);
+    const float* first = data<float>(x);
+    const int64_t row = w.size[1] * c;
+    if constexpr (kCodes) {
+      const float top = static_cast<float>(max_code(static_cast<int>(args.x_bits)));
+      for_padded_lines(in, w, [&](int64_t b, int64_t h, X* out) {
+        const cpu::RunParams params{in.scale[b], static_cast<float>(in.zero[b]), top};
+        if (nchw)
+          cpu::k_quantize_transpose()(first + b * c * plane + h * w.size[1], plane, c, w.size[1], params, out, c);
+        else
+          cpu::k_quantize_u8()(first + (b * plane + h * w.size[1]) * c, params, row, out);
+      });
+    } else {
+      for_padded_lines(in, w, [&](int64_t b, int64_t h, X* out) {
+        cpu::k_transpose()(first + b * c * plane + h * w.size[1], plane, c, w.size[1], out, c);
+      });
+    }
+  }
+  in.x = in.storage.get();
+  in.slack = true;
   return in;
 }
 
-template LayerInput<float> prepare_input(const LayerArgs&, const Window&, bool);
-template LayerInput<int8_t> prepare_input(const LayerArgs&, const Window&, bool);
+template LayerInput<float> prepare_input(const Tensor&, const Layer&, const Window&, const RunArgs&, bool);
+template LayerInput<uint8_t> prepare_input(const Tensor&, const Layer&, const Window&, const RunArgs&, bool);
 
 }  // namespace cora

@@ -1,0 +1,135 @@
+// A prepared layer: weight, adapter, bias and geometry in the order the CPU kernels read them, as one
+// uint8 tensor. The weight keeps its bits; the order is the same on every CPU level.
+//
+// Output channels are lanes, in panels of 32 a group; K is walked as `taps` runs of `run` elements, cut
+// into `segments` where scale groups are. A panel's weight is quad-rows (cpu/planes.h)
+// [segments][taps][quads]; every per-lane array is [panels][segments][32] or [panels][32].
+#pragma once
+
+#include "bits.h"
+#include "check.h"
+#include "cpu/kernels.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace cora {
+
+/// Geometry; [0] is vertical, [1] horizontal.
+struct Window {
+  int64_t batch, channels, size[2];
+  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  int64_t groups = 1;
+
+  int64_t reach(int d) const { return dilation[d] * (kernel[d] - 1) + 1; }
+  int64_t padded(int d) const { return size[d] + 2 * padding[d]; }
+  int64_t out(int d) const { return (padded(d) - reach(d)) / stride[d] + 1; }
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t k() const { return group_channels() * taps(); }
+  int64_t pixels() const { return out(0) * out(1); }
+  int64_t rows() const { return batch * pixels(); }  // M: output positions
+};
+
+/// The order in which a layer's K is walked.
+enum class Walk : int32_t {
+  kTaps,     // tap by tap, a group's channels contiguous
+  kLines,    // kernel row by kernel row, (column, channel) contiguous: longer runs
+  kNatural,  // channel by channel: for scale groups that cut through a channel's taps; x is copied
+};
+
+enum class AdapterKind : int32_t { kNone, kInt8, kFloat };
+
+struct LayerHeader {
+  uint64_t magic;
+  int64_t bytes;
+  int64_t n, channels, kernel[2], stride[2], padding[2], dilation[2], groups;
+  int64_t taps, run, segments, panels, chunks, rank;  // panels and chunks (of 32 ranks) a group
+  int32_t bits;
+  Walk walk;
+  AdapterKind adapter;
+  bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
+  // Offsets of the arrays below, in bytes.
+  int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b;
+};
+
+/// Views into a prepared layer. Weight lanes that do not exist have scale 0.
+struct Layer {
+  const LayerHeader* h;
+
+  template <typename T>
+  const T* at(int64_t offset) const {
+    return reinterpret_cast<const T*>(reinterpret_cast<const uint8_t*>(h) + offset);
+  }
+  int64_t group_n() const { return h->n / h->groups; }
+  int64_t group_channels() const { return h->channels / h->groups; }
+  int64_t segment_run() const { return h->run / h->segments; }
+  int64_t quads() const { return (segment_run() + cpu::kQuad - 1) / cpu::kQuad; }  // of a segment's run
+  int64_t a_quads() const { return (h->run + cpu::kQuad - 1) / cpu::kQuad; }
+  int64_t segment_bytes() const { return h->taps * quads() * cpu::quad_row_bytes(h->bits); }
+
+  // p counts panels over all groups, s segments.
+  const uint8_t* codes(int64_t p, int64_t s) const {
+    return at<uint8_t>(h->codes) + (p * h->segments + s) * segment_bytes();
+  }
+  const uint8_t* offset(int64_t p, int64_t s) const { return lanes<uint8_t>(h->offset, p, s); }
+  const float* scale(int64_t p, int64_t s) const { return lanes<float>(h->scale, p, s); }
+  const int32_t* zero_point(int64_t p, int64_t s) const { return lanes<int32_t>(h->zero_point, p, s); }
+  /// zero_point - offset: what of a zero-point does not fit the int8 weights.
+  const int32_t* far(int64_t p, int64_t s) const { return lanes<int32_t>(h->far_zero, p, s); }
+  /// Sum of code - offset.
+  const int32_t* wsum(int64_t p, int64_t s) const { return lanes<int32_t>(h->wsum, p, s); }
+  const float* bias(int64_t p) const {
+    return h->has_bias ? at<float>(h->bias) + p * cpu::kLanes : nullptr;
+  }
+  // The adapter, q counting chunks over all groups: A as quad-rows [taps][a_quads] of
+  // 8-bit codes with zero-point 128, or floats [taps][run][32]; B int8 or float [rank][32] a panel.
+  int64_t a_size() const {
+    return h->adapter == AdapterKind::kInt8 ? h->taps * a_quads() * cpu::kQuadRow
+                                            : h->taps * h->run * cpu::kLanes * int64_t{sizeof(float)};
+  }
+  template <typename T>
+  const T* a(int64_t q) const {
+    return at<T>(h->a + q * a_size());
+  }
+  const float* a_scale(int64_t q) const { return at<float>(h->a_scale) + q * cpu::kLanes; }
+  const int32_t* a_sum(int64_t q) const { return at<int32_t>(h->a_sum) + q * cpu::kLanes; }
+  template <typename T>
+  const T* b(int64_t p) const {
+    return at<T>(h->b) + p * h->rank * cpu::kLanes;
+  }
+
+ private:
+  template <typename T>
+  const T* lanes(int64_t offset, int64_t p, int64_t s) const {
+    return at<T>(offset) + (p * h->segments + s) * cpu::kLanes;
+  }
+};
+
+/// Checks that `blob` is a prepared layer and returns its view.
+Layer view_layer(const char* op, const Tensor& blob);
+
+/// 64-byte aligned, uninitialised, with kSlack bytes to spare: kernels may read a little past the end.
+constexpr int64_t kSlack = 64;
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(
+            std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + kSlack + 63) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+}  // namespace cora
