@@ -543,11 +543,11 @@ def correct_biases(
     for name, layer in layers.items():
         if shifts[name]:
             shift = torch.stack(shifts[name]).mean(0)
-            layer.bias = shift if layer.bias is None else layer.bias + shift
+            layer.set_bias(shift if layer.bias is None else layer.bias + shift)
     if calibration.divergence(qmodel) < before:
         return True
     for name, layer in layers.items():
-        layer.bias = biases[name]
+        layer.set_bias(biases[name])
     return False
 
 

@@ -243,6 +243,11 @@ class QuantLayer(nn.Module):
         self.x_zero_point = zero_point.reshape(1).to(torch.int32)
         self.prepare()
 
+    def set_bias(self, bias: Tensor | None) -> None:
+        """Replace the bias, float32 [N]."""
+        self.bias = bias
+        self.prepare()
+
     def prepare(self) -> None:
         """Bring `prepared` up to date with the buffers."""
         self._range: tuple[float | None, int] = (None, 0)
