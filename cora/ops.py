@@ -461,9 +461,10 @@ def lowrank_factors(
     """Best rank-r approximation ``B @ A`` of each group's rows of a residual, optionally weighted.
 
     Minimises ``||(residual_g - B_g A_g) moment^(1/2)||_F``; without moment, plain. Computed from
-    the Gram matrix of the smaller side in float64 and its eigenvectors; B and A share the singular
-    values evenly (unweighted: B = U sqrt(S), A = sqrt(S) V^T). Each component's sign is fixed by
-    making the entry of U largest in magnitude positive.
+    the Gram matrix of the smaller side and its eigenvectors, in float64 where that is cheap; B and
+    A share the singular values evenly (unweighted: B = U sqrt(S), A = sqrt(S) V^T). Each
+    component's sign is fixed by making the entry of U largest in magnitude positive. Of large
+    matrices, singular values beyond ``rank`` are good to a thousandth of the largest.
 
     Args:
         residual: float32 [N, K].

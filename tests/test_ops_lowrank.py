@@ -59,13 +59,27 @@ def test_full_rank_reproduces_the_residual(n: int, k: int, groups: int, weighted
     torch.testing.assert_close(product(a, b, groups), residual, rtol=1e-5, atol=1e-5)
 
 
-def test_captures_the_optimal_energy() -> None:
-    residual = torch.randn(64, 300)
-    a, b, values = ops.lowrank_factors(residual, 8)
-    left = (residual - b @ a).double().square().sum()
-    best = torch.linalg.svdvals(residual.double())[8:].square().sum()
-    assert abs(left / best - 1) < 1e-4
-    assert torch.allclose(values.double().square().sum(), residual.double().square().sum())
+# Small, and large enough for float32: wide, tall.
+@pytest.mark.parametrize("n,k", [(64, 300), (520, 610), (610, 520)])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_captures_the_optimal_energy(threads, n: int, k: int, weighted: bool, count: int) -> None:
+    threads(count)
+    residual, moment, root = torch.randn(n, k), None, torch.eye(k, dtype=torch.float64)
+    if weighted:
+        x = torch.randn(3 * k, k) * torch.logspace(0, -1.5, k)
+        moment = (x.T @ x / len(x))[None]
+        root = torch.linalg.cholesky(moment[0].double())
+    best = torch.linalg.svdvals(residual.double() @ root)
+    for rank in (8, min(n, k)):
+        a, b, values = ops.lowrank_factors(residual, rank, 1, moment)
+        assert (values.diff() <= 0).all()
+        left = ((residual - b @ a).double() @ root).square().sum()
+        energy = best.square().sum()
+        assert abs((energy - left) / best[:rank].square().sum() - 1) < 1e-6
+        torch.testing.assert_close(values[0, :8].double(), best[:8], rtol=1e-5, atol=0)
+        torch.testing.assert_close(values[0].double(), best, rtol=0, atol=1e-3 * float(best[0]))
+    torch.testing.assert_close(b @ a, residual, rtol=0, atol=1e-4)
 
 
 def test_weighting_beats_plain_in_its_own_norm() -> None:
@@ -110,12 +124,14 @@ def test_indefinite_moment_falls_back() -> None:
 
 
 def test_same_for_any_thread_count(threads) -> None:
-    residual, results = torch.randn(64, 200), []
-    for count in (1, 2):
-        threads(count)
-        results.append(ops.lowrank_factors(residual, 8))
-    for first, second in zip(*results, strict=True):
-        torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-6)
+    for n, k in ((64, 200), (700, 900)):
+        residual, results = torch.randn(n, 8) @ torch.randn(8, k) + 0.1 * torch.randn(n, k), []
+        for count in (1, 2):
+            threads(count)
+            a, b, values = ops.lowrank_factors(residual, 8)
+            results.append((a, b, values[:, :8]))
+        for first, second in zip(*results, strict=True):
+            torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
