@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from .calibration import Calibration
 from .compare import compare
 from .convert import dequantize, quantize
+from .fuse import FusedModel, fuse
 from .modules import (
     QuantConv1d,
     QuantConv2d,
@@ -25,6 +26,7 @@ from .serialization import load, save
 
 __all__ = [
     "Calibration",
+    "FusedModel",
     "QuantConv1d",
     "QuantConv2d",
     "QuantConv3d",
@@ -38,6 +40,7 @@ __all__ = [
     "SearchConfig",
     "compare",
     "dequantize",
+    "fuse",
     "load",
     "quantize",
     "save",

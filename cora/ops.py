@@ -28,6 +28,8 @@ __all__ = [
     "isa",
     "linear_lowrank",
     "lowrank_factors",
+    "max_pool2d_codes",
+    "mean_codes",
     "pack_bits",
     "prepare_layer",
     "quantize_activation",
@@ -119,6 +121,18 @@ def _check_qparams(op: str, scale: Tensor, zero_point: Tensor, rows: Any, cols: 
     first = "1" if rows == 1 else f"1 or {rows}"
     _check(fits, op, f"scale must have shape [{first}, G] with G a divisor of {cols}, got {shape}")
     _check_shape(op, "zero_point", zero_point, shape)
+
+
+def _check_window(
+    op: str, kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> None:
+    for name, values, least in (
+        ("kernel_size", kernel_size, 1),
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        _check(min(values) >= least, op, f"{name} must be >= {least}, got {list(values)}")
 
 
 def _row_bytes(k: Any, bits: int) -> Any:
@@ -374,6 +388,99 @@ def _(codes: Tensor, scale: float, zero_point: int, halo: int) -> Tensor:
         what = f"codes must hold the border of {halo} pixels, got shape {list(codes.shape)}"
         _check(codes.shape[2] >= 2 * halo and codes.shape[3] >= 2 * halo, op, what)
     return _new_activation(codes, -halo, torch.float32)
+
+
+def max_pool2d_codes(
+    x: Tensor,
+    zero_point: int,
+    x_halo: int,
+    kernel_size: _Pair,
+    stride: _Pair,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    ceil_mode: bool = False,
+    out_halo: int = 0,
+) -> Tensor:
+    """``torch.nn.functional.max_pool2d`` of codes; borders and padding are never the maximum.
+
+    Args:
+        x: uint8 channels_last [batch, channels, H + 2 * x_halo, W + 2 * x_halo].
+        zero_point: 0..255, what borders hold.
+        x_halo, out_halo: pixels around each image of x and of the result.
+        kernel_size, stride, padding, dilation: one int, or (vertical, horizontal).
+        ceil_mode: a last window may hang over the end.
+
+    Returns:
+        uint8 channels_last [batch, channels, H' + 2 * out_halo, W' + 2 * out_halo].
+    """
+    pairs = (_pair(v) for v in (kernel_size, stride, padding, dilation))
+    return _ops.max_pool2d_codes.default(x, zero_point, x_halo, *pairs, ceil_mode, out_halo)
+
+
+def mean_codes(x: Tensor, scale: float, zero_point: int, x_halo: int = 0) -> Tensor:
+    """Mean of ``scale * (code - zero_point)`` over height and width.
+
+    Args:
+        x: uint8 channels_last [batch, channels, H + 2 * x_halo, W + 2 * x_halo].
+        scale: finite and > 0; rounded to float32.
+        zero_point: 0..255.
+        x_halo: pixels around each image.
+
+    Returns:
+        float32 [batch, channels].
+    """
+    return _ops.mean_codes.default(x, scale, zero_point, x_halo)
+
+
+def _check_image(op: str, x: Tensor, zero_point: int, halo: int) -> None:
+    _check_dtype(op, "x", x, torch.uint8)
+    _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
+    _check(0 <= zero_point <= 255, op, f"zero_point must be 0..255, got {zero_point}")
+    _check(halo >= 0, op, f"halo must be >= 0, got {halo}")
+    what = f"x must hold pixels inside a border of {halo}, got shape {list(x.shape)}"
+    _check(x.shape[2] > 2 * halo, op, what)
+    _check(x.shape[3] > 2 * halo, op, what)
+
+
+@torch.library.register_fake("cora::max_pool2d_codes")
+def _(
+    x: Tensor,
+    zero_point: int,
+    x_halo: int,
+    kernel_size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    out_halo: int,
+) -> Tensor:
+    op = "max_pool2d_codes"
+    _check_image(op, x, zero_point, x_halo)
+    _check(out_halo >= 0, op, f"out_halo must be >= 0, got {out_halo}")
+    _check_window(op, kernel_size, stride, padding, dilation)
+    size = []
+    for d in range(2):
+        half = f"padding must be at most half of kernel_size, got {padding[d]} and {kernel_size[d]}"
+        _check(2 * padding[d] <= kernel_size[d], op, half)
+        pixels = x.shape[2 + d] - 2 * x_halo
+        reach = dilation[d] * (kernel_size[d] - 1) + 1
+        room = pixels + 2 * padding[d] - reach + (stride[d] - 1 if ceil_mode else 0)
+        what = f"x must be at least as large as a window along dimension {2 + d}, got {pixels}"
+        _check(room >= 0, op, what)
+        count = room // stride[d] + 1
+        if ceil_mode and (count - 1) * stride[d] >= pixels + padding[d]:
+            count -= 1
+        size.append(count)
+    shape = [*x.shape[:2], size[0] + 2 * out_halo, size[1] + 2 * out_halo]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@torch.library.register_fake("cora::mean_codes")
+def _(x: Tensor, scale: float, zero_point: int, x_halo: int) -> Tensor:
+    op = "mean_codes"
+    _check_image(op, x, zero_point, x_halo)
+    _check(0 < scale < math.inf, op, f"scale must be finite and > 0, got {scale}")
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
 # --- Packing -------------------------------------------------------------------------------------
@@ -807,13 +914,7 @@ def _(
 ) -> Tensor:
     op = "conv2d_lowrank"
     _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
-    for name, values, least in (
-        ("kernel_size", kernel_size, 1),
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        _check(min(values) >= least, op, f"{name} must be >= {least}, got {list(values)}")
+    _check_window(op, kernel_size, stride, padding, dilation)
     channels = x.shape[1]
     divides = groups >= 1 and channels % groups == 0
     _check(divides, op, f"groups must divide the {channels} channels, got {groups}")

@@ -6,6 +6,9 @@ float64, so an oracle is closer to the true value than any kernel; integers are 
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,9 +20,13 @@ __all__ = [
     "fake_quantize",
     "linear_lowrank",
     "lowrank_factors",
+    "max_pool2d_codes",
+    "mean_codes",
     "pack_bits",
     "quantize_activation",
+    "prepare_layer",
     "residual_svd_init",
+    "run_layer",
     "unpack_bits",
 ]
 
@@ -67,8 +74,7 @@ def quantize_activation(
     codes = q.nan_to_num(nan=0.0).clamp(0, 2**bits - 1).to(torch.uint8)
     if x.dim() != 4:
         return codes
-    codes = F.pad(codes, (halo, halo, halo, halo), value=zero_point)
-    return codes.contiguous(memory_format=torch.channels_last)
+    return _with_halo(codes, zero_point, halo)
 
 
 def dequantize_activation(codes: Tensor, scale: float, zero_point: int, halo: int = 0) -> Tensor:
@@ -76,9 +82,40 @@ def dequantize_activation(codes: Tensor, scale: float, zero_point: int, halo: in
     x = torch.tensor(scale, dtype=torch.float32) * (codes.int() - zero_point).float()
     if codes.dim() != 4:
         return x
+    return _without_halo(x, halo).contiguous(memory_format=torch.channels_last)
+
+
+def max_pool2d_codes(
+    x: Tensor,
+    zero_point: int,
+    x_halo: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    ceil_mode: bool = False,
+    out_halo: int = 0,
+) -> Tensor:
+    """torch's max pool of the codes as floats, without the border."""
+    image = _without_halo(x, x_halo).float()
+    codes = F.max_pool2d(image, kernel_size, stride, padding, dilation, ceil_mode).to(torch.uint8)
+    return _with_halo(codes, zero_point, out_halo)
+
+
+def mean_codes(x: Tensor, scale: float, zero_point: int, x_halo: int = 0) -> Tensor:
+    """Mean of the numbers, in float64."""
+    s = torch.tensor(scale, dtype=torch.float32).double()
+    return ((_without_halo(x, x_halo).double() - zero_point) * s).mean((2, 3)).float()
+
+
+def _without_halo(codes: Tensor, halo: int) -> Tensor:
     height, width = codes.shape[2:]
-    x = x[:, :, halo : height - halo, halo : width - halo]
-    return x.contiguous(memory_format=torch.channels_last)
+    return codes[:, :, halo : height - halo, halo : width - halo]
+
+
+def _with_halo(codes: Tensor, zero_point: int, halo: int) -> Tensor:
+    codes = F.pad(codes, (halo, halo, halo, halo), value=zero_point)
+    return codes.contiguous(memory_format=torch.channels_last)
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -243,3 +280,83 @@ def conv2d_lowrank(
     if bias is not None:
         y = y + bias.double()[:, None, None]
     return y.to(x.dtype)
+
+
+def prepare_layer(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    channels: int,
+    kernel_size: tuple[int, ...] = (),
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    groups: int = 1,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    adapter_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> dict[str, Any]:
+    """The arguments of linear_lowrank or conv2d_lowrank: nothing is prepared."""
+    layer: dict[str, Any] = {
+        "weight": codes,
+        "scale": scale,
+        "zero_point": zero_point,
+        "bits": bits,
+    }
+    if kernel_size:
+        layer |= {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+        layer |= {"dilation": dilation, "groups": groups}
+    return {**layer, "a": a, "b": b, "adapter_scale": adapter_scale, "bias": bias}
+
+
+def run_layer(
+    x: Tensor,
+    layer: dict[str, Any],
+    geometry: list[int],
+    x_scale: float | None = None,
+    x_zero_point: int = 0,
+    x_bits: int = 0,
+    x_halo: int = 0,
+    add: Tensor | None = None,
+    add_scale: float = 1.0,
+    add_zero_point: int = 0,
+    add_halo: int = 0,
+    clamp_min: float = -math.inf,
+    clamp_max: float = math.inf,
+    out_scale: float | None = None,
+    out_zero_point: int = 0,
+    out_halo: int = 0,
+) -> Tensor:
+    """Dequantize what is codes, run the layer in float64, add, clamp, quantize.
+
+    Codes may differ by one from a kernel's: it rounds the same number at the end of float32 steps.
+    """
+    image = "kernel_size" in layer
+
+    def real(t: Tensor, scale: float, zero_point: int, halo: int) -> Tensor:
+        if t.dtype != torch.uint8:
+            return t.double()
+        return (_without_halo(t, halo) if image else t).double().sub(zero_point) * _f32(scale)
+
+    if x.dtype == torch.uint8:
+        xh = real(x, x_scale or 0.0, x_zero_point, x_halo)
+    else:
+        xh = x.float()
+        if x_bits and x.numel():
+            rows = xh if image else xh.reshape(-1, xh.shape[-1])
+            scale = None if x_scale is None else torch.tensor([x_scale])
+            xh = _quantize_input(rows, scale, torch.tensor([x_zero_point]), x_bits).reshape(x.shape)
+    y = (conv2d_lowrank if image else linear_lowrank)(xh.double(), **layer)
+    if add is not None:
+        y = y + real(add, add_scale, add_zero_point, add_halo)
+    y = y.clamp(clamp_min, clamp_max)
+    if out_scale is None:
+        return y.to(torch.float32 if x.dtype == torch.uint8 else x.dtype)
+    codes = ((y / _f32(out_scale)).round() + out_zero_point).clamp(0, 255).to(torch.uint8)
+    return _with_halo(codes, out_zero_point, out_halo) if image else codes
+
+
+def _f32(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32))

@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(cora, m) {
       " -> (Tensor grad_x, Tensor grad_scale)");
   m.def("quantize_activation(Tensor x, float scale, int zero_point, int bits, int halo) -> Tensor");
   m.def("dequantize_activation(Tensor codes, float scale, int zero_point, int halo) -> Tensor");
+  m.def(
+      "max_pool2d_codes(Tensor x, int zero_point, int x_halo, int[2] kernel_size, int[2] stride, int[2] padding,"
+      " int[2] dilation, bool ceil_mode, int out_halo) -> Tensor");
+  m.def("mean_codes(Tensor x, float scale, int zero_point, int x_halo) -> Tensor");
   m.def("pack_bits(Tensor codes, int bits) -> Tensor");
   m.def("unpack_bits(Tensor packed, int bits, int k) -> Tensor");
   m.def("dequantize_packed(Tensor packed, Tensor scale, Tensor zero_point, int bits, int k) -> Tensor");

@@ -1,0 +1,518 @@
+"""A packed model as one fused graph: layers hand each other 8-bit codes.
+
+`fuse` traces a packed model and rewrites it in two passes:
+
+1. *Layers.* A packed layer takes what follows it into its epilogue: an addition and a ReLU (ReLU6,
+   Hardtanh).
+2. *Codes.* A tensor that only packed layers of one static input range read (or additions, max pools,
+   global averages, concatenations on the way to such layers) is quantized once, by the layer that
+   makes it: uint8, channels last, with the border that its readers pad by. max(), concatenation and
+   flattening work on codes as they are.
+
+Everything else stays float and runs as it did. A code is rounded from the same float number as in the
+unfused model; what differs is that an addition reads the codes of its other operand.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import operator
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from . import ops
+from .batches import Batch
+from .fold import FoldedBatchNorm
+from .modules import QuantConv2d, QuantLayer, QuantLinear
+
+__all__ = ["Codes", "FusedLayer", "FusedModel", "fuse"]
+
+_MAX_HALO = 3  # a layer that pads by more copies its input
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A tensor as uint8 codes: scale * (code - zero_point), and `halo` border pixels of zero_point."""
+
+    scale: float
+    zero_point: int
+    bits: int
+    halo: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit codes" + (f", halo {self.halo}" if self.halo else "")
+
+
+# --- The modules of a fused graph ----------------------------------------------------------------
+
+
+class FusedLayer(nn.Module):
+    """A packed layer with what follows it: y = clamp(layer(x) + add, low, high), as float or codes."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = ""  # the layer's in the packed model
+        self.low, self.high = -math.inf, math.inf
+        self.adds = False
+        self.range: Codes | None = None  # the quantizer of its input, if that is static
+        if layer.activation_bits and layer.x_scale is not None and layer.x_zero_point is not None:
+            self.range = Codes(float(layer.x_scale), int(layer.x_zero_point), layer.activation_bits)
+        self.set_codes(None, None, None)
+
+    def set_codes(self, input: Codes | None, add: Codes | None, output: Codes | None) -> None:
+        """Say which tensors are codes, and gather the constants of the call."""
+        self.input, self.add, self.output = input, add, output
+        high = self.high
+        if output is not None and output.bits < 8:  # the largest code is below 255
+            high = min(high, output.scale * (2**output.bits - 1 - output.zero_point))
+        self.before_add = (
+            self.range.scale if self.range else None,
+            self.range.zero_point if self.range else 0,
+            self.layer.activation_bits or 0,
+            input.halo if input else 0,
+        )
+        self.after_add = (
+            *((add.scale, add.zero_point, add.halo) if add else (1.0, 0, 0)),
+            self.low,
+            high,
+            *((output.scale, output.zero_point, output.halo) if output else (None, 0, 0)),
+        )
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        layer = self.layer
+        return ops.run_layer(
+            x, layer.prepared, layer.geometry, *self.before_add, add, *self.after_add
+        )
+
+    def describe(self) -> str:
+        """What it does, in words."""
+        words = [type(self.layer).float_type.__name__]
+        if self.input is None and self.range is not None:
+            words.insert(0, "quantize")
+        if self.adds:
+            words.append("add" if self.add is None else "add codes")
+        if (self.low, self.high) != (-math.inf, math.inf):
+            words.append("relu" if self.high == math.inf else f"clamp({self.low:g}, {self.high:g})")
+        return " + ".join(words)
+
+    def extra_repr(self) -> str:
+        return f"{self.describe()} -> {self.output or 'float'}"
+
+
+class MaxPoolCodes(nn.Module):
+    """`nn.MaxPool2d` on codes."""
+
+    def __init__(self, window: dict[str, Any], codes: Codes, out_halo: int) -> None:
+        super().__init__()
+        self.window, self.codes, self.out_halo = window, codes, out_halo
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.codes
+        return ops.max_pool2d_codes(
+            x, codes.zero_point, codes.halo, **self.window, out_halo=self.out_halo
+        )
+
+
+class MeanOfCodes(nn.Module):
+    """The mean over height and width of codes, float32."""
+
+    def __init__(self, codes: Codes, keepdim: bool) -> None:
+        super().__init__()
+        self.codes, self.keepdim = codes, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.codes
+        y = ops.mean_codes(x, codes.scale, codes.zero_point, codes.halo)
+        return y[:, :, None, None] if self.keepdim else y
+
+
+class FusedModel(nn.Module):
+    """What `fuse` returns: an inference model that takes and gives what the packed model did."""
+
+    def __init__(self, graph_module: fx.GraphModule, rows: list[tuple[str, str, str]]) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.rows = rows
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graph_module(*args, **kwargs)
+
+    def summary(self) -> str:
+        """A line for each step: what it reads, what was fused into it, what it gives."""
+        widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
+        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in self.rows)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+
+# --- fuse ----------------------------------------------------------------------------------------
+
+
+def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
+    """Rewrite a packed model so that its layers hand each other codes.
+
+    Args:
+        qmodel: what `cora.quantize` or `cora.load` returned; its packed layers are shared, it is not
+            changed.
+        example: a batch of inputs (as for calibration); it tells types and ranks, other batch and image
+            sizes run too.
+
+    Returns:
+        The fused model; `print` it to see what was fused and what stays float.
+
+    Raises:
+        ValueError: no packed layers, in training mode, or torch.fx cannot trace the model.
+    """
+    if not any(isinstance(module, QuantLayer) for module in qmodel.modules()):
+        raise ValueError("qmodel: expected a model with packed layers, found none")
+    if any(module.training for module in qmodel.modules()):
+        raise ValueError("qmodel: expected a model in eval mode; call qmodel.eval()")
+    gm = _trace(nn.Sequential(qmodel) if isinstance(qmodel, QuantLayer) else qmodel)
+    _propagate_shapes(gm, Batch(example))
+    _make_functional(gm)
+    _fuse_layers(gm)
+    codes = _annotate(gm)
+    _set_codes(gm, codes)
+    gm.delete_all_unused_submodules()
+    gm.graph.lint()
+    gm.recompile()
+    return FusedModel(gm, _rows(gm, codes))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, QuantLayer | FoldedBatchNorm) or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def _trace(model: nn.Module) -> fx.GraphModule:
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's own code raises on a symbolic value
+        raise ValueError(
+            f"qmodel: torch.fx cannot trace {type(model).__name__} ({error}); fuse a part of it "
+            "that has no control flow on its data"
+        ) from error
+    for node in graph.nodes:
+        node.type = None  # an annotation of the model's code, which a pickle could not name
+    return fx.GraphModule(model, graph)
+
+
+def _propagate_shapes(gm: fx.GraphModule, batch: Batch) -> None:
+    """Note each value's shape and type on the example, as `node.meta["tensor_meta"]`."""
+    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
+    args = [*batch.args, *(batch.kwargs[name] for name in names if name in batch.kwargs)]
+    with torch.no_grad():
+        ShapeProp(gm).propagate(*copy.deepcopy(args))
+
+
+def _shape(node: fx.Node) -> torch.Size | None:
+    return getattr(node.meta.get("tensor_meta"), "shape", None)
+
+
+# --- What a node does ----------------------------------------------------------------------------
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def _module(gm: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _name(node: fx.Node) -> str:
+    if node.op not in ("call_function", "call_method"):
+        return ""
+    return (
+        "max_pool2d"
+        if node.target is F.max_pool2d
+        else getattr(node.target, "__name__", str(node.target))
+    )
+
+
+def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _clamp(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
+    """The bounds of a ReLU and its like."""
+    module, name = _module(gm, node), _name(node)
+    if type(module) is nn.ReLU or name == "relu":
+        return 0.0, math.inf
+    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
+        return float(module.min_val), float(module.max_val)
+    if name == "relu6":
+        return 0.0, 6.0
+    if name in ("hardtanh", "clamp", "clip"):
+        ends = (-1.0, 1.0) if name == "hardtanh" else (None, None)
+        key = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
+        low, high = (_argument(node, i + 1, key[i], ends[i]) for i in range(2))
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if isinstance(low, int | float) and isinstance(high, int | float):
+            return float(low), float(high)
+    return None
+
+
+def _max_pool(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
+    """The window of a max pool over height and width."""
+    module = _module(gm, node)
+    keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    if type(module) is nn.MaxPool2d:
+        window = {key: getattr(module, key) for key in keys}
+    elif _name(node) == "max_pool2d":
+        defaults = (None, None, 0, 1, False, False)
+        window = {key: _argument(node, i + 1, key, defaults[i]) for i, key in enumerate(keys)}
+    else:
+        return None
+    if window.pop("return_indices") or len(_shape(node) or ()) != 4:
+        return None
+    window["stride"] = window["stride"] or window["kernel_size"]
+    pairs = {key: [v, v] if isinstance(v, int) else list(v) for key, v in window.items()}
+    return {**pairs, "ceil_mode": bool(window["ceil_mode"])}
+
+
+def _mean(gm: fx.GraphModule, node: fx.Node) -> bool | None:
+    """Whether a mean over height and width keeps those dimensions; None if it is no such mean."""
+    module, name = _module(gm, node), _name(node)
+    if type(module) is nn.AdaptiveAvgPool2d or name == "adaptive_avg_pool2d":
+        size = module.output_size if module else _argument(node, 1, "output_size", None)
+        return True if size in (1, (1, 1), [1, 1]) else None
+    if name == "mean" and "dtype" not in node.kwargs:
+        dims = _argument(node, 1, "dim", None)
+        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
+            return bool(_argument(node, 2, "keepdim", False))
+    return None
+
+
+def _is_flatten(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module = _module(gm, node)
+    if type(module) is nn.Flatten:
+        return (module.start_dim, module.end_dim) == (1, -1)
+    ends = _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)
+    return _name(node) == "flatten" and ends == (1, -1)
+
+
+def _is_cat(node: fx.Node) -> bool:
+    return _name(node) in ("cat", "concat", "concatenate") and _argument(node, 1, "dim", 0) in (
+        1,
+        -3,
+    )
+
+
+def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
+    module, name = _module(gm, node), _name(node)
+    if module is not None:
+        return isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
+    return name == "contiguous" or (
+        "dropout" in name and _argument(node, 2, "training", True) is False
+    )
+
+
+# --- The passes ----------------------------------------------------------------------------------
+
+
+def _function(name: str) -> Any:
+    return getattr(torch, name, None) or getattr(F, name)
+
+
+def _make_functional(gm: fx.GraphModule) -> None:
+    """Remove identities, and turn in-place operations into ones that leave their input."""
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    for node in list(gm.graph.nodes):
+        if not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source, module, name = node.args[0], _module(gm, node), _name(node)
+        if _is_identity(gm, node):
+            node.replace_all_uses_with(source)
+            gm.graph.erase_node(node)
+            continue
+        inplace = True
+        if getattr(module, "inplace", False):
+            module = copy.copy(module)
+            module.inplace = False
+            gm.add_submodule(str(node.target), module)
+        elif node.op == "call_function" and node.target in _OUT_OF_PLACE:
+            node.target = _OUT_OF_PLACE[node.target]
+        elif node.kwargs.get("inplace") is True:
+            node.kwargs = {**node.kwargs, "inplace": False}
+        elif name.endswith("_") and not name.startswith("_"):
+            target = name[:-1]
+            node.target = target if node.op == "call_method" else _function(target)
+        else:
+            inplace = False
+        if inplace:
+            source.replace_all_uses_with(node, lambda user, at=node: order[user] > order[at])
+
+
+def _fuse_layers(gm: fx.GraphModule) -> None:
+    """Pass 1: replace each packed layer, with what follows it, by a `FusedLayer`."""
+    layers = {node: _module(gm, node) for node in gm.graph.nodes}
+    names: Counter[str] = Counter()
+    # Backwards: where both operands of an addition are layers, the later one takes it.
+    for node, layer in reversed(layers.items()):
+        if not _is_fusible(layer, node):
+            continue
+        fused = FusedLayer(layer)
+        chain, args = [node], [node.args[0]]
+        while len(chain[-1].users) == 1:
+            user = next(iter(chain[-1].users))
+            if (bounds := _clamp(gm, user)) is not None:
+                fused.low, fused.high = bounds
+            elif len(args) == 1 and (other := _other_operand(user, chain[-1])) is not None:
+                args.append(other)
+                fused.adds = True
+            else:
+                break
+            chain.append(user)
+            if bounds is not None:
+                break
+        fused.name = str(node.target)
+        # One name deep: found faster. A layer may run more than once.
+        name = f"fused_{fused.name.replace('.', '_')}"
+        names[name] += 1
+        name += f"_{names[name]}" if names[name] > 1 else ""
+        gm.add_submodule(name, fused)
+        with gm.graph.inserting_after(chain[-1]):
+            call = gm.graph.call_module(name, tuple(args))
+        call.meta = chain[-1].meta
+        chain[-1].replace_all_uses_with(call)
+        for gone in reversed(chain):
+            gm.graph.erase_node(gone)
+
+
+def _is_fusible(layer: nn.Module | None, node: fx.Node) -> bool:
+    """Whether the op can run a layer: all linear ones, 2-d convolutions padded evenly by zeros."""
+    if isinstance(layer, QuantLinear):
+        return True
+    if not isinstance(layer, QuantConv2d) or len(_shape(node) or ()) != 4:
+        return False
+    both = layer._reversed_padding_repeated_twice
+    return layer.padding_mode == "zeros" and both[0::2] == both[1::2]
+
+
+def _padding(layer: QuantLayer) -> tuple[int, int]:
+    return layer._reversed_padding_repeated_twice[2], layer._reversed_padding_repeated_twice[0]
+
+
+def _other_operand(node: fx.Node, operand: fx.Node) -> fx.Node | None:
+    """What an addition adds to `operand`: another tensor of its shape."""
+    if _name(node) != "add" or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return None
+    others = [arg for arg in node.args if arg is not operand]
+    if len(others) != 1 or not isinstance(others[0], fx.Node):
+        return None
+    same = _shape(others[0]) is not None and _shape(others[0]) == _shape(operand)
+    return others[0] if same else None
+
+
+def _annotate(gm: fx.GraphModule) -> dict[fx.Node, Codes]:
+    """Pass 2: the values that are codes. All that could be are assumed to be until a reader objects."""
+    nodes = list(gm.graph.nodes)
+    moved = {n for n in nodes if _max_pool(gm, n) or _is_flatten(gm, n) or _is_cat(n)}
+    able = moved | {n for n in nodes if isinstance(_module(gm, n), FusedLayer)}
+    able = {n for n in able if getattr(n.meta.get("tensor_meta"), "dtype", None) == torch.float32}
+    while True:
+        codes: dict[fx.Node, Codes] = {}
+        for node in reversed(nodes):  # readers come first
+            if node in able and (demand := _demand(gm, node, codes)) is not None:
+                codes[node] = demand
+        for node in moved & codes.keys():  # its codes are those of its inputs
+            if any(codes.get(source) != codes[node] for source in node.all_input_nodes):
+                del codes[node]
+        if codes.keys() == able:
+            return _with_halos(gm, codes)
+        able = set(codes)
+
+
+def _demand(gm: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> Codes | None:
+    """The one quantizer that all readers of a value take; None if there is none or a reader objects."""
+    found: set[Codes] = set()
+    for user in node.users:
+        fused = _module(gm, user)
+        if isinstance(fused, FusedLayer):
+            if user.args[0] is node:
+                if fused.range is None:
+                    return None
+                found.add(fused.range)
+        elif user in codes:
+            found.add(codes[user])
+        elif _mean(gm, user) is None:
+            return None
+    return found.pop() if len(found) == 1 else None
+
+
+def _with_halos(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> dict[fx.Node, Codes]:
+    """Give each value the border that its readers pad by; a concatenation's inputs have its own."""
+    halos = dict.fromkeys(codes, 0)
+    plain = {n for n in codes if len(_shape(n) or ()) != 4}
+    for node in codes:
+        for user in node.users:
+            fused = _module(gm, user)
+            if isinstance(fused, FusedLayer) and isinstance(fused.layer, QuantConv2d):
+                if user.args[0] is node and max(_padding(fused.layer)) <= _MAX_HALO:
+                    halos[node] = max(halos[node], *_padding(fused.layer))
+            elif isinstance(fused, FusedLayer) or _is_flatten(gm, user):
+                plain.add(node)
+    changed = True
+    while changed:
+        changed = False
+        for node in codes:
+            if not _is_cat(node):
+                continue
+            group = {node, *node.all_input_nodes}
+            halo = 0 if group & plain else max(halos[member] for member in group)
+            plain |= group if group & plain else set()
+            changed |= any(halos[member] != halo for member in group)
+            halos.update(dict.fromkeys(group, halo))
+    return {n: replace(codes[n], halo=0 if n in plain else halos[n]) for n in codes}
+
+
+def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
+    """Tell the modules of the graph what they read and give."""
+    for node in list(gm.graph.nodes):
+        module, window, keepdim = _module(gm, node), _max_pool(gm, node), _mean(gm, node)
+        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        pool: nn.Module | None = None
+        if isinstance(module, FusedLayer):
+            add = node.args[1] if len(node.args) > 1 else None
+            module.set_codes(codes.get(source), codes.get(add), codes.get(node))
+        elif window is not None and node in codes:
+            pool = MaxPoolCodes(window, codes[source], codes[node].halo)
+        elif keepdim is not None and source in codes:
+            pool = MeanOfCodes(codes[source], keepdim)
+        if pool is not None:
+            name = f"codes_{node.name}"
+            gm.add_submodule(name, pool)
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+
+
+def _rows(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> list[tuple[str, str, str]]:
+    """The summary's lines: what, with what fused into it, giving what."""
+    rows = []
+    for node in gm.graph.nodes:
+        module = _module(gm, node)
+        if node.op not in ("call_module", "call_function", "call_method") or _shape(node) is None:
+            continue
+        what = module.name if isinstance(module, FusedLayer) else node.name
+        if isinstance(module, FusedLayer):
+            does = module.describe()
+        elif module is not None:
+            does = type(module).__name__
+        else:
+            does = _name(node)
+        rows.append((what, does, f"-> {codes.get(node, 'float')}"))
+    return rows

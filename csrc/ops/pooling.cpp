@@ -1,0 +1,157 @@
+// cora::max_pool2d_codes, mean_codes: pooling of uint8 codes, channels_last with a border of `halo` pixels. The order of
+// codes is that of the numbers they stand for, so a maximum needs no scale; a border is no part of any window.
+#include "check.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace cora {
+
+namespace {
+
+constexpr int64_t kGrain = 65536;  // bytes read by a task
+
+/// Dense and channels last; sizes of 1 may have any stride.
+bool channels_last(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
+  return true;
+}
+
+/// Codes without their border: first pixel, and strides in bytes.
+struct Codes {
+  Tensor held;
+  const uint8_t* first;
+  int64_t batch, channels, height, width, image, line;
+
+  Codes(const char* op, const Tensor& x, int64_t zero_point, int64_t halo) {
+    check_dtype(op, "x", x, ScalarType::Byte);
+    CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
+    CORA_CHECK(op, zero_point >= 0 && zero_point <= 255, "zero_point must be 0..255, got ", zero_point);
+    CORA_CHECK(op, halo >= 0, "halo must be >= 0, got ", halo);
+    height = x.size(2) - 2 * halo;
+    width = x.size(3) - 2 * halo;
+    CORA_CHECK(op, height >= 1 && width >= 1, "x must hold pixels inside a border of ", halo, ", got shape ",
+               shape_text(x));
+    held = channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+    batch = x.size(0);
+    channels = x.size(1);
+    line = x.size(3) * channels;
+    image = x.size(2) * line;
+    first = data<uint8_t>(held) + halo * (line + channels);
+  }
+};
+
+void check_pair(const char* op, const char* name, const std::vector<int64_t>& v, int64_t least) {
+  CORA_CHECK(op, v.size() == 2, name, " must have 2 elements, got ", v.size());
+  CORA_CHECK(op, v[0] >= least && v[1] >= least, name, " must be >= ", least, ", got [", v[0], ", ", v[1], "]");
+}
+
+/// Windows along one dimension, counted as torch does: in ceil mode the last may hang over the end.
+int64_t windows(int64_t size, int64_t reach, int64_t stride, int64_t padding, bool ceil_mode) {
+  const int64_t room = size + 2 * padding - reach + (ceil_mode ? stride - 1 : 0);
+  if (room < 0) return 0;
+  const int64_t count = room / stride + 1;
+  return ceil_mode && (count - 1) * stride >= size + padding ? count - 1 : count;
+}
+
+/// The taps of a window at `start` that lie within [0, size).
+struct Taps {
+  int64_t begin, end;
+  Taps(int64_t start, int64_t size, int64_t kernel, int64_t dilation)
+      : begin(start < 0 ? (-start + dilation - 1) / dilation : 0),
+        end(std::min(kernel, start < size ? (size - start + dilation - 1) / dilation : 0)) {}
+};
+
+Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::vector<int64_t> kernel_size,
+                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                            bool ceil_mode, int64_t out_halo) {
+  const char* op = "max_pool2d_codes";
+  const Codes in(op, x, zero_point, x_halo);
+  check_pair(op, "kernel_size", kernel_size, 1);
+  check_pair(op, "stride", stride, 1);
+  check_pair(op, "padding", padding, 0);
+  check_pair(op, "dilation", dilation, 1);
+  CORA_CHECK(op, out_halo >= 0, "out_halo must be >= 0, got ", out_halo);
+  const int64_t size[2] = {in.height, in.width};
+  int64_t count[2];
+  for (int d = 0; d < 2; ++d) {
+    CORA_CHECK(op, 2 * padding[d] <= kernel_size[d], "padding must be at most half of kernel_size, got ", padding[d],
+               " and ", kernel_size[d]);
+    count[d] = windows(size[d], dilation[d] * (kernel_size[d] - 1) + 1, stride[d], padding[d], ceil_mode);
+    CORA_CHECK(op, count[d] >= 1, "x must be at least as large as a window along dimension ", 2 + d, ", got ", size[d]);
+  }
+  const int64_t c = in.channels, lines = count[0] + 2 * out_halo, line = (count[1] + 2 * out_halo) * c;
+  const std::vector<int64_t> shape{in.batch, c, lines, count[1] + 2 * out_halo};
+  Tensor y = torch::stable::empty({shape.data(), shape.size()}, ScalarType::Byte, std::nullopt, std::nullopt,
+                                  std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const auto zero = static_cast<uint8_t>(zero_point);
+  uint8_t* to = mutable_data<uint8_t>(y);
+  const int64_t work = kernel_size[0] * kernel_size[1] * line;
+  parallel_for(in.batch * lines, kGrain / std::max<int64_t>(work, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      uint8_t* out = to + i * line;
+      const int64_t b = i / lines, top = (i % lines - out_halo) * stride[0] - padding[0];
+      if (i % lines < out_halo || i % lines >= out_halo + count[0]) {
+        std::fill_n(out, line, zero);
+        continue;
+      }
+      out = std::fill_n(out, out_halo * c, zero);
+      const Taps rows(top, in.height, kernel_size[0], dilation[0]);
+      for (int64_t w = 0; w < count[1]; ++w, out += c) {
+        const int64_t left = w * stride[1] - padding[1];
+        const Taps columns(left, in.width, kernel_size[1], dilation[1]);
+        std::fill_n(out, c, uint8_t{0});
+        for (int64_t ky = rows.begin; ky < rows.end; ++ky)
+          for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
+            const uint8_t* from =
+                in.first + b * in.image + (top + ky * dilation[0]) * in.line + (left + kx * dilation[1]) * c;
+            for (int64_t n = 0; n < c; ++n) out[n] = std::max(out[n], from[n]);
+          }
+      }
+      std::fill_n(out, out_halo * c, zero);
+    }
+  });
+  return y;
+}
+
+Tensor mean_codes_cpu(Tensor x, double scale, int64_t zero_point, int64_t x_halo) {
+  const char* op = "mean_codes";
+  const Codes in(op, x, zero_point, x_halo);
+  CORA_CHECK(op, std::isfinite(static_cast<float>(scale)) && static_cast<float>(scale) > 0,
+             "scale must be finite and > 0, got ", scale);
+  Tensor y = empty({in.batch, in.channels}, ScalarType::Float);
+  float* to = mutable_data<float>(y);
+  const int64_t pixels = in.height * in.width, zero = zero_point * pixels;
+  const double unit = static_cast<double>(static_cast<float>(scale)) / static_cast<double>(pixels);
+  constexpr int64_t kBlock = 256;  // channels a task sums at once
+  const int64_t blocks = (in.channels + kBlock - 1) / kBlock;
+  parallel_for(in.batch * blocks, kGrain / (kBlock * pixels), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / blocks, at = i % blocks * kBlock, count = std::min(kBlock, in.channels - at);
+      int64_t total[kBlock] = {};
+      for (int64_t h = 0; h < in.height; ++h) {
+        const uint8_t* from = in.first + b * in.image + h * in.line + at;
+        // A row of up to 2^24 pixels fits 32 bits; the vector is then twice as wide.
+        uint32_t sum[kBlock] = {};
+        for (int64_t w = 0; w < in.width; ++w, from += in.channels)
+          for (int64_t n = 0; n < count; ++n) sum[n] += from[n];
+        for (int64_t n = 0; n < count; ++n) total[n] += sum[n];
+      }
+      float* out = to + b * in.channels + at;
+      for (int64_t n = 0; n < count; ++n) out[n] = static_cast<float>(unit * static_cast<double>(total[n] - zero));
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
+  m.impl("max_pool2d_codes", TORCH_BOX(&max_pool2d_codes_cpu));
+  m.impl("mean_codes", TORCH_BOX(&mean_codes_cpu));
+}
+
+}  // namespace cora
