@@ -53,6 +53,17 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.dequantize_activation,
             (ops.quantize_activation(image, 0.1, 3, 8, 1), 0.1, 3, 1),
         ),
+        "max_pool2d_codes": (
+            OPS.max_pool2d_codes,
+            (
+                ops.quantize_activation(image, 0.1, 3, 8, 1),
+                *(3, 1, [3, 2], [2, 2], [1, 1], [1, 1], True, 2),
+            ),
+        ),
+        "mean_codes": (
+            OPS.mean_codes,
+            (ops.quantize_activation(image, 0.1, 3, 8, 1), 0.1, 3, 1),
+        ),
         "pack_bits": (OPS.pack_bits, (codes, 4)),
         "unpack_bits": (OPS.unpack_bits, (packed, 4, 12)),
         "dequantize_packed": (OPS.dequantize_packed, (packed, scale, zero_point, 4, 12)),

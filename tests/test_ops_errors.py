@@ -109,6 +109,44 @@ SHAPE_ERRORS = [
         "zero_point must be 0..255, got 256",
     ),
     (
+        lambda: ops.max_pool2d_codes(torch.zeros(1, 2, 6, 6), 0, 0, 3, 2),
+        "cora::max_pool2d_codes: x must have dtype uint8, got float32",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(2, 6, 6), 0, 0, 3, 2),
+        r"x must have 4 dimensions, got shape \[2, 6, 6\]",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 256, 0, 3, 2),
+        "zero_point must be 0..255, got 256",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, 3, 3, 2),
+        r"x must hold pixels inside a border of 3, got shape \[1, 2, 6, 6\]",
+    ),
+    (lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, -1, 3, 2), "halo must be >= 0, got -1"),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, 0, 3, 2, out_halo=-1),
+        "out_halo must be >= 0, got -1",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, 0, 3, 0),
+        r"stride must be >= 1, got \[0, 0\]",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, 0, 3, 2, 2),
+        "padding must be at most half of kernel_size, got 2 and 3",
+    ),
+    (
+        lambda: ops.max_pool2d_codes(codes(1, 2, 6, 6), 0, 0, 7, 2),
+        "x must be at least as large as a window along dimension 2, got 6",
+    ),
+    (
+        lambda: ops.mean_codes(torch.zeros(1, 2, 6, 6), 1.0, 0),
+        "cora::mean_codes: x must have dtype uint8, got float32",
+    ),
+    (lambda: ops.mean_codes(codes(1, 2, 6, 6), 0.0, 0), "scale must be finite and > 0, got 0"),
+    (
         lambda: ops.pack_bits(torch.zeros(3), 4),
         "cora::pack_bits: codes must have dtype uint8, got float32",
     ),
