@@ -65,6 +65,11 @@ struct Taps {
         end(std::min(kernel, start < size ? (size - start + dilation - 1) / dilation : 0)) {}
 };
 
+/// y[n] = max(y[n], a[n])
+void take_max(const uint8_t* __restrict a, int64_t count, uint8_t* __restrict y) {
+  for (int64_t n = 0; n < count; ++n) y[n] = a[n] > y[n] ? a[n] : y[n];
+}
+
 Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::vector<int64_t> kernel_size,
                             std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
                             bool ceil_mode, int64_t out_halo) {
@@ -108,7 +113,7 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
           for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
             const uint8_t* from =
                 in.first + b * in.image + (top + ky * dilation[0]) * in.line + (left + kx * dilation[1]) * c;
-            for (int64_t n = 0; n < c; ++n) out[n] = std::max(out[n], from[n]);
+            take_max(from, c, out);
           }
       }
       std::fill_n(out, out_halo * c, zero);
