@@ -38,6 +38,7 @@ _MODEL_HELP = (
     "a built-in task (see `cora info`), file.py or module with build() and calibration(), "
     "file.py:object or module:object"
 )
+_FUSE_HELP = "run the packed model fused (see `cora.fuse`)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_arguments(command)
     command.add_argument("file", type=_existing, metavar="FILE")
     command.add_argument("--limit", type=_positive, metavar="N", help="validation samples")
+    command.add_argument("--fuse", action="store_true", help=_FUSE_HELP)
     command = add("inspect", _inspect, "what a packed file holds", data)
     command.add_argument("file", type=_existing, metavar="FILE")
     command.add_argument("--model", help=f"also check that the file fits: {_MODEL_HELP}")
@@ -156,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--shape", type=_positive, nargs="+", metavar="N", help="random inputs of this shape"
     )
+    command.add_argument("--fuse", action="store_true", help=_FUSE_HELP)
     add("info", _info, "versions, kernels in use, tasks and their data", data)
     return parser
 
@@ -265,6 +268,11 @@ def _evaluator(
     return lambda candidate: task.evaluate(candidate, limit, reference, progress)
 
 
+def _example(task: Task) -> Any:
+    """A batch of inputs."""
+    return next(iter(task.calibration(min(32, task.default_samples), 0)))
+
+
 # --- Commands: each returns the JSON values and the text ------------------------------------------
 
 
@@ -347,10 +355,12 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     task = _task(args)
     model = task.model()
     qmodel = cora.load(args.file, model)
+    report: Any = getattr(qmodel, "report", None)
+    if args.fuse:
+        qmodel = cora.fuse(qmodel, _example(task))
     evaluate = _evaluator(task, model, args.limit, args.progress)
     if evaluate is None:
         raise ValueError(f"{args.model}: there are no validation data; name them with --validation")
-    report: Any = getattr(qmodel, "report", None)
     packed_bits = report.totals["bits_per_weight"] if report else math.nan
     rows = [
         {
@@ -366,7 +376,7 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = text_table(*comparison_table(rows))
     if "samples" in rows[0]:
         text += f"\n{rows[0]['samples']:.0f} validation samples"
-    return {"model": args.model, "file": str(args.file), "rows": rows}, text
+    return {"model": args.model, "file": str(args.file), "fused": args.fuse, "rows": rows}, text
 
 
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -412,7 +422,9 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.shape:
         example: Any = torch.randn(args.shape, generator=torch.Generator().manual_seed(0))
     else:
-        example = next(iter(task.calibration(min(32, task.default_samples), 0)))
+        example = _example(task)
+    if args.fuse:
+        qmodel = cora.fuse(qmodel, example)
     rows = bench(model, qmodel, example, args.batch, args.threads, args.seconds, args.progress)
     sizes = {
         "float_bytes": float_state_bits(model) // 8,
@@ -437,7 +449,13 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{kib(8 * sizes['float_bytes'])} KiB; in memory {kib(8 * sizes['packed_memory_bytes'])} "
         f"KiB against {kib(8 * sizes['float_memory_bytes'])} KiB"
     )
-    values = {"model": args.model, "file": str(args.file), "rows": rows, **sizes}
+    values = {
+        "model": args.model,
+        "file": str(args.file),
+        "fused": args.fuse,
+        "rows": rows,
+        **sizes,
+    }
     return {**values, "machine": versions()}, text
 
 

@@ -140,6 +140,9 @@ def test_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "evaluate", "parts.py:build", str(path), *given)["rows"] == values["rows"]
     line = fails(capsys, "evaluate", "parts.py:build", str(path))
     assert "--validation" in line
+    fused = run(capsys, "evaluate", "whole.py", str(path), "--limit", "16", "--fuse")
+    assert fused["fused"] and not values["fused"]
+    assert fused["rows"][1]["kl"] == pytest.approx(values["rows"][1]["kl"], rel=0.1, abs=1e-4)
 
 
 def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,6 +175,8 @@ def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["packed_ms"] > 0 and row["speedup"] == min(floats) / row["packed_ms"]
     assert values["packed_memory_bytes"] > 0 and values["float_memory_bytes"] > 0
     assert torch.get_num_threads() == threads
+    fused = run(capsys, "bench", "whole.py", str(path), "--fuse", *quick)
+    assert fused["fused"] and fused["rows"][0]["packed_ms"] > 0
     shape = ("--shape", "2", "3", "10", "10")
     assert cli.main(["bench", "parts.py:build", str(path), *quick, *shape]) == 0
     assert "speed-up" in capsys.readouterr().out
