@@ -32,6 +32,7 @@ __all__ = [
     "mean_codes",
     "pack_bits",
     "prepare_layer",
+    "quantization_error",
     "quantize_activation",
     "residual_svd_init",
     "run_layer",
@@ -314,6 +315,42 @@ def _fake_quantize_backward(
 torch.library.register_autograd(
     "cora::fake_quantize", _fake_quantize_backward, setup_context=_save_fake_quantize
 )
+
+
+# --- The search for a quantizer ------------------------------------------------------------------
+
+
+def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Squared error of a weight under each of many candidate quantizers, in one pass over it.
+
+    Args:
+        x: float32 [N, K].
+        scale: float32 [candidates, R, G], R = 1 or N, G a divisor of K.
+        zero_point: int32 [candidates, R, G], within +-2**24.
+        bits: 2..8.
+
+    Returns:
+        float64 [candidates, R, G], sums over the elements that share a scale.
+    """
+    return _ops.quantization_error.default(x, scale, zero_point, bits)
+
+
+@torch.library.register_fake("cora::quantization_error")
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    op = "quantization_error"
+    _check_bits(op, bits)
+    _check_dtype(op, "x", x, torch.float32)
+    _check(x.dim() == 2, op, f"x must have 2 dimensions, got shape {list(x.shape)}")
+    _check_dtype(op, "scale", scale, torch.float32)
+    _check_dtype(op, "zero_point", zero_point, torch.int32)
+    n, k = x.shape
+    shape = list(scale.shape)
+    fits = len(shape) == 3 and shape[1] in (1, n) and shape[2] >= 1 and k % shape[2] == 0
+    rows = "1" if n == 1 else f"1 or {n}"
+    what = f"scale must have shape [candidates, {rows}, G] with G a divisor of {k}, got {shape}"
+    _check(fits, op, what)
+    _check_shape(op, "zero_point", zero_point, shape)
+    return scale.new_empty(scale.shape, dtype=torch.float64)
 
 
 # --- Activations ---------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ _FLOAT16_MAX = 65504.0
 _MAX_MAGNITUDE = 1e37
 # Shares of the full range that clip="mse" tries, largest first: ties keep the wider range.
 _MSE_SHARES = [1.0 - 0.0125 * i for i in range(57)] + [0.3 * 0.93**i for i in range(1, 25)]
-_BLOCK = 2**20  # weights whose error is measured at once, to bound memory and stay near the caches
+_BLOCK = 2**20  # errors, of all groups and candidates, measured at once, to bound memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,18 +169,17 @@ def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]
     return scale, zero
 
 
-def _squared_error(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Squared error of each group, [R, G, 1]."""
-    scale, zero = scale.squeeze(-1), zero.squeeze(-1).to(torch.int32)
-    rows = max(1, _BLOCK // matrix.shape[1])
+def _squared_errors(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Squared error of each group under each candidate [candidates, R, G], float64."""
+    zero = zero.to(torch.int32)
+    if matrix.device.type == "cpu":
+        return ops.quantization_error(matrix, scale, zero, bits)
     errors = []
-    for start in range(0, matrix.shape[0], rows):
-        block = matrix[start : start + rows]
-        own = slice(start, start + rows) if scale.shape[0] > 1 else slice(None)
-        _, residual = ops.fake_quantize(block, scale[own], zero[own], bits, residual=True)
-        errors.append(residual.square_().reshape(len(block), scale.shape[1], -1).sum(-1))
-    error = torch.cat(errors)
-    return (error if scale.shape[0] > 1 else error.sum(0, keepdim=True)).unsqueeze(-1)
+    for s, z in zip(scale, zero, strict=True):
+        _, residual = ops.fake_quantize(matrix, s, z, bits, residual=True)
+        error = residual.square_().reshape(len(matrix), s.shape[1], -1).sum(-1)
+        errors.append(error if s.shape[0] > 1 else error.sum(0, keepdim=True))
+    return torch.stack(errors).double()
 
 
 def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QParams:
@@ -222,14 +221,20 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
     if spec.clip == "mse":
         # Shrink towards the mean, so that a range without 0 shrinks sensibly too.
         mean = torch.zeros_like(low) if spec.symmetric else groups.mean(-1, keepdim=True)
-        best = torch.full_like(low, float("inf"))
-        for share in _MSE_SHARES:
-            candidate = _finish(mean + share * (low - mean), mean + share * (high - mean), spec)
-            error = _squared_error(weight, *candidate, spec.bits)
-            better = error < best
-            best = torch.where(better, error, best)
-            scale = torch.where(better, candidate[0], scale)
-            zero = torch.where(better, candidate[1], zero)
+        best = torch.full_like(low, float("inf"), dtype=torch.float64)
+        at_once = max(1, _BLOCK // low.numel())
+        for start in range(0, len(_MSE_SHARES), at_once):
+            candidates = [
+                _finish(mean + share * (low - mean), mean + share * (high - mean), spec)
+                for share in _MSE_SHARES[start : start + at_once]
+            ]
+            scales, zeros = (torch.stack(part) for part in zip(*candidates, strict=True))
+            errors = _squared_errors(weight, scales.squeeze(-1), zeros.squeeze(-1), spec.bits)
+            for i, error in enumerate(errors.unsqueeze(-1)):
+                better = error < best
+                best = torch.where(better, error, best)
+                scale = torch.where(better, scales[i], scale)
+                zero = torch.where(better, zeros[i], zero)
     # A constant c is one step away from zero: scale |c| makes it exact, and 0 is exact with any scale.
     one = torch.ones_like(value)
     scale = torch.where(constant, torch.where(value == 0, one, value.abs()), scale)

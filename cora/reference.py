@@ -23,6 +23,7 @@ __all__ = [
     "max_pool2d_codes",
     "mean_codes",
     "pack_bits",
+    "quantization_error",
     "quantize_activation",
     "prepare_layer",
     "residual_svd_init",
@@ -64,6 +65,16 @@ def fake_quantize(
     if codes:
         results.append(q.detach().reshape(x.shape).to(torch.uint8))
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Squared residuals of one fake quantization a candidate, summed in float64."""
+    errors = []
+    for s, z in zip(scale, zero_point, strict=True):
+        residual = fake_quantize(x, s, z, bits, residual=True)[1].double()
+        by_row = residual.square().reshape(x.shape[0], s.shape[1], -1).sum(-1)
+        errors.append(by_row if s.shape[0] > 1 else by_row.sum(0, keepdim=True))
+    return torch.stack(errors)
 
 
 def quantize_activation(

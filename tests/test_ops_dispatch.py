@@ -47,6 +47,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             (x, scale, zero_point, 4, torch.empty(6, 12), None, codes.clone()),
         ),
         "fake_quantize_backward": (OPS.fake_quantize_backward, (x, x, scale, zero_point, 4)),
+        "quantization_error": (
+            OPS.quantization_error,
+            (x, torch.ones(2, 6, 3), torch.zeros(2, 6, 3, dtype=torch.int32), 4),
+        ),
         "quantize_activation": (OPS.quantize_activation, (x, 0.1, 3, 4, 0)),
         "quantize_activation-image": (OPS.quantize_activation, (image, 0.1, 3, 8, 1)),
         "dequantize_activation": (

@@ -44,7 +44,23 @@ def quantize_out(**change: Any) -> Any:
     return lambda: ops.fake_quantize_out(**args)
 
 
+def quantization_error(**change: Any) -> Any:
+    zero_point = torch.zeros(2, 6, 3, dtype=I32)
+    args = {"x": torch.randn(6, 12), "scale": torch.ones(2, 6, 3), "zero_point": zero_point}
+    return lambda: ops.quantization_error(**{**args, "bits": 4, **change})
+
+
 SHAPE_ERRORS = [
+    (quantization_error(x=torch.zeros(72)), r"x must have 2 dimensions, got shape \[72\]"),
+    (
+        quantization_error(scale=torch.ones(6, 3)),
+        r"cora::quantization_error: scale must have shape \[candidates, 1 or 6, G\] with G a divisor "
+        r"of 12, got \[6, 3\]",
+    ),
+    (
+        quantization_error(zero_point=torch.zeros(2, 6, 1, dtype=I32)),
+        r"zero_point must have shape \[2, 6, 3\], got \[2, 6, 1\]",
+    ),
     (quantize_out(x=torch.zeros(6, 12).half()), "x must have dtype float32, got float16"),
     (
         quantize_out(out=torch.zeros(6, 11)),

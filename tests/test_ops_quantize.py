@@ -119,6 +119,25 @@ def test_backward_is_the_same_for_any_thread_count(isa: str, threads) -> None:
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_quantization_error(isa: str, threads, bits: int, granularity: str) -> None:
+    rows, groups = GRANULARITIES[granularity]
+    for k, far in ((84, False), (5000, False), (84, True)):
+        scale, zero_point = (
+            torch.stack(part)
+            for part in zip(*(qparams(rows, groups, bits, far=far) for _ in range(3)), strict=True)
+        )
+        x = torch.randn(6, k) * 3 - (scale.mean() * 2**23 if far else 0)
+        want = reference.quantization_error(x, scale, zero_point, bits)
+        errors = []
+        for count in (1, 3):
+            threads(count)
+            errors.append(ops.quantization_error(x, scale, zero_point, bits))
+        assert torch.equal(*errors)
+        torch.testing.assert_close(errors[0], want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("k", (*RAGGED, 64, 200))
 def test_packing(isa: str, bits: int, k: int) -> None:
     codes = torch.randint(0, 2**bits, (2, 3, k), dtype=torch.uint8)

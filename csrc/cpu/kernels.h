@@ -27,6 +27,9 @@ using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, bool str
 /// sum grad * (rint(x/s) - x/s  if not clamped  else  q - zero_point), partial sums in float64.
 using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunParams p, int64_t count, float* grad_x);
 
+/// Sum of (x - scale * (q - zero_point))^2 in float64. Ties may round either way: their error is the same.
+using SquaredErrorFn = double(const float* x, RunParams p, int64_t count);
+
 /// codes[i] = q; a NaN gives code 0.
 using QuantizeU8Fn = void(const float* x, RunParams p, int64_t count, uint8_t* codes);
 
@@ -150,6 +153,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 #define CORA_KERNELS_COMMON(_)                      \
   _(FakeQuantizeFn, fake_quantize)                  \
   _(FakeQuantizeBackwardFn, fake_quantize_backward) \
+  _(SquaredErrorFn, squared_error)                  \
   _(QuantizeU8Fn, quantize_u8)                      \
   _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \

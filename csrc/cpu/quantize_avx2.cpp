@@ -138,6 +138,21 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
   return sum + scalar::fake_quantize_backward(grad + i, x + i, p, count - i, grad_x + i);
 }
 
+double squared_error(const float* x, RunParams p, int64_t count) {
+  const Vectors v(p);
+  __m256d sum_low = _mm256_setzero_pd(), sum_high = _mm256_setzero_pd();
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const __m256 in = _mm256_loadu_ps(x + i);
+    const __m256 rest = _mm256_sub_ps(in, _mm256_mul_ps(v.scale, _mm256_sub_ps(v.code(in), v.zero_point)));
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(rest));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(rest, 1));
+    sum_low = _mm256_fmadd_pd(low, low, sum_low);
+    sum_high = _mm256_fmadd_pd(high, high, sum_high);
+  }
+  return sum4(_mm256_add_pd(sum_low, sum_high)) + scalar::squared_error(x + i, p, count - i);
+}
+
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const uint64_t mask = octet_mask(bits);
   uint64_t seen = 0;

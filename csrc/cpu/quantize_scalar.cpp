@@ -53,6 +53,15 @@ double fake_quantize_backward(const float* grad, const float* x, RunParams p, in
   return sum;
 }
 
+double squared_error(const float* x, RunParams p, int64_t count) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double rest = x[i] - p.scale * (clamp_code(unclamped(x[i], p), p.max_code) - p.zero_point);
+    sum += rest * rest;
+  }
+  return sum;
+}
+
 bool pack_row(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
   const unsigned limit = static_cast<unsigned>(max_code(bits));
   unsigned seen = 0;
