@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from rows import Case, quantization_cases
 
 from cora import ops, reference
+
+
+@pytest.mark.parametrize("case", quantization_cases(), ids=str)
+def bench_quantization(contest: Callable[[Case], None], case: Case) -> None:
+    contest(case)
+
 
 SHAPES = [(512, 4608), (4096, 4096)]
 

@@ -22,31 +22,66 @@ class Conv:
     groups: int = 1
 
     def __str__(self) -> str:
-        kind = "dw" if self.groups > 1 else f"{self.kernel}x{self.kernel}"
-        return f"{self.batch}x{self.channels}@{self.size}-{self.out}-{kind}"
+        kind = "depthwise" if self.groups > 1 else f"{self.kernel}x{self.kernel}"
+        stride = f" /{self.stride}" if self.stride > 1 else ""
+        return f"{self.batch} x {self.channels}@{self.size} -> {self.out}, {kind}{stride}"
+
+    @property
+    def padding(self) -> int:
+        return self.kernel // 2
 
     @property
     def k(self) -> int:
         return self.channels // self.groups * self.kernel**2
 
     @property
-    def flop(self) -> float:
-        side = (self.size - 1) // self.stride + 1
-        return 2.0 * self.batch * side**2 * self.out * self.k
+    def side(self) -> int:
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def input(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.channels, self.size, self.size)
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        return (self.batch, self.out, self.side, self.side)
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.batch * self.side**2 * self.out * self.k
 
 
-# ResNet-18's 3x3 stages and first layer, two of ResNet-50's 1x1, one of EfficientNet's depthwise
-# layers.
-CONVS = [
-    *(Conv(b, c, s, c, 3) for b in (1, 8) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))),
-    Conv(1, 3, 224, 64, 7, 2),
-    Conv(1, 256, 56, 64, 1),
-    Conv(8, 1024, 14, 256, 1),
-    Conv(1, 144, 56, 144, 3, 1, 144),
+@dataclass(frozen=True)
+class Linear:
+    m: int
+    k: int
+    n: int
+
+    def __str__(self) -> str:
+        return f"M {self.m}, K {self.k}, N {self.n}"
+
+    @property
+    def operations(self) -> float:
+        return 2.0 * self.m * self.k * self.n
+
+
+CONVS_3X3 = [
+    Conv(b, c, s, c, 3) for b in (1, 8) for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))
 ]
+# ResNet-50: into and out of its bottlenecks, one pair a stage.
+CONVS_1X1 = [
+    Conv(b, *shape, 1)
+    for b in (1, 8)
+    for shape in (
+        (256, 56, 64), (64, 56, 256), (512, 28, 128), (128, 28, 512),
+        (1024, 14, 256), (256, 14, 1024), (2048, 7, 512), (512, 7, 2048),
+    )
+]  # fmt: skip
+OTHER_CONVS = [Conv(1, 3, 224, 64, 7, 2), Conv(1, 144, 56, 144, 3, 1, 144)]
 
-# (rows, K, N)
-LINEARS = [(1, 1024, 4096), (1, 4096, 4096), (4, 4096, 4096), (16, 4096, 4096), (128, 4096, 4096)]
+LINEARS = [
+    Linear(m, k, n) for m in (1, 4, 128) for k, n in ((1024, 4096), (4096, 4096), (4096, 11008))
+]
 
 
 def packed(
@@ -64,6 +99,34 @@ def packed(
     return (weight, scale, zero_point, bits), adapter
 
 
+def rank_of(share: float, n: int, k: int, groups: int = 1) -> int:
+    """`share` of the full rank, at least 1."""
+    return max(1, int(share * min(n // groups, k)))
+
+
 def rank_at(share: float, n: int, k: int, groups: int = 1) -> int:
-    """The rank whose adapter has `share` of the weight's parameters, at least 1."""
-    return max(1, int(share * n * k / (groups * k + n)))
+    """The rank whose 8-bit adapter stores `share` of the bits of the float32 weight, at least 1: what
+    `cora quantize --budget` gives a layer on average."""
+    return max(1, int(4 * share * n * k / (groups * k + n)))
+
+
+def prepared(
+    n: int,
+    k: int,
+    bits: int,
+    rank: int,
+    channels: int,
+    kernel: list[int] | tuple[int, ...] = (),
+    stride: list[int] | int = 1,
+    padding: list[int] | int = 0,
+    dilation: list[int] | int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A random packed layer with bias and an 8-bit adapter, ready for `ops.run_layer`."""
+    (codes, scale, zero_point, _), adapter = packed(n, k, bits, rank, groups)
+    where = () if not kernel else tuple(kernel)
+    pairs = [tuple(v) if isinstance(v, list) else v for v in (stride, padding, dilation)]
+    return ops.prepare_layer(
+        codes, scale, zero_point, bits, channels, where, *pairs, groups, **adapter,
+        bias=torch.randn(n) * 0.1,
+    )  # fmt: skip

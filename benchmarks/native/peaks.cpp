@@ -1,0 +1,198 @@
+// The speeds a kernel is held against, measured on this machine in this run: dot products a second
+// in float32 (FMA), int8 (AVX-512 VNNI, AMX) and bfloat16 (AMX), and bytes a second read from and
+// streamed to memory. Prints one "name threads value" a line; GOP/s (a multiply-add is two) and GB/s.
+//
+// usage: peaks MEBIBYTES THREADS...   (size of the array that bandwidth is measured on)
+#include <immintrin.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int kRounds = 7;
+
+// Best of the rounds: a peak is what the machine can do, not what it does on average.
+double best_seconds(int threads, const std::function<void(int)>& work) {
+    double best = 1e30;
+    for (int round = 0; round < kRounds; ++round) {
+        auto start = std::chrono::steady_clock::now();
+        std::vector<std::thread> pool;
+        for (int t = 1; t < threads; ++t) pool.emplace_back(work, t);
+        work(0);
+        for (auto& thread : pool) thread.join();
+        std::chrono::duration<double> spent = std::chrono::steady_clock::now() - start;
+        best = std::min(best, spent.count());
+    }
+    return best;
+}
+
+// 16 independent accumulators hide the latency of two pipes. The empty asm keeps each in a register
+// and the loop from being folded.
+#define CORA_EACH16(X) \
+    X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
+
+constexpr int64_t kSteps = 6'000'000;
+
+__attribute__((target("avx512f"))) void run_fma(int) {
+    __m512 y = _mm512_set1_ps(0.5f);
+#define CORA_DECLARE(i) __m512 a##i = _mm512_set1_ps(i);
+#define CORA_STEP(i) \
+    a##i = _mm512_fmadd_ps(a##i, y, y); \
+    asm volatile("" : "+v"(a##i));
+    CORA_EACH16(CORA_DECLARE)
+    for (int64_t step = 0; step < kSteps; ++step) { CORA_EACH16(CORA_STEP) }
+#undef CORA_DECLARE
+#undef CORA_STEP
+}
+
+__attribute__((target("avx512f,avx512vnni"))) void run_vnni(int) {
+    __m512i y = _mm512_set1_epi8(1);
+#define CORA_DECLARE(i) __m512i a##i = _mm512_set1_epi32(i);
+#define CORA_STEP(i) \
+    a##i = _mm512_dpbusd_epi32(a##i, y, y); \
+    asm volatile("" : "+v"(a##i));
+    CORA_EACH16(CORA_DECLARE)
+    for (int64_t step = 0; step < kSteps; ++step) { CORA_EACH16(CORA_STEP) }
+#undef CORA_DECLARE
+#undef CORA_STEP
+}
+
+struct __attribute__((packed)) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+bool allow_amx() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return __builtin_cpu_supports("amx-int8") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+__attribute__((target("amx-tile"))) void configure_tiles() {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
+    asm volatile("" ::"r"(&config) : "memory");  // g++ 12 thinks the load reads 8 bytes and drops the rest
+    _tile_loadconfig(&config);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+}
+
+__attribute__((target("amx-tile,amx-int8"))) void run_amx_int8(int) {
+    configure_tiles();
+    for (int64_t step = 0; step < kSteps / 4; ++step) {
+        _tile_dpbusd(0, 4, 6);
+        _tile_dpbusd(1, 4, 7);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_release();
+}
+
+__attribute__((target("amx-tile,amx-bf16"))) void run_amx_bf16(int) {
+    configure_tiles();
+    for (int64_t step = 0; step < kSteps / 4; ++step) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+}
+
+// Reading with 1, 2, 4 or 8 streams a thread, with or without software prefetch: how many lines are
+// in flight decides the speed of one core, and which way is fastest differs from machine to machine.
+__attribute__((target("avx512f"))) int64_t read(const char* data, int64_t bytes, int streams, int64_t ahead) {
+    __m512i sum[8] = {};
+    int64_t part = bytes / streams;
+    for (int64_t i = 0; i < part; i += 256)
+        for (int s = 0; s < streams; ++s) {
+            const char* line = data + s * part + i;
+            for (int j = 0; j < 4; ++j) {
+                if (ahead) _mm_prefetch(line + ahead + 64 * j, _MM_HINT_T0);
+                sum[j] = _mm512_add_epi32(sum[j], _mm512_load_si512(line + 64 * j));
+            }
+        }
+    for (int j = 1; j < 4; ++j) sum[0] = _mm512_add_epi32(sum[0], sum[j]);
+    alignas(64) int32_t lanes[16];
+    _mm512_store_si512(lanes, sum[0]);
+    return lanes[0];
+}
+
+// One element read and two written past the caches: what fake_quantize with a residual moves.
+__attribute__((target("avx512f"))) void stream(const char* from, char* to, char* too, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) {
+        __m512i line = _mm512_load_si512(from + i);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), line);
+        _mm512_stream_si512(reinterpret_cast<__m512i*>(too + i), line);
+    }
+    _mm_sfence();
+}
+
+char* allocate(int64_t bytes) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) std::exit(1);
+    madvise(memory, bytes, MADV_HUGEPAGE);
+    std::memset(memory, 1, bytes);
+    return static_cast<char*>(memory);
+}
+
+void print(const char* name, int threads, double value) { std::printf("%s %d %.2f\n", name, threads, value); }
+
+}  // namespace
+
+int main(int count, char** words) {
+    if (count < 3) {
+        std::fprintf(stderr, "usage: peaks MEBIBYTES THREADS...\n");
+        return 2;
+    }
+    int64_t bytes = std::atoll(words[1]) << 20;
+    char* data = allocate(bytes + 65536);
+    bool amx = allow_amx(), avx512 = __builtin_cpu_supports("avx512f");
+    for (int i = 2; i < count; ++i) {
+        int threads = std::atoi(words[i]);
+        auto rate = [&](double operations, double seconds) { return operations * threads / seconds / 1e9; };
+        if (!avx512) continue;
+        print("f32", threads, rate(2.0 * 16 * 16 * kSteps, best_seconds(threads, run_fma)));
+        if (__builtin_cpu_supports("avx512vnni"))
+            print("vnni", threads, rate(2.0 * 16 * 64 * kSteps, best_seconds(threads, run_vnni)));
+        if (amx) {
+            print("amx_int8", threads, rate(2.0 * 16 * 16 * 64 * kSteps, best_seconds(threads, run_amx_int8)));
+            print("amx_bf16", threads, rate(2.0 * 16 * 16 * 32 * kSteps, best_seconds(threads, run_amx_bf16)));
+        }
+        double most = 0;
+        volatile int64_t sink = 0;
+        for (int streams : {1, 2, 4, 8})
+            for (int64_t ahead : {0, 1024, 4096}) {
+                int64_t share = bytes / threads / 4096 * 4096;
+                double seconds = best_seconds(
+                    threads, [&](int t) { sink = read(data + t * share, share, streams, ahead); });
+                double speed = share * threads / seconds / 1e9;
+                if (std::getenv("PEAKS_VERBOSE")) std::printf("# read %d %d %ld %.2f\n", threads, streams, long(ahead), speed);
+                most = std::max(most, speed);
+            }
+        print("read", threads, most);
+        int64_t third = bytes / 3 / threads / 4096 * 4096;
+        double seconds = best_seconds(threads, [&](int t) {
+            char* from = data + 3 * t * third;
+            stream(from, from + third, from + 2 * third, third);
+        });
+        print("read1_write2", threads, 3 * third * threads / seconds / 1e9);
+    }
+}
