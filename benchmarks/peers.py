@@ -91,8 +91,32 @@ class Peer:
 
 def turns(calls: Iterable[Call]) -> Call:
     """A call that runs one of the calls, the next one each time."""
-    cycle = itertools.cycle(tuple(calls))
+    calls = tuple(calls)
+    if len(calls) == 1:
+        return calls[0]
+    cycle = itertools.cycle(calls)
     return lambda: next(cycle)()
+
+
+class _Run:
+    """A call that keeps its result where the library left it; `result()` fetches it, not timed."""
+
+    def __init__(self, call: Call, result: Callable[[], Any]) -> None:
+        self.call, self.result = call, result
+
+    def __call__(self) -> object:
+        return self.call()
+
+
+def result(call: Call) -> Tensor:
+    """What the last run of a call computed, as float32 in torch's order of dimensions (codes as they
+    are)."""
+    value = call.result() if isinstance(call, _Run) else call()
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value.copy())
+    if value.is_quantized:
+        value = value.int_repr()
+    return value.float()
 
 
 def _symmetric(weight: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
@@ -243,7 +267,7 @@ class _Graph:
         return bytes(model.SerializeToString())
 
 
-def _ort(model: bytes | str, x: np.ndarray[Any, Any], threads: int) -> Call:
+def _ort(model: bytes | str, x: np.ndarray[Any, Any], threads: int) -> _Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -254,11 +278,10 @@ def _ort(model: bytes | str, x: np.ndarray[Any, Any], threads: int) -> Call:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    binding.bind_cpu_input(
-        "x" if session.get_inputs()[0].name == "x" else session.get_inputs()[0].name, x
-    )
+    binding.bind_cpu_input(session.get_inputs()[0].name, x)
     binding.bind_output(session.get_outputs()[0].name)
-    return lambda: session.run_with_iobinding(binding)
+    run = partial(session.run_with_iobinding, binding)
+    return _Run(run, lambda: binding.copy_outputs_to_cpu()[0])
 
 
 def _onnx_linear(weight: Tensor, m: int, kind: str) -> bytes:
@@ -362,7 +385,8 @@ def _codes(x: Tensor) -> Tensor:
 def _ort_conv(quantized: bool, work: ConvWork, threads: int) -> Call:
     if quantized and work.codes:
         x = _codes(work.x).permute(0, 2, 3, 1).contiguous().numpy()
-        return _ort(_onnx_nhwc_conv(work), x, threads)
+        call = _ort(_onnx_nhwc_conv(work), x, threads)
+        return _Run(call, lambda: call.result().transpose(0, 3, 1, 2))
     return _ort(_onnx_conv(work, quantized), work.x.contiguous().numpy(), threads)
 
 
@@ -442,7 +466,7 @@ def _openvino(
         settings["INFERENCE_PRECISION_HINT"] = precision
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-    return request.infer
+    return _Run(request.infer, lambda: request.get_output_tensor().data)
 
 
 def _nncf() -> Any:
@@ -510,7 +534,8 @@ def _openvino_codes_conv(work: ConvWork, threads: int) -> Call:
     largest = np.float32(255 * OUT_SCALE)
     y = op.fake_quantize(y, np.float32(0), largest, np.float32(0), largest, 256)
     y = op.transpose(y, [0, 2, 3, 1])
-    y = op.convert(op.multiply(y, np.float32(1 / OUT_SCALE)), np.uint8)
+    y = op.round(op.multiply(y, np.float32(1 / OUT_SCALE)), "half_to_even")
+    y = op.convert(y, np.uint8)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True}
     model = openvino.Core().compile_model(openvino.Model([y], [x], "work"), "CPU", settings)
     request = model.create_infer_request()
@@ -524,7 +549,7 @@ def _openvino_codes_conv(work: ConvWork, threads: int) -> Call:
             raise RuntimeError("OpenVINO did not run the convolution in int8")
         return Seconds(nodes[0].real_time.total_seconds())
 
-    return call
+    return _Run(call, lambda: request.get_output_tensor().data.transpose(0, 3, 1, 2))
 
 
 def _openvino_network(kind: str, work: NetworkWork, threads: int) -> Call:
