@@ -25,12 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from . import ops
 from .batches import Batch
-from .fold import FoldedBatchNorm
 from .modules import QuantConv2d, QuantLayer, QuantLinear
+from .tracing import Sizes, sizes_of, trace
 
 __all__ = ["Codes", "FusedLayer", "FusedModel", "fuse"]
 
@@ -142,18 +141,31 @@ class FusedModel(nn.Module):
     dynamic sizes: it has the packed model's own arguments.
     """
 
-    def __init__(self, graph_module: fx.GraphModule, rows: list[tuple[str, str, str]]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        rows: list[tuple[str, str, str]],
+        sizes: Sizes | None = None,
+        unfused: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.graph_module = graph_module
-        self.rows = rows
+        self.rows, self.sizes = rows, sizes
+        self.unfused = unfused  # runs inputs of other sizes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.unfused is not None and sizes_of([*args, *kwargs.values()]) != self.sizes:
+            return self.unfused(*args, **kwargs)
         return self.graph_module(*args, **kwargs)
 
     def summary(self) -> str:
         """A line for each step: what it reads, what was fused into it, what it gives."""
         widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
-        return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in self.rows)
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in self.rows]
+        if self.sizes is not None:
+            sizes = ", ".join("x".join(map(str, ("batch", *size))) for size in self.sizes)
+            lines.append(f"for inputs of {sizes}; others run unfused: the model branches on sizes")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.summary()
@@ -168,8 +180,8 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
     Args:
         qmodel: what `cora.quantize` or `cora.load` returned; its packed layers are shared, it is not
             changed.
-        example: a batch of inputs (as for calibration); it tells types and ranks, other batch and image
-            sizes run too.
+        example: a batch of inputs (as for calibration); it tells types and ranks. Other sizes run too;
+            of a model that branches on sizes only the example's run fused (any batch size does).
 
     Returns:
         The fused model; `print` it to see what was fused and what stays float.
@@ -181,8 +193,9 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
         raise ValueError("qmodel: expected a model with packed layers, found none")
     if any(module.training for module in qmodel.modules()):
         raise ValueError("qmodel: expected a model in eval mode; call qmodel.eval()")
-    gm = _trace(nn.Sequential(qmodel) if isinstance(qmodel, QuantLayer) else qmodel)
-    _propagate_shapes(gm, Batch(example))
+    if isinstance(qmodel, QuantLayer):
+        qmodel = nn.Sequential(qmodel)
+    gm, sizes = trace(qmodel, Batch(example))
     _make_functional(gm)
     _fuse_layers(gm)
     codes = _annotate(gm)
@@ -190,35 +203,7 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
-    return FusedModel(gm, _rows(gm, codes))
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantLayer | FoldedBatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )
-
-
-def _trace(model: nn.Module) -> fx.GraphModule:
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the model's own code raises on a symbolic value
-        raise ValueError(
-            f"qmodel: torch.fx cannot trace {type(model).__name__} ({error}); fuse a part of it "
-            "that has no control flow on its data"
-        ) from error
-    for node in graph.nodes:
-        node.type = None  # an annotation of the model's code, which a pickle could not name
-    return fx.GraphModule(model, graph)
-
-
-def _propagate_shapes(gm: fx.GraphModule, batch: Batch) -> None:
-    """Note each value's shape and type on the example, as `node.meta["tensor_meta"]`."""
-    names = [node.target for node in gm.graph.find_nodes(op="placeholder")]
-    args = [*batch.args, *(batch.kwargs[name] for name in names if name in batch.kwargs)]
-    with torch.no_grad():
-        ShapeProp(gm).propagate(*copy.deepcopy(args))
+    return FusedModel(gm, _rows(gm, codes), sizes, None if sizes is None else qmodel)
 
 
 def _shape(node: fx.Node) -> torch.Size | None:
@@ -302,6 +287,18 @@ def _mean(gm: fx.GraphModule, node: fx.Node) -> bool | None:
         if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
             return bool(_argument(node, 2, "keepdim", False))
     return None
+
+
+def _zero_pad(gm: fx.GraphModule, node: fx.Node) -> list[int] | None:
+    """The amounts (left, right, top, bottom) of zero padding of height and width."""
+    module = _module(gm, node)
+    amounts: Any = None
+    if type(module) is nn.ZeroPad2d:
+        amounts = module.padding
+    elif _name(node) == "pad" and _argument(node, 2, "mode", "constant") == "constant":
+        amounts = _argument(node, 1, "pad", None) if not _argument(node, 3, "value", 0) else None
+    fits = isinstance(amounts, list | tuple) and len(amounts) == 4 == len(_shape(node) or ())
+    return list(amounts) if fits and all(isinstance(a, int) and a >= 0 for a in amounts) else None
 
 
 def _is_flatten(gm: fx.GraphModule, node: fx.Node) -> bool:
@@ -430,6 +427,7 @@ def _annotate(gm: fx.GraphModule) -> dict[fx.Node, Codes]:
     """Pass 2: the values that are codes. All that could be are assumed to be until a reader objects."""
     nodes = list(gm.graph.nodes)
     moved = {n for n in nodes if _max_pool(gm, n) or _is_flatten(gm, n) or _is_cat(n)}
+    moved |= {n for n in nodes if _zero_pad(gm, n)}
     able = moved | {n for n in nodes if isinstance(_module(gm, n), FusedLayer)}
     able = {n for n in able if getattr(n.meta.get("tensor_meta"), "dtype", None) == torch.float32}
     while True:
@@ -474,6 +472,9 @@ def _with_halos(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> dict[fx.Node
                     halos[node] = max(halos[node], *_padding(fused.layer))
             elif isinstance(fused, FusedLayer) or _is_flatten(gm, user):
                 plain.add(node)
+            elif (amounts := _zero_pad(gm, user)) and len(set(amounts)) == 1:
+                border = amounts[0] + halos[user]  # the padding is the border
+                halos[node] = max(halos[node], border if border <= _MAX_HALO else 0)
     changed = True
     while changed:
         changed = False
@@ -490,19 +491,31 @@ def _with_halos(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> dict[fx.Node
 
 def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
     """Tell the modules of the graph what they read and give."""
-    for node in list(gm.graph.nodes):
+    reads = {
+        node: [
+            codes.get(arg) if isinstance(arg, fx.Node) else None for arg in (*node.args, None, None)
+        ]
+        for node in gm.graph.nodes
+    }
+    for node, (x, add, *_) in reads.items():
         module, window, keepdim = _module(gm, node), _max_pool(gm, node), _mean(gm, node)
-        inputs = [codes.get(source) for source in node.all_input_nodes]
         pool: nn.Module | None = None
         if isinstance(module, FusedLayer):
-            x, add = (codes.get(arg) for arg in (*node.args, None)[:2])
             module.set_codes(x, add, codes.get(node))
-        elif not inputs or inputs[0] is None:
+        elif x is None:
             continue
         elif window is not None and node in codes:
-            pool = MaxPoolCodes(window, inputs[0], codes[node].halo)
+            pool = MaxPoolCodes(window, x, codes[node].halo)
         elif keepdim is not None:
-            pool = MeanOfCodes(inputs[0], keepdim)
+            pool = MeanOfCodes(x, keepdim)
+        elif (amounts := _zero_pad(gm, node)) and node in codes:
+            more = codes[node].halo - x.halo  # a border is padding that is there already
+            node.op, node.target = "call_function", F.pad
+            node.args = (node.args[0], [amount + more for amount in amounts])
+            node.kwargs = {"value": float(codes[node].zero_point)}
+            if not any(node.args[1]):
+                node.replace_all_uses_with(node.args[0])
+                gm.graph.erase_node(node)
         if pool is not None:
             name = f"codes_{node.name}"
             gm.add_submodule(name, pool)

@@ -103,7 +103,34 @@ class Mlp(nn.Module):
         return self.layers(x)
 
 
+class Same(nn.Module):
+    """Padded as TensorFlow does: uneven amounts that depend on the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 8, 3, stride=2, groups=8)
+        self.c, self.d, self.norm = nn.Conv2d(8, 8, 5), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.pad, self.head = nn.ZeroPad2d(1), nn.Linear(8, 5)
+
+    def same(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride in zip(
+            reversed(x.shape[2:]), reversed(conv.kernel_size), reversed(conv.stride), strict=True
+        ):
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return conv(F.pad(x, pads) if any(pads) else x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.norm(self.same(x, self.a)))
+        x = F.relu6(self.same(x, self.b))
+        x = F.relu(self.same(x, self.c))
+        x = self.d(self.pad(x))
+        return self.head(x.reshape(x.size(0), 8, -1).mean(2))
+
+
 NETS: dict[str, Any] = {
+    "same": Same,
     "net": Net,
     "basic": ResNet,
     "bottleneck": lambda: ResNet(bottleneck=True),
@@ -181,6 +208,35 @@ def test_a_concatenation() -> None:
         "flatten -> 8-bit codes",
         "Linear -> float",
     ]
+
+
+def test_padding_before_a_layer() -> None:
+    """Even padding becomes the border of the layer before, uneven padding is done on codes."""
+    fused = cora.fuse(packed("same"), X)
+    assert list(steps(fused).values()) == [
+        "pad -> float",
+        "quantize + Conv2d + clamp(0, 6) -> 8-bit codes",
+        "pad -> 8-bit codes",
+        "Conv2d + clamp(0, 6) -> 8-bit codes, halo 2",
+        "Conv2d + relu -> 8-bit codes, halo 1",
+        "Conv2d -> float",
+        "reshape -> float",
+        "mean -> float",
+        "quantize + Linear -> float",
+    ]
+
+
+def test_a_model_that_branches_on_sizes() -> None:
+    """Fused for the example's sizes and any batch; other sizes run unfused, and the summary says so."""
+    qmodel = packed("same")
+    fused = cora.fuse(qmodel, X)
+    assert "for inputs of batchx3x8x8; others run unfused" in str(fused)
+    compare(qmodel, fused, X[:1])
+    x = torch.randn(2, 3, 11, 9)
+    with torch.no_grad():
+        assert torch.equal(fused(x), qmodel(x))
+        twin = pickle.loads(pickle.dumps(fused))
+        assert torch.equal(twin(X), fused(X)) and torch.equal(twin(x), qmodel(x))
 
 
 def test_linear_layers() -> None:
