@@ -82,10 +82,6 @@ using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8
 /// The same quad-rows as floats [4 * rows][32]: scale[lane] * (panel - far[lane]); arrays of 32.
 using PanelF32Fn = void(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out);
 
-/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
-/// Room for tile_shape().m rows.
-using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                      int m, int lanes, int32_t* acc);
 /// c[i * 32 + n] += sum of x * w over [taps][run][32] floats.
 using TileF32Fn = void(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
                        int m, int lanes, float* c);
@@ -103,30 +99,68 @@ using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const in
 // kHiddenChunk floats' room a chunk.
 constexpr int kHiddenChunk = kMaxTileM * kLanes;
 /// c [m, 32] -> u: the hidden values of a chunk.
-using StoreHiddenFn = void(const float* c, int m, void* u);
+using StoreHiddenFn = void(const float* c, int m, int ranks, void* u);
 /// b int8 [rank][32] -> out, all chunks.
 using ExpandUpFn = void(const int8_t* b, int64_t rank, void* out);
 /// up [m, 32] = u [m, rank] * b, rank > 0.
 using UpProjectFn = void(const void* u, int m, int64_t rank, const void* b, float* up);
 
 /// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
-///   v = float(acc - correction[n]) * alpha[n], or c * alpha[n] (alpha null: 1); times row_scale[i]
-///   v += up; v += bias[n]; v += add's row; v = min(max(v, low), high)
-/// and v as it is, or as codes clamp(rint(v * inverse_scale) + zero_point, 0, 255).
+///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or 1, bias[n])
+///   v += up; v += add's row; v = min(max(v, low), high), a NaN giving low
+/// and v as it is, or as codes: rint(v * inverse_scale) + zero_point between 0 and 255.
 struct Epilogue {
   const int32_t* acc;  // [m, 32], or null
   const int32_t* correction;
+  const float* alpha;
   const float* c;  // [m, 32] when acc is null
-  const float *alpha, *row_scale, *up, *bias;
+  const float *row_scale, *up, *bias;
   const void* add;  // float, or codes when add_codes; row i at add_at[i]; null: none
   bool add_codes;
   float add_scale, add_zero;
   float low, high;
   void* y;  // float, or codes when codes
   bool codes;
-  float inverse_scale, zero_point;
+  float inverse_scale;
+  int32_t zero_point;
+
+  /// The bounds of v * inverse_scale that keep a code within the clamp and 0..255.
+  float code_low() const {
+    const float bound = low * inverse_scale, least = static_cast<float>(-zero_point);
+    return bound > least ? bound : least;
+  }
+  float code_high() const {
+    const float bound = high * inverse_scale, most = static_cast<float>(255 - zero_point);
+    return bound < most ? bound : most;
+  }
 };
 using EpilogueFn = void(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at);
+
+/// A tile's epilogue that has not been run yet; take(rows) is the next part of it.
+struct Pending {
+  Epilogue e;
+  int m = 0, lanes;
+  const int64_t *at, *add_at;
+
+  template <typename Fn>
+  void take(int rows, const Fn& epilogue) {
+    rows = rows < m ? rows : m;
+    epilogue(e, rows, lanes, at, add_at);
+    m -= rows;
+    at += rows;
+    add_at += rows;
+    if (e.acc != nullptr) e.acc += rows * kLanes;
+    if (e.c != nullptr) e.c += rows * kLanes;
+    if (e.up != nullptr) e.up += rows * kLanes;
+    if (e.row_scale != nullptr) e.row_scale += rows;
+  }
+};
+
+/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
+/// acc has room for tile_shape().m rows. An AMX tile works off `pending` (or null) meanwhile, on the
+/// vector units it does not use; the other levels leave it alone.
+using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                      int m, int lanes, int32_t* acc, Pending* pending);
 
 // --- Few rows of x: the packed panel is read once, expanded in registers -------------------------
 constexpr int kGemvM = 4;

@@ -4,13 +4,14 @@
 // rows a constant distance apart; a panel's quad-rows are the second operand as they stand, lanes
 // 0..15 and 16..31 being the even and odd 64-byte halves.
 // The adapter's second half is done in bfloat16: int8 factors are exact in it, hidden values are split
-// into a sum of two, which keeps 16 of their 24 bits.
+// into a sum of two, which keeps 16 of their 24 bits. Results are stored, so that the vector units can
+// finish one tile while the tile registers work on the next.
 #include "cpu/kernels.h"
 
 #if CORA_X86
 #include <immintrin.h>
 
-#include <cstring>
+#include <algorithm>
 
 CORA_BEGIN_AMX
 
@@ -27,10 +28,10 @@ struct alignas(64) Config {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-/// kA blocks of 16 rows of x by kB of 16 lanes.
-template <int kA, int kB>
+/// kA blocks of 16 rows of x by kB of 16 lanes; `between` is called after each multiplication was issued.
+template <int kA, int kB, typename Between>
 void multiply(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t steps, const int8_t* panel,
-              int32_t* acc) {
+              int32_t* acc, const Between& between) {
   _tile_zero(0);
   if (kB > 1) _tile_zero(1);
   if (kA > 1) _tile_zero(2);
@@ -39,9 +40,9 @@ void multiply(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int6
   for (int64_t t = 0; t < taps; ++t) {
     const uint8_t* x0 = rows[0] + tap[t];
     const uint8_t* x1 = kA > 1 ? rows[kRows] + tap[t] : nullptr;
-    for (int64_t s = 0; s < steps; ++s, x0 += kStep, panel += kStep * kLanes) {
+    for (int64_t s = 0; s < steps; ++s, panel += kStep * kLanes) {
       _tile_loadd(6, panel, kQuadRow);
-      _tile_loadd(4, x0, stride0);
+      _tile_loadd(4, x0 + s * kStep, stride0);
       _tile_dpbusd(0, 4, 6);
       if (kB > 1) {
         _tile_loadd(7, panel + 64, kQuadRow);
@@ -52,6 +53,7 @@ void multiply(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int6
         _tile_dpbusd(2, 5, 6);
         if (kB > 1) _tile_dpbusd(3, 5, 7);
       }
+      between();
     }
   }
   _tile_stored(0, acc, kLanes * sizeof(int32_t));
@@ -72,62 +74,90 @@ void configure() {
 void release() { _tile_release(); }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc) {
+             int lanes, int32_t* acc, Pending* pending) {
   const int64_t steps = quads * kQuad / kStep;
-  if (m > kRows)
-    (lanes > 16 ? multiply<2, 2> : multiply<2, 1>)(rows, tap, taps, steps, panel, acc);
-  else
-    (lanes > 16 ? multiply<1, 2> : multiply<1, 1>)(rows, tap, taps, steps, panel, acc);
+  const auto run = [&](const auto& between) {
+    if (m > kRows && lanes > 16)
+      multiply<2, 2>(rows, tap, taps, steps, panel, acc, between);
+    else if (m > kRows)
+      multiply<2, 1>(rows, tap, taps, steps, panel, acc, between);
+    else if (lanes > 16)
+      multiply<1, 2>(rows, tap, taps, steps, panel, acc, between);
+    else
+      multiply<1, 1>(rows, tap, taps, steps, panel, acc, between);
+  };
+  if (pending == nullptr || pending->m == 0) return run([] {});
+  // Spread over the steps, not below four rows at a time.
+  const int64_t all = taps * steps;
+  const int part = static_cast<int>(std::max<int64_t>(4, ((pending->m + all - 1) / all + 1) & ~1));
+  run([&] {
+    if (pending->m > 0) pending->take(part, avx512::epilogue);
+  });
 }
 
-// A chunk of hidden values: 32 rows of their bfloat16 heads, then 32 of the rests.
-void store_hidden(const float* c, int m, void* u) {
-  char* out = static_cast<char*>(u);
-  for (int i = 0; i < m; ++i, c += kLanes, out += 64) {
-    const __m512 v[2] = {_mm512_loadu_ps(c), _mm512_loadu_ps(c + 16)};
-    const __m512i head = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(v[1], v[0]));
-    const __m512 rest[2] = {_mm512_sub_ps(v[0], widen(_mm512_castsi512_si256(head))),
-                            _mm512_sub_ps(v[1], widen(_mm512_extracti64x4_epi64(head, 1)))};
-    _mm512_storeu_si512(out, head);
-    _mm512_storeu_si512(out + kMaxTileM * 64, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(rest[1], rest[0])));
+// Hidden values are kept in tiles of 16 ranks: a row holds their bfloat16 heads, then the rests. B's tiles
+// have each pair of ranks [32 lanes][2] twice, once for either.
+constexpr int kTileRanks = 16;
+constexpr int64_t kUpTile = kRows * kLanes * 2 * 2;  // bytes
+
+void store_hidden(const float* c, int m, int ranks, void* u) {
+  for (int first = 0; first < ranks; first += kTileRanks) {
+    char* out = static_cast<char*>(u) + first / kTileRanks * kMaxTileM * 64;
+    for (int i = 0; i < m; ++i) {
+      const __m512 v = _mm512_loadu_ps(c + i * kLanes + first);
+      const __m256i head = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
+      const __m256i rest = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(v, widen(head))));
+      _mm512_storeu_si512(out + i * 64, _mm512_inserti64x4(_mm512_castsi256_si512(head), rest, 1));
+    }
   }
 }
 
-// A chunk of B: 16 pairs of ranks [32 lanes][2], bfloat16.
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   char* to = static_cast<char*>(out);
-  for (int64_t pair = 0; pair < (rank + kLanes - 1) / kLanes * 16; ++pair)
-    for (int h = 0; h < kLanes; h += 16, to += 64) {
-      __m512i v[2];
-      for (int j = 0; j < 2; ++j) {
-        const int64_t r = 2 * pair + j;
-        v[j] = r < rank ? _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + r * kLanes + h)))))
-                        : _mm512_setzero_si512();
+  for (int64_t first = 0; first < rank; first += kTileRanks, to += kUpTile)
+    for (int pair = 0; pair < kTileRanks / 2; ++pair)
+      for (int h = 0; h < 2; ++h) {
+        __m512i v[2];
+        for (int j = 0; j < 2; ++j) {
+          const int64_t r = first + 2 * pair + j;
+          v[j] = r < rank ? _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + r * kLanes + 16 * h)))))
+                          : _mm512_setzero_si512();
+        }
+        const __m512i both = _mm512_or_si512(_mm512_srli_epi32(v[0], 16), v[1]);  // exact: low halves are zero
+        _mm512_storeu_si512(to + pair * 128 + h * 64, both);
+        _mm512_storeu_si512(to + (pair + kTileRanks / 2) * 128 + h * 64, both);
       }
-      _mm512_storeu_si512(to, _mm512_or_si512(_mm512_srli_epi32(v[0], 16), v[1]));  // exact: low halves are zero
-    }
 }
 
 void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+  const bool two = m > kRows;
+  _tile_zero(0);
+  _tile_zero(1);
+  if (two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  const int64_t tiles = (rank + kTileRanks - 1) / kTileRanks;
   const char* w = static_cast<const char*>(b);
-  const int64_t chunks = (rank + kLanes - 1) / kLanes;
-  for (int first = 0; first < m; first += kRows) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const char* head = static_cast<const char*>(u) + chunk * kHiddenChunk * sizeof(float) + first * 64;
-      _tile_loadd(4, head, 64);
-      _tile_loadd(5, head + kMaxTileM * 64, 64);
-      _tile_loadd(6, w + chunk * 2048, 128);
-      _tile_loadd(7, w + chunk * 2048 + 64, 128);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(0, 5, 6);
-      _tile_dpbf16ps(1, 5, 7);
+  for (int64_t tile = 0; tile < tiles; ++tile, w += kUpTile) {
+    const char* hidden = static_cast<const char*>(u) + tile * kMaxTileM * 64;
+    _tile_loadd(4, hidden, 64);
+    _tile_loadd(6, w, 128);
+    _tile_loadd(7, w + 64, 128);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (two) {
+      _tile_loadd(5, hidden + kRows * 64, 64);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, up + first * kLanes, kLanes * sizeof(float));
-    _tile_stored(1, up + first * kLanes + 16, kLanes * sizeof(float));
+  }
+  _tile_stored(0, up, kLanes * sizeof(float));
+  _tile_stored(1, up + 16, kLanes * sizeof(float));
+  if (two) {
+    _tile_stored(2, up + kRows * kLanes, kLanes * sizeof(float));
+    _tile_stored(3, up + kRows * kLanes + 16, kLanes * sizeof(float));
   }
 }
 

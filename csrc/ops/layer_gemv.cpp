@@ -105,7 +105,7 @@ class Gemv {
     }
     if constexpr (kInt)
       for (int i = 0; i < m_ * kLanes; ++i) c[i] *= in_.scale[i / kLanes];
-    cpu::k_store_hidden.at(isa_)(c, m_, hidden);
+    cpu::k_store_hidden.at(isa_)(c, m_, kLanes, hidden);
   }
 
   void run_panel(int64_t p, const float* hidden, float* b) const {
