@@ -202,7 +202,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   static constexpr decltype(&tile_s8_fixed<1>) kTiles[4] = {tile_s8_fixed<1>, tile_s8_fixed<2>, tile_s8_fixed<3>,
                                                             tile_s8_fixed<4>};
   for (int n = 0; n < lanes; n += 16)
@@ -252,6 +252,17 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
 
 void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
 
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int /*ranks*/,
+                      void* u) {
+  float* out = static_cast<float*>(u);
+  for (int n = 0; n < kLanes; n += 8) {
+    const __m256i c = load(correction + n);
+    const __m256 a = _mm256_loadu_ps(alpha + n);
+    for (int k = n; k < m * kLanes; k += kLanes)
+      _mm256_storeu_ps(out + k, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + k), c)), a));
+  }
+}
+
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   float* to = static_cast<float*>(out);
   for (int64_t i = 0; i < rank * kLanes; i += 8)
@@ -259,7 +270,7 @@ void expand_up(const int8_t* b, int64_t rank, void* out) {
         to + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + i)))));
 }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   for (int i = 0; i < m; ++i) {
     __m256 v[4];
     for (auto& part : v) part = _mm256_setzero_ps();
@@ -288,6 +299,9 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
                                   : _mm256_loadu_ps(e.c + k);
       if (e.row_scale != nullptr) factor = _mm256_set1_ps(e.row_scale[i]);
       v = _mm256_fmadd_ps(v, factor, bias);
+      if (e.u != nullptr)
+        for (int64_t j = 0; j < e.rank; ++j)
+          v = _mm256_fmadd_ps(_mm256_broadcast_ss(e.u + i * kLanes + j), _mm256_loadu_ps(e.b + j * kLanes + n), v);
       if (e.up != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(e.up + k));
       if (e.add != nullptr && e.add_codes) {
         uint64_t bytes = 0;

@@ -161,7 +161,9 @@ void up_project_rows(const float* u, int64_t rank, const float* b, float* up) {
 enum Add { kNothing, kFloats, kCodes };
 
 /// Two rows at a time: their 64 codes are packed together.
-template <bool kAcc, bool kUp, bool kOutCodes, Add kAdd>
+enum Up { kNone, kTile, kInline };
+
+template <bool kAcc, Up kUp, bool kOutCodes, Add kAdd>
 void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
   const __mmask16 masks[2] = {mask16(lanes), mask16(lanes - 16)};
   const __mmask32 mask = static_cast<__mmask32>(masks[1]) << 16 | masks[0];
@@ -184,7 +186,10 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
                     : _mm512_loadu_ps(e.c + k);
     const bool by_row = !kAcc && e.row_scale != nullptr;
     v = _mm512_fmadd_ps(v, by_row ? _mm512_set1_ps(e.row_scale[i]) : alpha[h], bias[h]);
-    if (kUp) v = _mm512_add_ps(v, _mm512_loadu_ps(e.up + k));
+    if (kUp == kInline)
+      for (int64_t j = 0; j < e.rank; ++j)
+        v = _mm512_fmadd_ps(_mm512_set1_ps(e.u[i * kLanes + j]), _mm512_loadu_ps(e.b + j * kLanes + 16 * h), v);
+    if (kUp == kTile) v = _mm512_add_ps(v, _mm512_loadu_ps(e.up + k));
     if (kAdd == kCodes) {
       const uint8_t* from = static_cast<const uint8_t*>(e.add) + add_at[i] + 16 * h;
       const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(masks[h], from)));
@@ -221,6 +226,13 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
   {                                                                                                  \
     epilogue_rows<acc, up, codes, kNothing>, epilogue_rows<acc, up, codes, kFloats>,                 \
         epilogue_rows<acc, up, codes, kCodes>                                                        \
+  }
+#define CORA_UPS(acc)                                                                                       \
+  {                                                                                                         \
+    {CORA_ADDS(acc, kNone, false), CORA_ADDS(acc, kNone, true)},                                            \
+        {CORA_ADDS(acc, kTile, false), CORA_ADDS(acc, kTile, true)}, {                                      \
+      CORA_ADDS(acc, kInline, false), CORA_ADDS(acc, kInline, true)                                         \
+    }                                                                                                       \
   }
 
 template <int kBits, int kM>
@@ -310,7 +322,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};
   kTiles[m - 1][lanes > 16](rows, tap, taps, quads, panel, acc);
 }
@@ -350,6 +362,16 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
 
 void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
 
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int ranks, void* u) {
+  float* out = static_cast<float*>(u);
+  for (int h = 0; h < ranks; h += 16) {
+    const __m512i c = _mm512_loadu_si512(correction + h);
+    const __m512 a = _mm512_loadu_ps(alpha + h);
+    for (int k = h; k < m * kLanes; k += kLanes)
+      _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(acc + k), c)), a));
+  }
+}
+
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   float* to = static_cast<float*>(out);
   for (int64_t i = 0; i < rank * kLanes; i += 16)
@@ -357,7 +379,7 @@ void expand_up(const int8_t* b, int64_t rank, void* out) {
         to + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i)))));
 }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   const float *hidden = static_cast<const float*>(u), *w = static_cast<const float*>(b);
   int i = 0;
   for (; i + 6 <= m; i += 6) up_project_rows<6>(hidden + i * kLanes, rank, w, up + i * kLanes);
@@ -366,12 +388,9 @@ void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
 
 void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
   const int add = e.add == nullptr ? 0 : e.add_codes ? 2 : 1;
-  static constexpr EpilogueFn* kRows[2][2][2][3] = {
-      {{CORA_ADDS(false, false, false), CORA_ADDS(false, false, true)},
-       {CORA_ADDS(false, true, false), CORA_ADDS(false, true, true)}},
-      {{CORA_ADDS(true, false, false), CORA_ADDS(true, false, true)},
-       {CORA_ADDS(true, true, false), CORA_ADDS(true, true, true)}}};
-  kRows[e.acc != nullptr][e.up != nullptr][e.codes][add](e, m, lanes, at, add_at);
+  const int up = e.u != nullptr ? kInline : e.up != nullptr ? kTile : kNone;
+  static constexpr EpilogueFn* kRows[2][3][2][3] = {CORA_UPS(false), CORA_UPS(true)};
+  kRows[e.acc != nullptr][up][e.codes][add](e, m, lanes, at, add_at);
 }
 
 void gemv_s8(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m, int32_t* acc) {

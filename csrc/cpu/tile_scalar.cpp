@@ -32,7 +32,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   std::fill_n(acc, m * kLanes, 0);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t q = 0; q < quads; ++q, panel += kQuadRow)
@@ -77,9 +77,15 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
 
 void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::copy_n(c, m * kLanes, static_cast<float*>(u)); }
 
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int /*ranks*/,
+                      void* u) {
+  for (int i = 0; i < m * kLanes; ++i)
+    static_cast<float*>(u)[i] = static_cast<float>(acc[i] - correction[i % kLanes]) * alpha[i % kLanes];
+}
+
 void expand_up(const int8_t* b, int64_t rank, void* out) { std::copy_n(b, rank * kLanes, static_cast<float*>(out)); }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   std::fill_n(up, m * kLanes, 0.0f);
   for (int64_t j = 0; j < rank; ++j)
     for (int i = 0; i < m; ++i) {
@@ -98,6 +104,8 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
       const float value = e.acc != nullptr ? static_cast<float>(e.acc[k] - e.correction[n]) : e.c[k];
       const float factor = e.acc != nullptr ? e.alpha[n] : e.row_scale != nullptr ? e.row_scale[i] : 1.0f;
       float v = std::fma(value, factor, e.bias != nullptr ? e.bias[n] : 0.0f);
+      if (e.u != nullptr)
+        for (int64_t j = 0; j < e.rank; ++j) v = std::fma(e.u[i * kLanes + j], e.b[j * kLanes + n], v);
       if (e.up != nullptr) v += e.up[k];
       if (e.add != nullptr && e.add_codes)
         v = std::fma(static_cast<float>(static_cast<const uint8_t*>(e.add)[add_at[i] + n]) - e.add_zero, e.add_scale,

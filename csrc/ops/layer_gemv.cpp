@@ -143,7 +143,7 @@ class Gemv {
         cpu::k_expand_up.at(isa_)(layer_.b<int8_t>(p), h_.rank, b);
         weights = b;
       }
-      cpu::k_up_project.at(isa_)(hidden, m_, h_.rank, weights, up);
+      cpu::k_up_project.at(isa_)(hidden, m_, m_, h_.rank, weights, up);
       e.up = up;
     }
     e.bias = layer_.bias(p);

@@ -27,11 +27,19 @@ constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half 
 
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 16 * 1024, kMaxBlockTiles = 8;
 
-/// Output positions in the order tiles take them.
+/// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
+/// `block` (the last one overlaps the one before it where that does not come out even).
 struct Grid {
-  // Positions of an image run over lines of `columns`: its width, or the padded input's width, so that
-  // neighbours are one distance apart in memory all over the image (the surplus is computed and dropped).
-  int64_t columns, per_image, images, tiles_per_image, tiles;
+  enum Lines {
+    kRows,    // a line is a row of the output
+    kImages,  // an image, rows as wide as the padded input's, so that all is one distance apart in memory;
+              // the surplus is computed and dropped
+    kBatch,   // everything
+  } lines;
+  int64_t width, count, per_line, block, columns;
+  bool copied;  // rows are not at one distance: they are copied together
+
+  int64_t blocks() const { return count * per_line; }
 };
 
 template <typename X>
@@ -47,7 +55,8 @@ class Tiles {
         in_(input),
         out_(output),
         isa_(kInt ? cpu::active_isa() : std::min(cpu::active_isa(), Isa::kAvx512)),
-        up_isa_(h_.adapter == AdapterKind::kInt8 ? isa_ : std::min(isa_, Isa::kAvx512)),
+        inline_(h_.rank <= cpu::kInlineRank),
+        up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
         direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
         quads_(round_up(layer.segment_run(), shape_.align) / kQuad),
@@ -57,6 +66,7 @@ class Tiles {
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
     grid_ = plan_grid();
+    tiles_ = ceil_div(grid_.blocks(), shape_.blocks);
   }
 
   void run() const {
@@ -64,20 +74,20 @@ class Tiles {
     // The split that leaves the slowest thread least: expanding a panel costs about one tile of it.
     int64_t n_parts = 1, best = INT64_MAX;
     for (int64_t parts = 1; parts <= std::min(threads, panels); ++parts) {
-      const int64_t tiles = ceil_div(grid_.tiles, threads / parts), share = ceil_div(panels, parts);
+      const int64_t tiles = ceil_div(tiles_, threads / parts), share = ceil_div(panels, parts);
       const int64_t cost = share * (tiles + 1) + tiles * h_.chunks * ceil_div(share, h_.panels);
       if (cost < best) {
         best = cost;
         n_parts = parts;
       }
     }
-    const int64_t m_parts = std::clamp<int64_t>(threads / n_parts, 1, grid_.tiles);
+    const int64_t m_parts = std::clamp<int64_t>(threads / n_parts, 1, tiles_);
     const int64_t work = h_.n / h_.groups * h_.taps * h_.run * win_.rows();  // multiplications
     parallel_for(n_parts * m_parts, work < 100000 ? n_parts * m_parts : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / m_parts, m = task % m_parts;
-        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, grid_.tiles * m / m_parts,
-                 grid_.tiles * (m + 1) / m_parts);
+        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, tiles_ * m / m_parts,
+                 tiles_ * (m + 1) / m_parts);
       }
     });
   }
@@ -88,7 +98,9 @@ class Tiles {
   const Window& win_;
   const LayerInput<X>& in_;
   const LayerOutput& out_;
-  const Isa isa_, up_isa_;
+  const Isa isa_;
+  const bool inline_;  // the epilogue multiplies by B
+  const Isa up_isa_;
   const cpu::TileShape shape_;
   const bool direct_;  // a tile's integers go straight to the epilogue
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
@@ -96,6 +108,7 @@ class Tiles {
   const std::vector<int64_t> tap_;
   std::vector<int64_t> gathered_tap_;
   Grid grid_;
+  int64_t tiles_;
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -108,29 +121,41 @@ class Tiles {
     return offsets;
   }
 
-  Grid plan_grid() const {
-    const auto grid = [&](int64_t columns, bool across) {
-      Grid g{columns, (win_.out(0) - 1) * columns + win_.out(1), win_.batch, 0, 0};
-      g.tiles_per_image = across ? 0 : ceil_div(g.per_image, shape_.m);
-      g.tiles = across ? ceil_div(g.per_image * g.images, shape_.m) : g.tiles_per_image * g.images;
-      return g;
-    };
-    const Grid plain = grid(win_.out(1), true);
-    const int64_t columns = in_.line / in_.pixel;
-    const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
-    if (!shape_.equidistant || !dense || h_.walk == Walk::kNatural || (columns == win_.out(1) && is_one_run()))
-      return plain;
-    // Surplus positions against copies of the tiles that cross a line (about 1/32 of a panel's product).
-    const Grid wide = grid(columns, false);
-    const int64_t panels = h_.panels * h_.groups;
-    return wide.tiles * panels * 32 <= plain.tiles * (panels * 32 + 32) ? wide : plain;
+  Grid make_grid(Grid::Lines lines, int64_t columns, bool copied) const {
+    const int64_t height = win_.out(0), width = win_.out(1);
+    Grid g{lines, width, height * win_.batch, 0, 0, columns, copied};
+    if (lines == Grid::kImages) {
+      g.width = (height - 1) * columns + width;
+      g.count = win_.batch;
+    } else if (lines == Grid::kBatch) {
+      g.width = win_.rows();
+      g.count = 1;
+    }
+    g.per_line = ceil_div(g.width, shape_.block);
+    g.block = shape_.strict ? ceil_div(g.width, g.per_line) : shape_.block;
+    return g;
   }
-  /// Positions lie at one distance all over the batch.
-  bool is_one_run() const { return in_.image == win_.out(0) * in_.line; }
+  Grid plan_grid() const {
+    const int64_t columns = in_.line / in_.pixel, width = win_.out(1);
+    const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
+    const bool one_run = dense && columns == width && in_.image == win_.out(0) * in_.line;
+    const Grid batch = make_grid(Grid::kBatch, width, h_.walk == Walk::kNatural || (shape_.strict && !one_run));
+    if (!batch.copied || h_.walk == Walk::kNatural) return batch;
+    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and a copy's.
+    const int64_t panels = h_.panels * h_.groups;
+    const auto cost = [&](const Grid& g) {
+      return ceil_div(g.blocks(), 2) * (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block : 0));
+    };
+    Grid best = batch;
+    const Grid rows = make_grid(Grid::kRows, width, false), images = make_grid(Grid::kImages, columns, false);
+    if (cost(rows) <= cost(best)) best = rows;
+    if (dense && cost(images) < cost(best)) best = images;
+    return best;
+  }
 
   /// One tile's rows, for the kernels.
   struct Rows {
-    int m = 0, whole = 0;  // whole: with what a level reads beyond m
+    int m = 0;
     const X* row[kMaxTileM];
     const X* segment[kMaxTileM];
     const int64_t* tap;
@@ -142,24 +167,45 @@ class Tiles {
 
   /// A tile's rows, a group's channels of them, copied where the kernels cannot take them in place.
   void locate(Rows& rows, int64_t tile, int64_t g) const {
-    const bool across = grid_.tiles_per_image == 0;
-    const int64_t total = across ? grid_.per_image * grid_.images : grid_.per_image;
-    const int64_t first = (across ? tile : tile % grid_.tiles_per_image) * shape_.m;
-    int64_t image = across ? first / grid_.per_image : tile / grid_.tiles_per_image;
-    int64_t y = first % grid_.per_image / grid_.columns, x = first % grid_.per_image % grid_.columns;
-    rows.m = static_cast<int>(std::min<int64_t>(shape_.m, total - first));
-    rows.whole = shape_.equidistant ? (rows.m + 15) / 16 * 16 : rows.m;
+    rows.m = 0;
     rows.tap = tap_.data();
-    const int64_t step = h_.stride[1] * in_.pixel;
     const X* const base = in_.x + g * layer_.group_channels();
-    bool even = true;
-    for (int i = 0; i < rows.m;) {  // line by line
-      const int end = static_cast<int>(std::min<int64_t>(rows.m, i + grid_.columns - x));
+    for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
+      locate_block(rows, b, base);
+    if (h_.walk == Walk::kNatural) {
+      copy_rows(rows, [&](const X* from, X* to) {
+        for (int64_t c = 0; c < layer_.group_channels(); ++c)
+          for (int64_t ky = 0; ky < h_.kernel[0]; ++ky)
+            for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
+              *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
+      });
+    } else if (grid_.copied) {
+      copy_rows(rows, [&](const X* from, X* to) {
+        for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
+          std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
+      });
+    }
+  }
+  void locate_block(Rows& rows, int64_t b, const X* base) const {
+    const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;
+    // A block that would pass the end of its line starts earlier and drops what was done before.
+    const int64_t start = shape_.strict ? std::min(wanted, grid_.width - grid_.block) : wanted;
+    const int64_t pixels = win_.pixels();
+    int64_t image = line, position = start;
+    if (grid_.lines != Grid::kImages) {
+      const int64_t all = line * grid_.width + start;
+      image = all / pixels;
+      position = all % pixels;
+    }
+    int64_t y = position / grid_.columns, x = position % grid_.columns;
+    const int64_t step = h_.stride[1] * in_.pixel;
+    const int first = rows.m, last = first + static_cast<int>(std::min(grid_.block, grid_.width - start));
+    for (int i = first; i < last;) {  // output row by output row
+      const int end = static_cast<int>(std::min<int64_t>(last, i + grid_.columns - x));
+      const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
       const X* row = base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
       const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
       const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
-      even = even && (i == 0 || row - rows.row[i - 1] == step);
-      const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
       if (out_.epilogue.add != nullptr)
         for (int j = i; j < real; ++j) rows.add_at[j] = add_at + (j - i) * out_.add_pixel;
       if constexpr (kInt)
@@ -178,21 +224,8 @@ class Tiles {
         ++image;
       }
     }
-    if (h_.walk == Walk::kNatural) {
-      copy_rows(rows, [&](const X* from, X* to) {
-        for (int64_t c = 0; c < layer_.group_channels(); ++c)
-          for (int64_t ky = 0; ky < h_.kernel[0]; ++ky)
-            for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
-              *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
-      });
-    } else if (shape_.equidistant && (!even || (rows.m < rows.whole && !in_.slack))) {
-      copy_rows(rows, [&](const X* from, X* to) {
-        for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
-          std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
-      });
-    }
-    const int64_t distance = rows.m > 1 ? rows.row[1] - rows.row[0] : 0;
-    for (int i = rows.m; i < rows.whole; ++i) rows.row[i] = rows.row[i - 1] + distance;
+    for (int64_t i = start; i < wanted; ++i) rows.at[first + i - start] = -1;
+    rows.m = last;
   }
   template <typename Copy>
   void copy_rows(Rows& rows, const Copy& copy) const {
@@ -207,7 +240,7 @@ class Tiles {
 
   const X* const* segment(Rows& rows, int64_t s) const {
     if (s == 0) return rows.row;
-    for (int i = 0; i < rows.whole; ++i) rows.segment[i] = rows.row[i] + s * layer_.segment_run();
+    for (int i = 0; i < rows.m; ++i) rows.segment[i] = rows.row[i] + s * layer_.segment_run();
     return rows.segment;
   }
 
@@ -306,44 +339,39 @@ class Tiles {
       const int64_t at = g * h_.chunks + q;
       const int lanes = lanes_of(h_.rank, q * kLanes);
       alignas(64) float c[kMaxTileM * kLanes];
-      if (!kInt || h_.adapter == AdapterKind::kFloat) std::fill_n(c, rows.m * kLanes, 0.0f);
+      void* const u = hidden + q * kHiddenChunk;
       if constexpr (kInt) {
-        if (h_.adapter == AdapterKind::kFloat) {
-          hidden_from_floats(s, rows, layer_.a<float>(at), lanes, c);
-          for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
-        } else {
-          hidden_from_codes(s, rows, at, q, lanes, c);
+        if (h_.adapter == AdapterKind::kInt8) {
+          hidden_from_codes(s, rows, at, q, lanes, u);
+          continue;
         }
+        std::fill_n(c, rows.m * kLanes, 0.0f);
+        hidden_from_floats(s, rows, layer_.a<float>(at), lanes, c);
+        for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
       } else {
+        std::fill_n(c, rows.m * kLanes, 0.0f);
         cpu::k_tile_f32.at(isa_)(rows.row, rows.tap, h_.taps, h_.run, s.chunks.get() + q * chunk_size(), rows.m, lanes,
                                  c);
       }
-      cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, hidden + q * kHiddenChunk);
+      cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
     }
   }
 
-  void hidden_from_codes(Scratch& s, const Rows& rows, int64_t at, int64_t q, int lanes, float* c) const {
+  void hidden_from_codes(Scratch& s, const Rows& rows, int64_t at, int64_t q, int lanes, void* u) const {
     static constexpr int32_t kZero[kMaxTileM] = {};
     alignas(64) int32_t acc[kMaxTileM * kLanes];
     cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
-                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), rows.m, lanes, acc,
-                            &s.pending);
-    if (in_.uniform) {
-      cpu::Epilogue e{};
-      e.acc = acc;
-      e.correction = &s.a_correction[q * kLanes];
-      e.alpha = &s.a_alpha[q * kLanes];
-      e.low = -std::numeric_limits<float>::infinity();
-      e.high = std::numeric_limits<float>::infinity();
-      e.y = c;
-      int64_t to[kMaxTileM];
-      for (int i = 0; i < rows.m; ++i) to[i] = i * kLanes;
-      return cpu::k_epilogue.at(isa_)(e, rows.m, kLanes, to, nullptr);
-    }
+                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), rows.m, block_of(rows),
+                            lanes, acc, &s.pending);
+    if (in_.uniform)
+      return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
+                                                 lanes, u);
+    alignas(64) float c[kMaxTileM * kLanes];
     cpu::k_requantize.at(isa_)(acc, rows.m, rows.zx, layer_.a_sum(at), kZero, kZero, layer_.a_scale(at), false, c);
-    for (int i = 0; i < rows.m; ++i)
-      for (int n = 0; n < kLanes; ++n) c[i * kLanes + n] *= rows.sx[i];
+    for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
+    cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
   }
+  int block_of(const Rows& rows) const { return std::min(rows.m, static_cast<int>(grid_.block)); }
 
   /// Quantised input, float adapter: x - zx as floats, exact, then the float tile.
   void hidden_from_floats(Scratch& s, const Rows& rows, const float* panel, int lanes, float* c) const {
@@ -373,7 +401,7 @@ class Tiles {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
         cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(), rows.m,
-                                lanes, acc, &s.pending);
+                                block_of(rows), lanes, acc, &s.pending);
         if (!direct_) requantize(rows, p, seg, acc, c);
       }
       if (direct_) {
@@ -396,8 +424,14 @@ class Tiles {
       const void* b = h_.adapter == AdapterKind::kInt8
                           ? static_cast<const void*>(s.up_weights.get() + index * h_.chunks * kHiddenChunk)
                           : layer_.b<float>(p);
-      cpu::k_up_project.at(up_isa_)(hidden, rows.m, h_.rank, b, up);
-      e.up = up;
+      if (inline_) {
+        e.u = hidden;
+        e.b = static_cast<const float*>(b);
+        e.rank = h_.rank;
+      } else {
+        cpu::k_up_project.at(up_isa_)(hidden, rows.m, block_of(rows), h_.rank, b, up);
+        e.up = up;
+      }
     }
     e.bias = layer_.bias(p);
     const int64_t channel = p / h_.panels * layer_.group_n() + first;
@@ -441,7 +475,7 @@ class Tiles {
   // --- A task ------------------------------------------------------------------------------------
 
   void run_task(int64_t p_begin, int64_t p_end, int64_t t_begin, int64_t t_end) const {
-    const cpu::TileSession session(isa_);
+    const cpu::TileSession session(isa_, static_cast<int>(grid_.block));
     const int64_t panel_size = h_.segments * segment_size(), tiles = t_end - t_begin;
     const int64_t fit =
         std::max<int64_t>(1, kPanelBytes / (panel_size * static_cast<int64_t>(sizeof(Panel))));
@@ -449,7 +483,7 @@ class Tiles {
     // Tiles that take turns with one panel, so that a panel which fits L1 stays there.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
     const int64_t block_tiles =
-        panel_bytes <= kL1Panel ? std::clamp<int64_t>(kL1Tiles / (shape_.m * in_.pixel), 1, kMaxBlockTiles) : 1;
+        panel_bytes <= kL1Panel ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * in_.pixel), 1, kMaxBlockTiles) : 1;
     Scratch s;
     s.rows.resize(static_cast<size_t>(2 * block_tiles));
     for (int i = 0; i < 2; ++i) {
