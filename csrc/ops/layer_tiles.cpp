@@ -55,7 +55,7 @@ class Tiles {
         in_(input),
         out_(output),
         isa_(kInt ? cpu::active_isa() : std::min(cpu::active_isa(), Isa::kAvx512)),
-        inline_(h_.rank <= cpu::kInlineRank),
+        inline_(h_.rank <= cpu::kInlineRank && isa_ != Isa::kAmx),  // a tile product is cheaper there
         up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
         direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
@@ -276,7 +276,7 @@ class Tiles {
 
   /// What a task keeps of its panels and its group's adapter.
   struct Scratch {
-    std::vector<Rows> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
+    std::unique_ptr<Rows[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
     Buffer<int32_t> acc[2];
     Buffer<float> up[2];
     cpu::Pending pending;
@@ -485,7 +485,7 @@ class Tiles {
     const int64_t block_tiles =
         panel_bytes <= kL1Panel ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * in_.pixel), 1, kMaxBlockTiles) : 1;
     Scratch s;
-    s.rows.resize(static_cast<size_t>(2 * block_tiles));
+    s.rows.reset(new Rows[static_cast<size_t>(2 * block_tiles)]);
     for (int i = 0; i < 2; ++i) {
       s.acc[i] = Buffer<int32_t>(kInt ? kMaxTileM * kLanes : 0);
       s.up[i] = Buffer<float>(h_.rank > 0 ? kMaxTileM * kLanes : 0);
