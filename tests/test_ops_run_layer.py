@@ -1,0 +1,217 @@
+"""run_layer against its oracle on every CPU level: codes in and out, borders, addition, clamp.
+
+Float outputs within the rounding of float32 steps; output codes may differ by one, and only where the
+oracle's number lies that close to the middle of two codes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from shapes import CONVOLUTIONS, layer
+from torch import Tensor
+
+from cora import ops, reference
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "dynamic": {"x_bits": 8},
+    "static": {"x_bits": 8, "x_scale": 0.03, "x_zero_point": 100},
+    "codes": {"x_bits": 8, "x_scale": 0.03, "x_zero_point": 100, "x_halo": 0},
+    "codes-1": {"x_bits": 8, "x_scale": 0.03, "x_zero_point": 0, "x_halo": 1},
+    "codes-3": {"x_bits": 8, "x_scale": 0.03, "x_zero_point": 255, "x_halo": 3},
+}
+ADDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "float": {"add": None},
+    "codes": {"add": None, "add_scale": 0.4, "add_zero_point": 90, "add_halo": 0},
+    "codes-2": {"add": None, "add_scale": 0.4, "add_zero_point": 13, "add_halo": 2},
+}
+CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "both": (-3.0, 11.0)}
+OUTPUTS: dict[str, dict[str, Any]] = {
+    "float": {},
+    "codes": {"out_scale": 0.21, "out_zero_point": 40},
+    "codes-1": {"out_scale": 0.21, "out_zero_point": 200, "out_halo": 1},
+    "codes-2": {"out_scale": 0.07, "out_zero_point": 0, "out_halo": 2},
+}
+
+
+def operands(n: int, k: int, conv_groups: int, **options: Any) -> dict[str, Any]:
+    made = layer(n, k, conv_groups=conv_groups, **options)
+    extra = {key: made.options.get(key) for key in ("a", "b", "adapter_scale", "bias")}
+    names = ("codes", "scale", "zero_point", "bits")
+    return {**dict(zip(names, made.args(), strict=True)), **extra}
+
+
+def codes_like(shape: tuple[int, ...], zero_point: int, halo: int) -> Tensor:
+    inner = torch.randint(0, 256, shape, dtype=torch.uint8)
+    return reference._with_halo(inner, zero_point, halo) if len(shape) == 4 else inner
+
+
+def made_input(kind: str, shape: tuple[int, ...]) -> Tensor:
+    options = INPUTS[kind]
+    if "x_halo" in options:
+        return codes_like(shape, options["x_zero_point"], options["x_halo"])
+    return torch.randn(shape) * 2
+
+
+def check(
+    x: Tensor,
+    weights: dict[str, Any],
+    channels: int,
+    window: dict[str, Any],
+    shape: tuple[int, ...],
+    kinds: tuple[str, str, str, str],
+) -> Tensor:
+    """The op's result, compared with the oracle's on the output [shape]."""
+    options = {**INPUTS[kinds[0]], **ADDS[kinds[1]], **OUTPUTS[kinds[3]]}
+    options["clamp_min"], options["clamp_max"] = CLAMPS[kinds[2]]
+    if len(shape) != 4:
+        options = {key: 0 if key.endswith("halo") else v for key, v in options.items()}
+    if "add" in options:
+        zero, halo = options.get("add_zero_point"), options.get("add_halo", 0)
+        options["add"] = torch.randn(shape) * 9 if zero is None else codes_like(shape, zero, halo)
+    n = weights["codes"].shape[0]
+    pairs = [window[key] for key in ("kernel_size", "stride", "padding", "dilation") if window]
+    geometry = [n, *itertools.chain.from_iterable(pairs)]
+    got = ops.run_layer(
+        x, ops.prepare_layer(**weights, channels=channels, **window), geometry, **options
+    )
+    oracle = reference.prepare_layer(**weights, channels=channels, **window)
+    number = {**options, "out_scale": None, "out_halo": 0}
+    exact = reference.run_layer(x, oracle, geometry, **number).double()
+    free = reference.run_layer(
+        x, oracle, geometry, **{**number, "clamp_min": -math.inf, "clamp_max": math.inf}
+    )
+    tolerance = 3e-5 * float(free.double().abs().max() + 1) if free.numel() else 0.0
+    if options.get("out_scale") is None:
+        assert got.dtype == torch.float32 and got.shape == exact.shape
+        assert float((got.double() - exact).abs().max()) <= tolerance
+        return got
+    expected = reference.run_layer(x, oracle, geometry, **options)
+    assert got.dtype == torch.uint8 and got.shape == expected.shape
+    halo = options.get("out_halo", 0)
+    if len(shape) == 4:
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        border = torch.ones_like(got, dtype=torch.bool)
+        reference._without_halo(border, halo).fill_(False)
+        assert (got[border] == options["out_zero_point"]).all()
+        got_inner, expected = (reference._without_halo(t, halo) for t in (got, expected))
+    else:
+        got_inner = got
+    ratio = exact / options["out_scale"]
+    tie = (ratio - ratio.floor() - 0.5).abs() <= tolerance / options["out_scale"] + 1e-5
+    differs = got_inner != expected
+    assert not (differs & ~tie).any()
+    assert (got_inner.int() - expected.int()).abs().max() <= 1
+    return got
+
+
+def convolution(name: str) -> tuple[Any, ...]:
+    b, c, h, w, outputs, groups, kernel, stride, padding, dilation = CONVOLUTIONS[name]
+    window = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    size = [
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, p, d, k, t in zip((h, w), padding, dilation, kernel, stride, strict=True)
+    ]
+    n = outputs * groups
+    k = c * kernel[0] * kernel[1]
+    return (b, c * groups, h, w), n, k, groups, {**window, "groups": groups}, (b, n, *size)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_convolutions(isa: str, kind: str, name: str) -> None:
+    shape, n, k, groups, window, out = convolution(name)
+    rank = 1 if n // groups < 7 else 7
+    weights = operands(n, k, groups, rank=rank)
+    plain = {key: value for key, value in window.items() if key != "groups"}
+    for add, clamp, output in (
+        ("none", "relu", "codes-1"),
+        ("codes", "relu", "codes"),
+        ("codes-2", "both", "codes-2"),
+        ("float", "none", "codes-1"),
+        ("codes-2", "relu", "float"),
+        ("float", "both", "float"),
+    ):
+        x = made_input(kind, shape)
+        check(x, {**weights, "groups": groups}, shape[1], plain, out, (kind, add, clamp, output))
+
+
+@pytest.mark.parametrize("m", [0, 1, 3, 5, 37])
+@pytest.mark.parametrize("kind", [kind for kind in INPUTS if not kind.startswith("codes-")])
+def test_linear(isa: str, kind: str, m: int) -> None:
+    for (n, k), rank in (((33, 97), 7), ((64, 128), 0), ((7, 31), 2)):
+        weights = operands(n, k, 1, rank=rank)
+        for add, clamp, output in (
+            ("none", "relu", "codes"),
+            ("codes", "both", "codes"),
+            ("float", "relu", "float"),
+        ):
+            x = made_input(kind, (m, k))
+            if m:
+                check(x, weights, k, {}, (m, n), (kind, add, clamp, output))
+            else:
+                y = ops.run_layer(x, ops.prepare_layer(**weights, channels=k), [n], **INPUTS[kind])
+                assert y.shape == (0, n)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"rank": 32},
+        {"rank": 5, "adapter": torch.float32},
+        {"far": True},
+        {"groups": 4},
+    ],
+    ids=str,
+)
+def test_weights(isa: str, options: dict[str, Any], bits: int) -> None:
+    """Every width and kind of weight and adapter hands on the same codes."""
+    shape, n, k, groups, window, out = convolution("3x3")
+    weights = operands(n, k, groups, bits=bits, **options)
+    plain = {key: value for key, value in window.items() if key != "groups"}
+    kinds = ("codes-1", "codes", "relu", "codes-1")
+    if options.get("far"):
+        kinds = ("codes-1", "none", "none", "float")  # its outputs are far beyond any code
+    x = made_input("codes-1", shape)
+    check(x, weights, shape[1], plain, out, kinds)
+
+
+def test_codes_in_place_of_floats(isa: str) -> None:
+    """A layer reads the same from floats that it quantizes as from their codes, whatever their border."""
+    shape, n, k, groups, window, _ = convolution("3x3")
+    weights = operands(n, k, groups, rank=7)
+    prepared = ops.prepare_layer(**weights, channels=shape[1], **window)
+    geometry = [n, 3, 3, 1, 1, 1, 1, 1, 1]
+    x, quantizer = torch.randn(shape), {"x_scale": 0.02, "x_zero_point": 90, "x_bits": 8}
+    expected = ops.run_layer(x, prepared, geometry, **quantizer, out_scale=0.3)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(
+        ops.run_layer(last, prepared, geometry, **quantizer, out_scale=0.3), expected
+    )
+    for halo in (0, 1, 2, 3):
+        codes = ops.quantize_activation(x, 0.02, 90, 8, halo)
+        got = ops.run_layer(codes, prepared, geometry, **quantizer, x_halo=halo, out_scale=0.3)
+        assert torch.equal(got, expected)
+
+
+def test_threads(threads: Any) -> None:
+    shape, n, k, groups, window, _ = convolution("strided")
+    weights = operands(n, k, groups, rank=3)
+    prepared = ops.prepare_layer(**weights, channels=shape[1], **window)
+    geometry = [n, *window["kernel_size"], *window["stride"], *window["padding"], 1, 1]
+    x = made_input("codes-1", (5, *shape[1:]))
+    results = []
+    for count in (1, 2):
+        threads(count)
+        results.append(
+            ops.run_layer(x, prepared, geometry, 0.03, 0, 8, 1, out_scale=0.2, out_halo=2)
+        )
+    assert torch.equal(*results)
