@@ -101,8 +101,9 @@ def turns(calls: Iterable[Call]) -> Call:
 class _Run:
     """A call that keeps its result where the library left it; `result()` fetches it, not timed."""
 
-    def __init__(self, call: Call, result: Callable[[], Any]) -> None:
+    def __init__(self, call: Call, result: Callable[[], Any], input: Any = None) -> None:
         self.call, self.result = call, result
+        self.input = input  # the library reads it in place and does not own it
 
     def __call__(self) -> object:
         return self.call()
@@ -281,7 +282,7 @@ def _ort(model: bytes | str, x: np.ndarray[Any, Any], threads: int) -> _Run:
     binding.bind_cpu_input(session.get_inputs()[0].name, x)
     binding.bind_output(session.get_outputs()[0].name)
     run = partial(session.run_with_iobinding, binding)
-    return _Run(run, lambda: binding.copy_outputs_to_cpu()[0])
+    return _Run(run, lambda: binding.copy_outputs_to_cpu()[0], x)
 
 
 def _onnx_linear(weight: Tensor, m: int, kind: str) -> bytes:
@@ -386,7 +387,7 @@ def _ort_conv(quantized: bool, work: ConvWork, threads: int) -> Call:
     if quantized and work.codes:
         x = _codes(work.x).permute(0, 2, 3, 1).contiguous().numpy()
         call = _ort(_onnx_nhwc_conv(work), x, threads)
-        return _Run(call, lambda: call.result().transpose(0, 3, 1, 2))
+        return _Run(call, lambda: call.result().transpose(0, 3, 1, 2), x)
     return _ort(_onnx_conv(work, quantized), work.x.contiguous().numpy(), threads)
 
 
@@ -466,7 +467,7 @@ def _openvino(
         settings["INFERENCE_PRECISION_HINT"] = precision
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
-    return _Run(request.infer, lambda: request.get_output_tensor().data)
+    return _Run(request.infer, lambda: request.get_output_tensor().data, x)
 
 
 def _nncf() -> Any:
@@ -549,7 +550,7 @@ def _openvino_codes_conv(work: ConvWork, threads: int) -> Call:
             raise RuntimeError("OpenVINO did not run the convolution in int8")
         return Seconds(nodes[0].real_time.total_seconds())
 
-    return _Run(call, lambda: request.get_output_tensor().data.transpose(0, 3, 1, 2))
+    return _Run(call, lambda: request.get_output_tensor().data.transpose(0, 3, 1, 2), values)
 
 
 def _openvino_network(kind: str, work: NetworkWork, threads: int) -> Call:

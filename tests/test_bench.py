@@ -57,11 +57,8 @@ def test_conv_peers_compute_the_convolution(peer: peers.Peer, codes: bool) -> No
     call()
     got, expected = peers.result(call), torch.conv2d(x, weight, bias, 1, 1)
     if codes and peer.bits == 8:
-        # Twice the error: OpenVINO's sums saturate on some shapes.
         got, expected = got * peers.OUT_SCALE, expected.clamp(0, 255 * peers.OUT_SCALE)
-        assert relative(got, expected) < 2 * _ERROR[8]
-    else:
-        assert relative(got, expected) < _ERROR[peer.bits]
+    assert relative(got, expected) < _ERROR[peer.bits]
 
 
 @pytest.mark.parametrize("peer", peers.NETWORK_PEERS, ids=lambda peer: peer.name)
