@@ -1,8 +1,9 @@
-"""Latency of a user's model: packed against float, in turns in one process."""
+"""Latency of a user's model: packed against float, in turns in one process, and its roofline."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch
+from .roofline import measure_roof, time_layers
 
 __all__ = ["bench", "in_memory_bytes"]
 
@@ -45,6 +47,10 @@ def bench(
     Returns:
         A dict a combination: "batch", "threads", then for each candidate "NAME_ms" (median) and
         "NAME_iqr_ms" (interquartile range), and "speedup": the faster float median over the packed.
+        "layers" has a dict for each packed layer: its "name", "ms" inside of the running model,
+        "operations", "bytes", the "floor_ms" that this machine allows and what "bound" it, and the share
+        "reached" of that speed; "floor_ms" and "reached" are those of all packed layers together, "roof"
+        the measured speeds.
     """
     for name, values in (("batch_sizes", batch_sizes), ("threads", threads)):
         if not values or min(values) < 1:
@@ -76,7 +82,14 @@ def bench(
                 low, middle, high = torch.quantile(milliseconds, quartiles).tolist()
                 row[f"{name}_ms"], row[f"{name}_iqr_ms"] = middle, high - low
             fastest = min(row[f"{name}_ms"] for name in calls if name != "packed")
-            rows.append({**row, "speedup": fastest / row["packed_ms"]})
+            row["speedup"] = fastest / row["packed_ms"]
+            roof = measure_roof(in_memory_bytes(qmodel), device)
+            layers = time_layers(qmodel, samples, roof, seconds / 4)
+            row["layers"] = [{**dataclasses.asdict(t), "reached": t.reached} for t in layers]
+            row["floor_ms"] = sum(t.floor_ms for t in layers)
+            row["reached"] = row["floor_ms"] / sum(t.ms for t in layers) if layers else None
+            row["roof"] = dataclasses.asdict(roof)
+            rows.append(row)
     finally:
         torch.set_num_threads(before)
     return rows

@@ -444,8 +444,8 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for row in rows
     ]
     text = (
-        f"{text_table(head, cells)}\n\nmedians; the last column is the faster float time over the "
-        f"packed one\nfile {kib(8 * sizes['file_bytes'])} KiB, float state "
+        f"{_layer_table(rows[0])}{text_table(head, cells)}\n\nmedians; the last column is the faster "
+        f"float time over the packed one\nfile {kib(8 * sizes['file_bytes'])} KiB, float state "
         f"{kib(8 * sizes['float_bytes'])} KiB; in memory {kib(8 * sizes['packed_memory_bytes'])} "
         f"KiB against {kib(8 * sizes['float_memory_bytes'])} KiB"
     )
@@ -457,6 +457,35 @@ def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **sizes,
     }
     return {**values, "machine": versions()}, text
+
+
+def _layer_table(row: dict[str, Any]) -> str:
+    """The packed layers of one combination with their floors."""
+    if not row["layers"]:
+        return ""
+    total = sum(layer["ms"] for layer in row["layers"])
+    head = ["layer", "us", "share", "GOP/s", "GB/s", "floor, us", "bound by", "reached"]
+    cells = [
+        [
+            layer["name"],
+            f"{1e3 * layer['ms']:.1f}",
+            f"{100 * layer['ms'] / total:.1f} %",
+            f"{layer['operations'] / layer['ms'] / 1e6:.0f}",
+            f"{layer['bytes'] / layer['ms'] / 1e6:.1f}",
+            f"{1e3 * layer['floor_ms']:.1f}",
+            layer["bound"],
+            f"{100 * layer['reached']:.0f} %",
+        ]
+        for layer in row["layers"]
+    ]
+    roof = row["roof"]
+    return (
+        f"{text_table(head, cells)}\n\nbatch {row['batch']}, {row['threads']} threads: packed layers "
+        f"{total:.3f} of {row['packed_ms']:.3f} ms, floor {row['floor_ms']:.3f} ms "
+        f"({100 * row['reached']:.0f} % reached); measured here: products of codes "
+        f"{roof['integer'] / 1e9:.0f} GOP/s, of floats {roof['floating'] / 1e9:.0f} GFLOP/s, memory "
+        f"{roof['bandwidth'] / 1e9:.1f} GB/s\n\n"
+    )
 
 
 def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

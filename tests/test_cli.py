@@ -173,13 +173,16 @@ def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in values["rows"]:
         floats = row["float_ms"], row["float_channels_last_ms"]
         assert row["packed_ms"] > 0 and row["speedup"] == min(floats) / row["packed_ms"]
+        assert len(row["layers"]) == 3 and row["roof"]["integer"] > 0
+        assert row["floor_ms"] == sum(layer["floor_ms"] for layer in row["layers"])
     assert values["packed_memory_bytes"] > 0 and values["float_memory_bytes"] > 0
     assert torch.get_num_threads() == threads
     fused = run(capsys, "bench", "whole.py", str(path), "--fuse", *quick)
     assert fused["fused"] and fused["rows"][0]["packed_ms"] > 0
     shape = ("--shape", "2", "3", "10", "10")
     assert cli.main(["bench", "parts.py:build", str(path), *quick, *shape]) == 0
-    assert "speed-up" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "speed-up" in out and "bound by" in out
     assert "--calibration" in fails(capsys, "bench", "parts.py:build", str(path))
 
 
