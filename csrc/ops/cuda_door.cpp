@@ -1,10 +1,26 @@
 #include "ops/cuda_door.h"
 
+#if !defined(CORA_EMULATED)
 #include <dlfcn.h>
+#else
+#include "emu/emulator.h"
+extern "C" const cora::cuda::Api* cora_cuda_get_api();
+#endif
 
+#include <mutex>
 #include <string>
+#include <vector>
 
 namespace cora {
+
+#if defined(CORA_EMULATED)
+
+const cuda::Api& cuda_api(const char*) { return *cora_cuda_get_api(); }
+void* current_stream(const char*, const Tensor&) { return nullptr; }
+
+CudaCall::CudaCall(const char* op, const Tensor&) : api(cuda_api(op)), stream(nullptr), op_(op) {}
+
+#else
 
 namespace {
 
@@ -65,6 +81,62 @@ void* current_stream(const char* op, const Tensor& t) {
     fail(op,
          "torch does not tell its current CUDA stream (libtorch_cuda.so has no aoti_torch_get_current_cuda_stream)");
   return stream;
+}
+
+namespace {
+/// Once a device: whether it runs the kernels at all.
+void check_device(const char* op, const cuda::Api& api, int64_t index) {
+  static std::mutex mutex;
+  static std::vector<bool> fine;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto i = static_cast<size_t>(index);
+  if (fine.size() <= i) fine.resize(i + 1, false);
+  if (fine[i]) return;
+  const char* error = api.check_device();
+  if (error != nullptr) fail(op, "CUDA device ", index, ": ", error);
+  fine[i] = true;
+}
+}  // namespace
+
+CudaCall::CudaCall(const char* op, const Tensor& t)
+    : api(cuda_api(op)), stream(current_stream(op, t)), op_(op), guard_(t.get_device_index()) {
+  check_device(op, api, t.get_device_index());
+}
+
+#endif
+
+Tensor allocate(const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype, bool channels_last) {
+  const auto format =
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  Tensor t = torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, x.device(), std::nullopt, format);
+#if defined(CORA_EMULATED)
+  emu::allocated(t.mutable_data_ptr(), static_cast<size_t>(t.numel()) * t.element_size());
+#endif
+  return t;
+}
+
+bool is_channels_last(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
+  return true;
+}
+
+cuda::PixelStrides pixel_strides(const Tensor& t) {
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  return {t.size(0) == 1 ? h * w * c : t.stride(0), h == 1 ? w * c : t.stride(2), w == 1 ? c : t.stride(3),
+          c == 1 ? 1 : t.stride(1)};
+}
+
+int element_type(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return cuda::kFloat16;
+    case ScalarType::BFloat16: return cuda::kBfloat16;
+    case ScalarType::Byte: return cuda::kUint8;
+    case ScalarType::Char: return cuda::kInt8;
+    default: return cuda::kFloat32;
+  }
 }
 
 }  // namespace cora

@@ -2,9 +2,6 @@
 #include "bits.h"
 #include "check.h"
 #include "cpu/kernels.h"
-#include "ops/cuda_door.h"
-
-#include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
 
@@ -141,57 +138,7 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_cpu(Tensor grad, Tensor x, Ten
   return {to_dtype(grad_x, dtype), grad_scale};
 }
 
-// --- CUDA: the same checks, but not of values (reading them would wait for the device) -----------
-
-cuda::QuantizeShape cuda_shape(const Tensor& x, const Runs& runs) {
-  const int64_t rows = x.dim() >= 2 ? x.size(0) : 1;
-  return {rows, rows == 0 ? 0 : x.numel() / rows, runs.q.rows, runs.q.groups};
-}
-
-std::tuple<Tensor, Tensor, Tensor> fake_quantize_cuda(Tensor x, Tensor scale, Tensor zero_point, int64_t bits,
-                                                      bool want_residual, bool want_codes) {
-  const char* op = "fake_quantize";
-  const Runs runs = check_fake_quantize(op, x, scale, zero_point, bits);
-  const cuda::Api& api = cuda_api(op);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const std::vector<int64_t> shape = sizes_of(x), none{0};
-  const Tensor xf = as_contiguous(to_dtype(x, ScalarType::Float));
-  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
-  Tensor out = empty_on(x, shape, ScalarType::Float);
-  Tensor residual = empty_on(x, want_residual ? shape : none, ScalarType::Float);
-  Tensor codes = empty_on(x, want_codes ? shape : none, ScalarType::Byte);
-  check_cuda(op, api.fake_quantize(data<float>(xf), data<float>(s), data<int32_t>(z), cuda_shape(x, runs),
-                                   static_cast<int>(bits), mutable_data<float>(out),
-                                   want_residual ? mutable_data<float>(residual) : nullptr,
-                                   want_codes ? mutable_data<uint8_t>(codes) : nullptr, current_stream(op, x)));
-  return {to_dtype(out, x.scalar_type()), to_dtype(residual, x.scalar_type()), codes};
-}
-
-std::tuple<Tensor, Tensor> fake_quantize_backward_cuda(Tensor grad, Tensor x, Tensor scale, Tensor zero_point,
-                                                       int64_t bits) {
-  const char* op = "fake_quantize_backward";
-  const Runs runs = check_fake_quantize(op, x, scale, zero_point, bits);
-  check_shape(op, "grad", grad, sizes_of(x));
-  const cuda::Api& api = cuda_api(op);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor xf = as_contiguous(to_dtype(x, ScalarType::Float));
-  const Tensor gf = as_contiguous(to_dtype(grad, ScalarType::Float));
-  const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
-  Tensor grad_x = empty_on(x, sizes_of(x), ScalarType::Float);
-  Tensor grad_scale = empty_on(x, sizes_of(scale), ScalarType::Double);
-  torch::stable::zero_(grad_scale);
-  check_cuda(op, api.fake_quantize_backward(data<float>(gf), data<float>(xf), data<float>(s), data<int32_t>(z),
-                                            cuda_shape(x, runs), static_cast<int>(bits), mutable_data<float>(grad_x),
-                                            mutable_data<double>(grad_scale), current_stream(op, x)));
-  return {to_dtype(grad_x, x.scalar_type()), to_dtype(grad_scale, ScalarType::Float)};
-}
-
 }  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(cora, CUDA, m) {
-  m.impl("fake_quantize", TORCH_BOX(&fake_quantize_cuda));
-  m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward_cuda));
-}
 
 STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
   m.impl("fake_quantize", TORCH_BOX(&fake_quantize_cpu));

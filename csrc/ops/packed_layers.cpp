@@ -1,6 +1,7 @@
 // The ops: prepare_layer and run_layer, and linear_lowrank and conv2d_lowrank, which are one after the other.
 #include "ops/layer.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace cora {
@@ -71,8 +72,9 @@ Tensor run_layer_cpu(Tensor x, Tensor layer, std::vector<int64_t> geometry, std:
   RunArgs args{op,        x_bits,         x_scale,  x_zero_point, x_halo,    add,       add_scale,
                add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
   const Layer view = view_layer(op, layer);
-  CORA_CHECK(op, geometry == geometry_of(*view.h),
-             "geometry must be [n], or [n, kernel, stride, padding, dilation] with two numbers each, as in the layer");
+  const std::vector<int64_t> wanted = geometry_of(*view.h);  // what follows it is for other devices
+  CORA_CHECK(op, geometry.size() >= wanted.size() && std::equal(wanted.begin(), wanted.end(), geometry.begin()),
+             "geometry must be layer_geometry() of the layer");
   return run_layer(x, view, args);
 }
 

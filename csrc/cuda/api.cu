@@ -1,0 +1,30 @@
+// The one symbol libcora_cuda.so exports.
+#include "cuda/api.h"
+
+#include "cuda/fake_quantize.cuh"
+#include "cuda/layer.cuh"
+#include "cuda/pack.cuh"
+#include "cuda/platform.cuh"
+#include "cuda/prepare.cuh"
+#include "cuda/stage.cuh"
+
+namespace cora::cuda {
+
+namespace {
+
+const char* check_device() {
+  Device device;
+  if (const char* error = query(&device)) return error;
+  return device.major >= 8 ? nullptr : "the GPU has compute capability below 8.0 (needs Ampere or newer)";
+}
+
+}  // namespace
+
+}  // namespace cora::cuda
+
+extern "C" __attribute__((visibility("default"))) const cora::cuda::Api* cora_cuda_get_api() {
+  using namespace cora::cuda;
+  static const Api api = {kApiVersion, check_device, fake_quantize, quantize_parts, fake_quantize_backward, pack,
+                          unpack, dequantize, prepare, plan, run, values_bytes, values, finish, fill_border, merge};
+  return &api;
+}

@@ -1,0 +1,70 @@
+// The compiled tile shapes, and how a call gets to one. One file per type of x instantiates them (gemm_*.cu).
+#pragma once
+
+#include "cuda/gemm.cuh"
+
+namespace cora::cuda {
+
+struct TileShape {
+  int block_n, block_m;
+};
+
+//                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
+template <typename T, int kBits>
+using Decode8 = Config<T, kBits, 8, 1, 1, 1, 2, 4>;  // 8 warps stream 16 channels each; one column tile of x
+template <typename T, int kBits>
+using Decode16 = Config<T, kBits, 8, 1, 1, 2, 2, 4>;
+template <typename T, int kBits>
+using Middle64 = Config<T, kBits, 4, 2, 2, 4, 1, 4>;
+template <typename T, int kBits>
+using Large128 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 3 : 4>;  // 64 accumulators a lane, 64 more when an adapter is fused
+template <typename T, int kBits>
+using Small8 = Config<T, kBits, 4, 2, 2, 2, 1, 4>;
+template <typename T, int kBits>
+using Large8 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 2 : 3, false>;
+
+enum Tile16 : int { kDecode8 = 0, kDecode16, kMiddle64, kLarge128 };
+enum Tile8 : int { kSmall8 = 0, kLarge8 };
+
+/// Rows of a tile, and the tile for that many tokens.
+inline TileShape tile16_shape(int tile) {
+  constexpr int kRows[] = {8, 16, 64, 128};
+  return {128, kRows[tile]};
+}
+inline TileShape tile8_shape(int tile) { return {128, tile == kSmall8 ? 32 : 128}; }
+
+template <typename C>
+const char* launch_gemm(const GemmArgs& args, void* stream) {
+  const int64_t blocks = static_cast<int64_t>((args.panels + C::kPanels - 1) / C::kPanels) *
+                         ((args.m + C::kBlockM - 1) / C::kBlockM);
+  return launch(gemm_kernel<C>, Dim3{static_cast<unsigned>(blocks), static_cast<unsigned>(args.splits), 1}, C::kThreads,
+                static_cast<size_t>(C::shared_bytes(args.t_out != nullptr ? 0 : args.rank_tiles, args.fused)), stream,
+                args);
+}
+
+/// Calls launch_gemm with the shape Shape<T, container>.
+template <template <typename, int> class Shape, typename T>
+const char* with_container(int container, const GemmArgs& args, void* stream) {
+  switch (container) {
+    case 2: return launch_gemm<Shape<T, 2>>(args, stream);
+    case 3: return launch_gemm<Shape<T, 3>>(args, stream);
+    case 4: return launch_gemm<Shape<T, 4>>(args, stream);
+    default: return launch_gemm<Shape<T, 8>>(args, stream);
+  }
+}
+
+template <typename T>
+const char* dispatch16(int container, int tile, const GemmArgs& args, void* stream) {
+  switch (tile) {
+    case kDecode8: return with_container<Decode8, T>(container, args, stream);
+    case kDecode16: return with_container<Decode16, T>(container, args, stream);
+    case kMiddle64: return with_container<Middle64, T>(container, args, stream);
+    default: return with_container<Large128, T>(container, args, stream);
+  }
+}
+
+const char* gemm_half(int container, int tile, const GemmArgs& args, void* stream);
+const char* gemm_bfloat16(int container, int tile, const GemmArgs& args, void* stream);
+const char* gemm_int8(int container, int tile, const GemmArgs& args, void* stream);
+
+}  // namespace cora::cuda

@@ -1,0 +1,203 @@
+// Host side of a layer call: choice of kernel, tile and splits, the workspace, the launches in order:
+//   8-bit x:  range of x (dynamic), its scale and zero-point, its codes inside a border
+//   16-bit x: a channels-last, aligned copy where x is not
+//   then t = x A^T where it is not fused, zero tickets where K is split, and the GEMM.
+#include "cuda/layer.cuh"
+
+#include "cuda/gemm_configs.cuh"
+#include "cuda/stage.cuh"
+
+namespace cora::cuda {
+
+namespace {
+
+constexpr int64_t kInt32Max = 0x7fffffff;
+
+int64_t reach(const LayerShape& s, int d) { return static_cast<int64_t>(s.dilation[d]) * (s.kernel[d] - 1) + 1; }
+
+/// Whether the GEMM can read x where it is: pixels of whole 16-byte pieces, each on a 16-byte address.
+bool readable(const LayerShape& s, const Input& x, int method) {
+  const int64_t size = element_bytes(x.type), piece = 16 / size;
+  if (method == kTensorCores8 && (x.type != kUint8 || x.halo < s.padding[0] || x.halo < s.padding[1])) return false;
+  return x.strides.channel == 1 && s.channels % piece == 0 && x.strides.pixel % piece == 0 &&
+         x.strides.row % piece == 0 && x.strides.item % piece == 0 &&
+         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+}
+
+/// How many ways to split K: enough blocks for every multiprocessor twice, at least four stages each.
+int split_count(int64_t blocks, int stages, int multiprocessors) {
+  int64_t splits = 2 * multiprocessors / blocks;
+  if (splits > stages / 4) splits = stages / 4;
+  if (splits > 32) splits = 32;
+  return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+int tile16_for(int64_t tokens) {
+  return tokens <= 8 ? kDecode8 : tokens <= 16 ? kDecode16 : tokens <= 64 ? kMiddle64 : kLarge128;
+}
+
+int64_t blocks_of(TileShape tile, int64_t n, int64_t m) {
+  return (n + tile.block_n - 1) / tile.block_n * ((m + tile.block_m - 1) / tile.block_m);
+}
+
+int stages_of(const Walk& w, int method, int tile) {
+  const int tiles = method == kTensorCores8 || tile <= kDecode16 ? 2 : 1;
+  return (w.blocks() + tiles - 1) / tiles;
+}
+
+}  // namespace
+
+const char* plan(const LayerShape& s, const Input& x, Plan* out) {
+  Plan p{};
+  p.out_height = static_cast<int32_t>((x.height + 2 * s.padding[0] - reach(s, 0)) / s.stride[0] + 1);
+  p.out_width = static_cast<int32_t>((x.width + 2 * s.padding[1] - reach(s, 1)) / s.stride[1] + 1);
+  const int64_t tokens = static_cast<int64_t>(x.items) * p.out_height * p.out_width;
+  const bool integer = x.x_bits > 0 || x.type == kUint8;
+  p.method = integer ? kTensorCores8 : kTensorCores16;
+  if (!is_tiled(s) || (!integer && x.type == kFloat32) ||
+      (integer && s.q_groups > 1 && s.channels / s.q_groups % 16 != 0) || tokens > kInt32Max / 2)
+    p.method = kMerge;
+  *out = p;
+  if (p.method == kMerge || tokens == 0 || s.n == 0) return nullptr;
+  p.tokens = static_cast<int32_t>(tokens);
+
+  Device device;
+  if (const char* error = query(&device)) return error;
+  const Walk w = walk_of(s);
+  const Parts parts = parts_of(s);
+  p.tile = integer ? (s.q_groups > 1 || s.rank > 160 || tokens <= 32 ? kSmall8 : kLarge8) : tile16_for(tokens);
+  const TileShape tile = integer ? tile8_shape(p.tile) : tile16_shape(p.tile);
+  const int64_t blocks = blocks_of(tile, s.n, tokens);
+  p.splits = integer && s.q_groups > 1 ? 1 : split_count(blocks, stages_of(w, p.method, p.tile), device.multiprocessors);
+  // Fused: each block of channels computes t again (16 ranks: 1/8 more work), which is cheaper than another pass over
+  // the windows of x; but decoding is bound by bytes, and partial sums know only part of t.
+  // Four stages with more than two tiles of A are beyond the 99 KiB of shared memory that every GPU has.
+  const int most_tiles = integer || container_bits(s.bits) == 8 ? 4 : 2;
+  p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && p.splits == 1 && (integer || p.tile == kLarge128);
+  p.t_splits = s.rank == 0 || p.fused ? 0
+               : integer             ? 1
+                         : split_count(8 * blocks_of(tile, s.rank, tokens), stages_of(w, p.method, p.tile),
+                                       8 * device.multiprocessors);
+  if (p.t_splits > 8) p.t_splits = 8;
+
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = at;
+    at = round_up(at + bytes, 256);
+    return begin;
+  };
+  p.staged = !readable(s, x, p.method);
+  p.staged_channels = static_cast<int32_t>(round_up(s.channels, integer ? 16 : 8));
+  if (p.staged) {
+    const int64_t height = x.height + (integer ? 2 * s.padding[0] : 0), width = x.width + (integer ? 2 * s.padding[1] : 0);
+    p.x_at = take(x.items * height * width * p.staged_channels * (integer ? 1 : 2));
+  }
+  if (integer) {
+    const int64_t count = x.parameters == kDynamic ? x.items : 1;
+    p.ranges_at =
+        take(x.parameters == kDynamic
+                 ? count * range_slices(static_cast<int64_t>(x.height) * x.width * s.channels) * 8 : 0);
+    p.x_scale_at = take(count * 4);
+    p.x_zero_at = take(count * 4);
+  }
+  if (p.t_splits > 0) p.t_at = take(int64_t{p.t_splits} * tokens * parts.rank_tiles * 16 * 4);
+  if (p.splits > 1) {
+    p.partial_at = take(blocks * p.splits * tile.block_n * (tile.block_m + 8) * 4);
+    p.tickets_bytes = blocks * 4;
+    p.tickets_at = take(p.tickets_bytes);
+  }
+  p.bytes = at;
+  *out = p;
+  return nullptr;
+}
+
+const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, const Plan& plan,
+                const Epilogue& epilogue, uint8_t* workspace, void* stream) {
+  if (plan.tokens == 0 || s.n == 0) return nullptr;
+  const Parts parts = parts_of(s);
+  const bool integer = plan.method == kTensorCores8;
+  if (integer)
+    if (const char* error = stage_parameters(x, s.channels, plan, workspace, stream)) return error;
+  if (plan.staged)
+    if (const char* error = stage_input(s, x, plan, workspace, stream)) return error;
+
+  GemmArgs g{};
+  const int64_t size = integer ? 1 : 2;
+  // 8-bit x lies inside its border: the windows begin there, and padding is no matter of the kernel's.
+  g.height = x.height + (integer ? 2 * s.padding[0] : 0);
+  g.width = x.width + (integer ? 2 * s.padding[1] : 0);
+  if (plan.staged) {
+    g.x = reinterpret_cast<const char*>(workspace + plan.x_at);
+    g.x_pixel = plan.staged_channels * size;
+    g.x_row = g.x_pixel * g.width;
+    g.x_item = g.x_row * g.height;
+  } else {
+    g.x_item = x.strides.item * size;
+    g.x_row = x.strides.row * size;
+    g.x_pixel = x.strides.pixel * size;
+    const int64_t skip = integer ? (x.halo - s.padding[0]) * g.x_row + (x.halo - s.padding[1]) * g.x_pixel : 0;
+    g.x = static_cast<const char*>(x.data) + skip;
+  }
+  for (int d = 0; d < 2; ++d) {
+    g.stride[d] = s.stride[d];
+    g.padding[d] = integer ? 0 : s.padding[d];
+    g.dilation[d] = s.dilation[d];
+  }
+  g.kernel_w = s.kernel[1];
+  g.pixels = fast_divide(static_cast<int64_t>(plan.out_height) * plan.out_width);
+  g.out_w = fast_divide(plan.out_width);
+  g.walk = walk_of(s);
+  g.run = fast_divide(g.walk.run);
+  g.taps_w = fast_divide(s.kernel[1]);
+  g.m = plan.tokens;
+  g.x_scale = reinterpret_cast<const float*>(workspace + plan.x_scale_at);
+  g.x_zero = reinterpret_cast<const int32_t*>(workspace + plan.x_zero_at);
+  g.x_parameters = x.parameters == kDynamic ? x.items : 1;
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<const float*>(prepared + offset); };
+  const auto integers = [&](int64_t offset) { return reinterpret_cast<const int32_t*>(prepared + offset); };
+  const auto launch_gemm = [&](int container, const GemmArgs& args) {
+    return integer                ? gemm_int8(container, plan.tile, args, stream)
+           : x.type == kFloat16 ? gemm_half(container, plan.tile, args, stream)
+                                : gemm_bfloat16(container, plan.tile, args, stream);
+  };
+
+  if (plan.t_splits > 0) {
+    GemmArgs t = g;
+    t.n = s.rank;
+    t.panels = parts.rank_tiles;
+    t.w = prepared + parts.a_tiles;
+    t.qparams = reinterpret_cast<const float2*>(prepared + parts.a_qparams);
+    t.sums = integers(parts.a_sums);
+    t.bits = 8;
+    t.splits = plan.t_splits;
+    t.t_out = reinterpret_cast<float*>(workspace + plan.t_at);
+    if (const char* error = launch_gemm(8, t)) return error;
+  }
+
+  g.n = s.n;
+  g.panels = parts.panels;
+  g.w = prepared + parts.tiles;
+  g.a = prepared + parts.a_tiles;
+  g.b = prepared + parts.b_tiles;
+  g.qparams = reinterpret_cast<const float2*>(prepared + parts.qparams);
+  g.sums = integers(parts.sums);
+  g.a_sums = integers(parts.a_sums);
+  g.adapter_scale = floats(parts.adapter_scale);
+  g.bias = floats(parts.bias);
+  g.bits = s.bits;
+  g.grouped = s.q_groups > 1;
+  g.rank_tiles = parts.rank_tiles;
+  g.fused = plan.fused;
+  g.t = plan.t_splits > 0 ? reinterpret_cast<const float*>(workspace + plan.t_at) : nullptr;
+  g.t_splits = plan.t_splits;
+  g.splits = plan.splits;
+  g.epilogue = epilogue;
+  if (plan.splits > 1) {
+    g.partial = workspace + plan.partial_at;
+    g.tickets = reinterpret_cast<unsigned*>(workspace + plan.tickets_at);
+    if (const char* error = fill_zero(g.tickets, static_cast<size_t>(plan.tickets_bytes), stream)) return error;
+  }
+  return launch_gemm(container_bits(s.bits), g);
+}
+
+}  // namespace cora::cuda

@@ -1,0 +1,278 @@
+// Everything the kernels take from the machine: thread indices, barriers, asynchronous copies, shuffles, tensor-core
+// instructions, 16-bit arithmetic, launches. The only file with inline PTX, and the only one that has a second
+// version (emu/platform.h): kernels compile unchanged for a GPU and for the CPU emulator.
+//
+// 16-bit numbers travel as raw bits, two to a uint32_t (element 0 in the low half); Half and Bfloat16 are tags.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cora::cuda {
+
+struct Half {};      // IEEE binary16
+struct Bfloat16 {};  // upper half of a float
+
+}  // namespace cora::cuda
+
+#if defined(CORA_EMULATED)
+
+#include "emu/platform.h"
+
+#else
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+#include <utility>
+
+#define CORA_DEVICE __device__ __forceinline__
+#define CORA_GLOBAL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
+
+namespace cora::cuda {
+
+using Dim3 = dim3;
+
+// --- Threads and barriers ------------------------------------------------------------------------------
+
+CORA_DEVICE char* shared_memory() {
+  extern __shared__ __align__(16) char cora_shared[];
+  return cora_shared;
+}
+CORA_DEVICE void block_sync() { __syncthreads(); }
+template <typename V>
+CORA_DEVICE V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+template <typename V>
+CORA_DEVICE V shuffle(V value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+/// Makes this thread's writes visible to the whole device before its later ones.
+CORA_DEVICE void device_fence() { __threadfence(); }
+CORA_DEVICE unsigned atomic_add(unsigned* p, unsigned value) { return atomicAdd(p, value); }
+
+// --- Memory -----------------------------------------------------------------------------------------------
+
+template <typename V>
+CORA_DEVICE V load(const void* p) {
+  return *static_cast<const V*>(p);
+}
+template <typename V>
+CORA_DEVICE void store(void* p, V value) {
+  *static_cast<V*>(p) = value;
+}
+/// Past the first-level cache, which does not see what other blocks wrote.
+template <typename V>
+CORA_DEVICE V load_other_blocks(const V* p) {
+  return __ldcg(p);
+}
+
+CORA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+/// 16 bytes to shared memory, or zeros where `valid` is false; there after commit, wait and a barrier.
+CORA_DEVICE void async_copy16(void* shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
+/// The same for weights: read once, so they should not push x out of the second-level cache.
+CORA_DEVICE void async_copy16_streaming(void* shared, const void* global) {
+  asm volatile(
+      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      " cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}" ::"r"(shared_address(shared)),
+      "l"(global)
+      : "memory");
+}
+CORA_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+/// Until at most kLeft of this thread's groups are under way.
+template <int kLeft>
+CORA_DEVICE void async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+}
+
+/// Four 8 x 8 matrices of 16-bit elements; lane i names the 16-byte row i % 8 of matrix i / 8 and receives
+/// elements 2 (i % 4) and + 1 of row i / 4 of each.
+CORA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+/// The same, each matrix transposed.
+CORA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// --- Integer and 16-bit arithmetic ------------------------------------------------------------------------
+
+CORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+/// c + the dot product of four bytes with four bytes, both unsigned.
+CORA_DEVICE int32_t dot4_unsigned(uint32_t a, uint32_t b, int32_t c) {
+  return static_cast<int32_t>(__dp4a(a, b, static_cast<unsigned>(c)));
+}
+CORA_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+CORA_DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+CORA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+CORA_DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+CORA_DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+template <typename T>
+CORA_DEVICE uint32_t pack2(float low, float high);
+template <>
+CORA_DEVICE uint32_t pack2<Half>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+template <>
+CORA_DEVICE uint32_t pack2<Bfloat16>(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+
+template <typename T>
+CORA_DEVICE float widen(uint16_t bits);
+template <>
+CORA_DEVICE float widen<Half>(uint16_t bits) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(bits));
+  return r;
+}
+template <>
+CORA_DEVICE float widen<Bfloat16>(uint16_t bits) {
+  return bits_to_float(static_cast<uint32_t>(bits) << 16);
+}
+
+/// a * b + c on both halves, rounded once.
+template <typename T>
+CORA_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c);
+template <>
+CORA_DEVICE uint32_t fma2<Half>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+template <>
+CORA_DEVICE uint32_t fma2<Bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// --- Tensor cores -----------------------------------------------------------------------------------------
+
+// One instruction multiplies a (rows: weights, 16 x K) with b (columns: x, K x 8) into acc (16 x 8). Lane l = 4g + t:
+//   acc[0..3]: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1.
+//   K = 16, 16-bit: a[0..3]: rows g, g + 8, g, g + 8 at k = 2t.., 2t.., 2t + 8.., 2t + 8..; b[0..1]: column g, the same k.
+//   K = 32, 8-bit:  the same with four elements a register: k = 4t.., 4t.., 4t + 16.., 4t + 16...
+//   K = 8,  tf32:   the same with one: k = t, t, t + 4, t + 4.
+
+template <typename T>
+CORA_DEVICE void mma_one(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, Half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+/// Every row tile with every column tile.
+template <typename T, int kRows, int kCols>
+CORA_DEVICE void mma16(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4], const uint32_t (&b)[kCols][2]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) mma_one<T>(acc[i][j], a[i], b[j]);
+}
+
+/// a signed, b unsigned bytes; exact.
+template <int kRows, int kCols>
+CORA_DEVICE void mma8(int32_t (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4], const uint32_t (&b)[kCols][2]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      int32_t(&d)[4] = acc[i][j];
+      asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+          : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(b[j][0]), "r"(b[j][1]));
+    }
+}
+
+/// Operands are floats of which the upper 19 bits count (round first: round_tf32).
+template <int kRows, int kCols>
+CORA_DEVICE void mma_tf32(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4],
+                          const uint32_t (&b)[kCols][2]) {
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      float(&d)[4] = acc[i][j];
+      asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+          : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+          : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(b[j][0]), "r"(b[j][1]));
+    }
+}
+CORA_DEVICE uint32_t round_tf32(float value) {
+  uint32_t r;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));
+  return r;
+}
+
+// --- Host side ------------------------------------------------------------------------------------------------
+
+/// Null, or what went wrong.
+inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+template <typename... Params, typename... Args>
+const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void* stream,
+                   Args&&... args) {
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error_text(error);
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = Dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return error_text(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+
+inline const char* fill_zero(void* p, size_t bytes, void* stream) {
+  return error_text(cudaMemsetAsync(p, 0, bytes, static_cast<cudaStream_t>(stream)));
+}
+
+inline const char* copy_bytes(void* to, const void* from, size_t bytes, void* stream) {
+  return error_text(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)));
+}
+
+struct Device {
+  int multiprocessors, major, minor;
+};
+/// The current device.
+inline const char* query(Device* device) {
+  int index = 0;
+  cudaError_t error = cudaGetDevice(&index);
+  const auto ask = [&](int* to, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(to, attribute, index);
+  };
+  ask(&device->multiprocessors, cudaDevAttrMultiProcessorCount);
+  ask(&device->major, cudaDevAttrComputeCapabilityMajor);
+  ask(&device->minor, cudaDevAttrComputeCapabilityMinor);
+  return error_text(error);
+}
+
+}  // namespace cora::cuda
+
+#endif

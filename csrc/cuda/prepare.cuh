@@ -1,0 +1,11 @@
+// Prepared layers; see prepare.cu.
+#pragma once
+
+#include "cuda/api.h"
+
+namespace cora::cuda {
+
+const char* prepare(const LayerShape& shape, const LayerParameters& parameters, uint8_t* prepared, void* stream);
+const char* merge(const LayerShape& shape, const uint8_t* prepared, void* out, int type, void* stream);
+
+}  // namespace cora::cuda
