@@ -274,7 +274,17 @@ class QuantLayer(nn.Module):
             self.adapter_scale,
             self.bias,
         )
-        self.geometry = [self.shape.rows, *kernel, *stride, *padding, *dilation]
+        self.geometry = ops.layer_geometry(
+            self.codes,
+            self.scale,
+            self.bits,
+            kernel,
+            stride,
+            padding,
+            dilation,
+            groups,
+            self.adapter_b,
+        )
 
     def _kernel_geometry(self) -> _KernelGeometry | None:
         """(channels, kernel, stride, padding, dilation, groups) of the kernel that runs this layer:

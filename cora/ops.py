@@ -19,6 +19,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from . import gpu
+
 __all__ = [
     "conv2d_lowrank",
     "dequantize_activation",
@@ -26,6 +28,7 @@ __all__ = [
     "fake_quantize",
     "fake_quantize_out",
     "isa",
+    "layer_geometry",
     "linear_lowrank",
     "lowrank_factors",
     "max_pool2d_codes",
@@ -1049,6 +1052,35 @@ def _(
     return codes.new_empty([torch.library.get_ctx().new_dynamic_size()])
 
 
+_ADAPTER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}
+_TAIL = 6  # numbers of a geometry that do not change the output's shape
+
+
+def layer_geometry(
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    kernel_size: _Pair = (),
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+    b: Tensor | None = None,
+) -> list[int]:
+    """What :func:`run_layer` must know of a layer besides its prepared tensor, which it does not
+    read on the host; arguments as in :func:`prepare_layer`.
+
+    Returns:
+        [N] of a linear layer, [N, *kernel_size, *stride, *padding, *dilation] of a convolution, and
+        then groups, bits, the two sizes of scale, the rank and a code of the adapter's dtype.
+    """
+    linear = kernel_size == ()
+    pairs = () if linear else (kernel_size, stride, padding, dilation)
+    rank, dtype = (0, torch.int8) if b is None else (b.shape[1], b.dtype)
+    tail = [groups, bits, *scale.shape, rank, _ADAPTER_TYPES[dtype]]
+    return [codes.shape[0], *(v for pair in pairs for v in _pair(pair)), *tail]
+
+
 def run_layer(
     x: Tensor,
     layer: Tensor,
@@ -1082,7 +1114,7 @@ def run_layer(
     Args:
         x: float32, float16 or bfloat16, or uint8 codes; [..., K] (linear) or [batch, channels, H, W].
         layer: from :func:`prepare_layer`, on x's device.
-        geometry: [N] of a linear layer, [N, *kernel_size, *stride, *padding, *dilation] of a convolution.
+        geometry: from :func:`layer_geometry`.
         x_scale, x_zero_point: of the input's codes; None: a range for each sample at each call.
         x_bits: 0 (float input) or 2..8.
         x_halo, add_halo: the border that x and add have.
@@ -1095,8 +1127,6 @@ def run_layer(
     Returns:
         uint8 if out_scale is given, else x's dtype (float32 if x is codes).
     """
-    if x.requires_grad:
-        x = _NoGradient.apply(x)  # type: ignore[no-untyped-call]
     return _ops.run_layer.default(
         x,
         layer,
@@ -1141,7 +1171,7 @@ def _(
     if not codes:
         _check_float(op, "x", x)
     dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
-    n, *pairs = geometry
+    n, *pairs = geometry[:-_TAIL]
     if not pairs:
         return x.new_empty([*x.shape[:-1], n], dtype=dtype)
     _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
@@ -1157,30 +1187,54 @@ def _(
     return torch.empty([x.shape[0], n, *size], dtype=dtype, device=x.device, memory_format=layout)
 
 
-_NO_GRADIENT = (
-    "cora::{op}: packed layers have no gradient: train the float model, or its merged copy from "
-    "cora.dequantize()"
-)
-
-
 def _no_gradient(op: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(_NO_GRADIENT.format(op=op))
+        raise RuntimeError(
+            f"cora::{op}: packed layers have no gradient: train the float model, or its merged "
+            "copy from cora.dequantize()"
+        )
 
     torch.library.register_autograd(f"cora::{op}", backward)
 
 
 _no_gradient("linear_lowrank")
 _no_gradient("conv2d_lowrank")
+_no_gradient("run_layer")
 
 
-class _NoGradient(torch.autograd.Function):
-    """The identity; its gradient refuses. A registered one would cost each call 8 us."""
+# --- CUDA, where torch's operators do it (csrc/ops/cuda_*.cpp has the others) --------------------
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        raise RuntimeError(_NO_GRADIENT.format(op="run_layer"))
+def _residual_svd_init_cuda(
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    rank: int,
+    groups: int,
+    moment: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, k = _matrix_shape(weight)
+    matrix = weight.reshape(n, k)
+    _check_lowrank("residual_svd_init", "weight", n, k, matrix, rank, groups, moment)
+    _, residual, codes = fake_quantize(matrix, scale, zero_point, bits, residual=True, codes=True)
+    a, b, values = gpu.lowrank_factors(residual, rank, groups, moment)
+    return pack_bits(codes, bits), a, b, values, residual
+
+
+def _lowrank_factors_cuda(
+    residual: Tensor, rank: int, groups: int, moment: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, k = residual.shape
+    _check_lowrank("lowrank_factors", "residual", n, k, residual, rank, groups, moment)
+    return gpu.lowrank_factors(residual, rank, groups, moment)
+
+
+for _name, _kernel in (
+    ("lowrank_factors", _lowrank_factors_cuda),
+    ("residual_svd_init", _residual_svd_init_cuda),
+    ("quantization_error", gpu.quantization_error),
+    ("max_pool2d_codes", gpu.max_pool2d_codes),
+    ("mean_codes", gpu.mean_codes),
+):
+    torch.library.register_kernel(f"cora::{_name}", "cuda", _kernel)

@@ -19,7 +19,7 @@ LAYERS = {
     "tracing": 7, "search": 7, "allocation": 6,
     "report": 5,
     "calibration": 5, "fold": 4, "batches": 3,
-    "modules": 3, "lowrank": 2, "quantizer": 1, "ops": 0, "files": 0,
+    "modules": 3, "lowrank": 2, "quantizer": 1, "ops": 0, "gpu": -1, "files": 0,
 }  # fmt: skip
 CORE = sorted(LAYERS.keys() - {"cli"})
 

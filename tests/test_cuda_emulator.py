@@ -1,0 +1,84 @@
+"""The emulator sees what it is there for: each barrier, wait and predicate of the kernels, when it is
+taken away, makes some test fail; so does a read beyond a tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from emulator import MUTATIONS, SEEDS, Emulator, emulator
+from shapes import layer
+from test_cuda_ops import ALIGNED, Backend, check_conv, check_linear, operands
+
+Case = Callable[[Backend], None]
+LAST = (torch.channels_last,)
+
+# Together they pass every barrier, wait and predicate of the kernels.
+CASES: tuple[Case, ...] = (
+    lambda b: check_linear(b, 1, 24, 2048, rank=20),  # K split
+    lambda b: check_linear(b, 17, 40, 512, rank=20, groups=4),
+    lambda b: check_linear(b, 100, 136, 192, rank=16),  # fused adapter
+    lambda b: check_conv(b, ALIGNED["3x3"], torch.float16, formats=LAST, rank=20),
+    lambda b: check_conv(b, ALIGNED["3x3"], torch.float32, formats=LAST, rank=20, x_bits=8),
+    lambda b: check_linear(b, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8),
+    lambda b: check_linear(b, 3, 24, 4096, rank=5, dtype=torch.float32, x_bits=8),
+    lambda b: check_linear(b, 40, 45, 256, rank=5, dtype=torch.float32, x_bits=8, groups=4),
+)
+
+
+def failure(emulated: Emulator, seed: int) -> str | None:
+    """What goes wrong first when the cases run in this order of execution."""
+    emulated.seed(seed)
+    for i, case in enumerate(CASES):
+        torch.manual_seed(5)
+        try:
+            case(Backend("emulated", "cpu", emulated.ops, emulated))
+        except (AssertionError, RuntimeError) as error:
+            return f"case {i}: {error}"
+    return None
+
+
+@pytest.fixture(scope="module")
+def passed() -> Iterator[Emulator]:
+    """The emulator after every case has run as it should."""
+    emulated = emulator()
+    for seed in SEEDS:
+        assert failure(emulated, seed) is None
+    yield emulated
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_what_is_taken_away_is_missed(passed: Emulator, mutation: str) -> None:
+    sites = passed.sites(mutation)
+    assert sites
+    for site in sites:
+        with passed.mutated(mutation, site):
+            seen = any(failure(passed, seed) for seed in SEEDS)
+        assert seen, f"{site}: nothing sees that its {mutation} is missing"
+
+
+def test_the_order_of_execution_is_drawn(passed: Emulator) -> None:
+    """Some barrier's absence shows in some orders only: one seed would not be enough."""
+
+    def mixed(site: str) -> bool:
+        with passed.mutated("barrier", site):
+            return len({failure(passed, seed) is None for seed in SEEDS}) == 2
+
+    assert any(mixed(site) for site in passed.sites("barrier"))
+
+
+@pytest.mark.parametrize("m", [1, 20, 100])
+def test_kernels_stay_within_their_tensors(m: int) -> None:
+    emulated = emulator()
+    item = layer(45, 64, 4, rank=5)
+    args = [torch.randn(m, 64).half(), *item.args(), *operands(item)]
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    with emulated.guarded(tensors):
+        emulated.ops.linear_lowrank.default(*args)
+    # The guard is no sieve: the same call without x among the tensors fails.
+    with (
+        emulated.guarded(tensors[1:]),
+        pytest.raises(RuntimeError, match="outside every registered"),
+    ):
+        emulated.ops.linear_lowrank.default(*args)

@@ -1,0 +1,596 @@
+"""The CUDA ops against the oracles: their own sources on the emulator, with four orders of execution,
+and the compiled kernels where there is a GPU. The parametrisation is the same.
+
+Errors are measured as ||got - want|| / ||want|| against the oracle in float64: 1e-3 for float16, 6e-3
+for bfloat16, whose weights the kernels round once. Integers match exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from emulator import SEEDS, Emulator, emulator
+from shapes import CONVOLUTIONS, Layer, layer, qparams
+from torch import Tensor
+
+from cora import gpu, ops, reference
+
+HAS_CUDA = torch.cuda.is_available()
+BOUNDS = {torch.float16: 1e-3, torch.bfloat16: 6e-3, torch.float32: 1e-5}
+
+
+@dataclass
+class Backend:
+    """Where the CUDA ops run."""
+
+    name: str
+    device: str
+    ops: Any
+    emulator: Emulator | None
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        """Calls an op with CPU arguments; the results are on the CPU, and the same a second time."""
+        moved = [a.to(self.device) if isinstance(a, Tensor) else a for a in args]
+        results = [getattr(self.ops, op).default(*moved) for _ in range(2)]
+        first, second = (r if isinstance(r, tuple) else (r,) for r in results)
+        for one, two in zip(first, second, strict=True):
+            assert torch.equal(one.nan_to_num(7.0), two.nan_to_num(7.0)), "not the same twice"
+        on_cpu = tuple(r.cpu() for r in first)
+        return on_cpu if isinstance(results[0], tuple) else on_cpu[0]
+
+
+@pytest.fixture(
+    params=[
+        *(f"emulated-{s}" for s in SEEDS),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ]
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    if request.param == "cuda":
+        if not HAS_CUDA:
+            pytest.skip("no CUDA device")
+        yield Backend("cuda", "cuda", torch.ops.cora, None)
+        return
+    emulated = emulator()
+    emulated.seed(int(request.param.removeprefix("emulated-")))
+    yield Backend(request.param, "cpu", emulated.ops, emulated)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    if want.numel() == 0:
+        assert got.shape == want.shape
+        return 0.0
+    assert bool(got.isfinite().all())
+    difference = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    return float(difference)
+
+
+def operands(item: Layer) -> tuple[Any, ...]:
+    o = item.options
+    names = ("a", "b", "adapter_scale", "bias", "x_scale", "x_zero_point")
+    return (*(o.get(name) for name in names), o["x_bits"])
+
+
+def check_linear(
+    backend: Backend,
+    m: int,
+    n: int,
+    k: int,
+    bits: int = 4,
+    dtype: torch.dtype = torch.float16,
+    **options: Any,
+) -> None:
+    item = layer(n, k, bits, **options)
+    x = torch.randn(m, k).to(dtype)
+    want = reference.linear_lowrank(
+        x.float() if item.options["x_bits"] else x.double(), *item.args(), **item.options
+    )
+    got = backend("linear_lowrank", x, *item.args(), *operands(item))
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    # B sees the hidden values rounded to tf32 when x is quantized.
+    bound = BOUNDS[dtype] if not item.options["x_bits"] else max(BOUNDS[dtype], 1e-3)
+    assert error(got, want) <= bound
+
+
+# --- Linear --------------------------------------------------------------------------------------
+
+HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+
+
+@HALVES
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_linear_bits(backend: Backend, bits: int, dtype: torch.dtype) -> None:
+    for m in (1, 17):
+        check_linear(backend, m, 40, 128, bits, dtype, rank=7)
+
+
+@HALVES
+@pytest.mark.parametrize("rank", [0, 16, 80])
+@pytest.mark.parametrize("m", [1, 7, 17, 63, 100])
+def test_linear_rows_and_ranks(backend: Backend, m: int, rank: int, dtype: torch.dtype) -> None:
+    check_linear(backend, m, 136, 192, dtype=dtype, rank=rank)
+
+
+@pytest.mark.parametrize(
+    "m,n,k", [(1, 1, 8), (3, 17, 24), (9, 130, 77), (20, 33, 5), (130, 30, 40)]
+)
+def test_linear_ragged(backend: Backend, m: int, n: int, k: int) -> None:
+    check_linear(backend, m, n, k, rank=3 if min(n, k) > 3 else 0)
+
+
+@HALVES
+def test_linear_splits_k(backend: Backend, dtype: torch.dtype) -> None:
+    """Few channels and a long sum: blocks share K, and add up in a fixed order."""
+    for m in (1, 40):
+        check_linear(backend, m, 24, 2048, dtype=dtype, rank=20)
+
+
+@HALVES
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("rows,groups", [(1, 1), (40, 2), (40, 4), (40, 16), (1, 8)])
+def test_linear_scale_groups(
+    backend: Backend, rows: int, groups: int, bits: int, dtype: torch.dtype
+) -> None:
+    check_linear(backend, 5, 40, 256, bits, dtype, rows=rows, groups=groups, rank=3)
+
+
+def test_linear_scale_groups_of_a_few_inputs(backend: Backend) -> None:
+    """Groups that the fused kernels do not take."""
+    check_linear(backend, 5, 20, 60, groups=12, rank=3)
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_linear_float_adapters(backend: Backend, adapter: torch.dtype) -> None:
+    check_linear(backend, 5, 20, 64, adapter=adapter, rank=3)
+
+
+def test_linear_rank_above_the_compiled_one(backend: Backend) -> None:
+    check_linear(backend, 3, 300, 304, rank=290)
+
+
+def test_linear_float32(backend: Backend) -> None:
+    check_linear(backend, 5, 30, 77, dtype=torch.float32, rank=3)
+
+
+@HALVES
+def test_linear_far_zero_points(backend: Backend, dtype: torch.dtype) -> None:
+    """Relative to |x| |W|, whose sum hides in the others': the weights are nearly constant."""
+    item = layer(24, 64, 4, far=True)
+    x = torch.rand(3, 64).to(dtype)
+    want = reference.linear_lowrank(x.double(), *item.args(), **item.options)
+    got = backend("linear_lowrank", x.abs(), *item.args(), *operands(item))
+    limit = torch.finfo(dtype).max
+    inside = want.abs() < limit
+    assert error(got[inside], want[inside]) <= 2 * BOUNDS[dtype]
+
+
+def test_linear_leading_dimensions_and_strides(backend: Backend) -> None:
+    item = layer(18, 40, rank=3)
+    for x in (torch.randn(2, 3, 5, 40), torch.randn(40), torch.randn(40, 6).T, torch.randn(0, 40)):
+        x = x.half()
+        want = reference.linear_lowrank(x.double(), *item.args(), **item.options)
+        got = backend("linear_lowrank", x, *item.args(), *operands(item))
+        assert error(got, want) <= BOUNDS[torch.float16]
+
+
+# --- Linear on 8-bit inputs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_linear_integers_are_exact(backend: Backend, bits: int, groups: int, far: bool) -> None:
+    """With scales of 1 the result is the integer sum itself, zero-points of any size included."""
+    for m in (3, 40):
+        n, k = 40, 192
+        scale = torch.ones(n, groups)
+        zero_point = qparams(n, groups, bits)[1] - (2**9 if far else 0)
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+        x = torch.randint(-90, 160, (m, k)).float()
+        quantizer = (torch.ones(1), torch.tensor([90], dtype=torch.int32), 8)
+        got = backend(
+            "linear_lowrank", x, ops.pack_bits(codes, bits), scale, zero_point, bits,
+            None, None, None, None, *quantizer,
+        )  # fmt: skip
+        weight = codes.long() - zero_point.long().repeat_interleave(k // groups, 1)
+        assert torch.equal(got, (x.long() @ weight.T).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["dynamic8", "static8", "dynamic4"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_linear_quantized_inputs(
+    backend: Backend, bits: int, mode: str, dtype: torch.dtype
+) -> None:
+    options = {"x_bits": int(mode[-1]), "static": mode.startswith("static")}
+    for m, rank in ((3, 0), (20, 9), (70, 40)):
+        check_linear(backend, m, 45, 96, bits, dtype, rank=rank, **options)
+
+
+def test_linear_quantized_inputs_large_rank(backend: Backend) -> None:
+    check_linear(backend, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8)
+    check_linear(backend, 40, 200, 208, rank=190, dtype=torch.float32, x_bits=8)
+
+
+def test_linear_quantized_inputs_split_k(backend: Backend) -> None:
+    check_linear(backend, 3, 24, 4096, rank=5, dtype=torch.float32, x_bits=8)
+
+
+# --- Convolution ---------------------------------------------------------------------------------
+
+
+def check_conv(
+    backend: Backend,
+    geometry: tuple[Any, ...],
+    dtype: torch.dtype,
+    bits: int = 4,
+    *,
+    rank: int = 2,
+    scale_groups: int = 1,
+    formats: tuple[torch.memory_format, ...] = (torch.contiguous_format, torch.channels_last),
+    **options: Any,
+) -> None:
+    batch, cg, h, w, ng, groups, kernel, *window = geometry
+    k = cg * kernel[0] * kernel[1]
+    item = layer(
+        ng * groups,
+        k,
+        bits,
+        rank=min(rank, ng, k),
+        conv_groups=groups,
+        groups=scale_groups,
+        **options,
+    )
+    x = torch.randn(batch, cg * groups, h, w).to(dtype)
+    quantized = bool(item.options["x_bits"])
+    want = reference.conv2d_lowrank(
+        x.float() if quantized else x.double(),
+        *item.args(),
+        kernel,
+        *window,
+        groups,
+        **item.options,
+    )
+    for memory_format in formats:
+        laid = x.to(memory_format=memory_format)
+        got = backend(
+            "conv2d_lowrank", laid, *item.args(), kernel, *window, groups, *operands(item)
+        )
+        assert got.is_contiguous(memory_format=memory_format)
+        assert got.dtype == dtype
+        assert error(got, want) <= max(BOUNDS[dtype], 1e-3 if quantized else 0)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "float32", "dynamic8", "static8"])
+def test_conv(backend: Backend, name: str, mode: str) -> None:
+    dtype = getattr(torch, mode, torch.float32)
+    options = {"x_bits": 8, "static": mode == "static8"} if mode.endswith("8") else {}
+    check_conv(backend, CONVOLUTIONS[name], dtype, **options)
+
+
+ALIGNED = {
+    "3x3": (1, 32, 9, 9, 40, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "strided": (2, 16, 10, 13, 24, 1, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "dilated": (1, 48, 12, 9, 16, 1, (3, 3), (1, 1), (2, 2), (2, 2)),
+    "wide": (1, 16, 6, 11, 40, 1, (1, 5), (1, 2), (0, 2), (1, 1)),
+    "1x1": (3, 64, 7, 5, 130, 1, (1, 1), (1, 1), (0, 0), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 2, 20, 40, 100])
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "static8"])
+def test_conv_reads_channels_last_in_place(backend: Backend, mode: str, rank: int) -> None:
+    dtype = getattr(torch, mode, torch.float32)
+    options = {"x_bits": 8, "static": True} if mode == "static8" else {}
+    for name in ("3x3", "1x1") if rank else ALIGNED:
+        check_conv(
+            backend, ALIGNED[name], dtype, rank=rank, formats=(torch.channels_last,), **options
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("mode", ["float16", "bfloat16", "dynamic8"])
+def test_conv_bits(backend: Backend, bits: int, mode: str) -> None:
+    dtype = getattr(torch, mode, torch.float32)
+    options = {"x_bits": 8} if mode == "dynamic8" else {}
+    check_conv(backend, ALIGNED["strided"], dtype, bits, formats=(torch.channels_last,), **options)
+
+
+@pytest.mark.parametrize("groups", [2, 9, 144])
+@pytest.mark.parametrize("mode", ["float16", "dynamic8"])
+def test_conv_scale_groups(backend: Backend, groups: int, mode: str) -> None:
+    """Two groups hold whole channels; the others cut through their taps, and are merged."""
+    dtype = getattr(torch, mode, torch.float32)
+    options = {"x_bits": 8} if mode == "dynamic8" else {}
+    geometry = CONVOLUTIONS["3x3"] if groups != 2 else ALIGNED["3x3"]
+    check_conv(backend, geometry, dtype, scale_groups=groups, **options)
+
+
+# --- Prepared layers -----------------------------------------------------------------------------
+
+
+def quantized_image(shape: tuple[int, ...], halo: int, zero: int) -> Tensor:
+    """Codes, channels_last, with a border of the zero-point."""
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(codes, (halo,) * 4, value=zero)
+    return padded.to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("channels", [32, 20])
+@pytest.mark.parametrize(
+    "x_halo,out_halo,add", [(0, 0, ""), (1, 2, "codes"), (2, 0, "float"), (1, 1, "")]
+)
+def test_run_layer_between_codes(
+    backend: Backend, channels: int, x_halo: int, out_halo: int, add: str
+) -> None:
+    """Codes in, codes out: border, residual and clamp in one call, as in a chain of layers."""
+    n, h, w = 24, 6, 5
+    item = layer(n, channels * 9, 4, rank=5)
+    o = item.options
+    window: tuple[Any, ...] = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    prepared = backend(
+        "prepare_layer",
+        *item.args(),
+        channels,
+        *window,
+        o["a"],
+        o["b"],
+        o["adapter_scale"],
+        o["bias"],
+    )
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, *window, o["b"])
+    x_scale, x_zero = 0.02, 100
+    x = quantized_image((2, channels, h, w), x_halo, x_zero)
+    inner = x[:, :, x_halo : h + x_halo, x_halo : w + x_halo].double()
+    real = x_scale * (inner - x_zero)
+    want = reference.conv2d_lowrank(
+        real,
+        *item.args(),
+        *window,
+        a=o["a"],
+        b=o["b"],
+        adapter_scale=o["adapter_scale"],
+        bias=o["bias"],
+    )
+    added = None
+    if add == "codes":
+        added = quantized_image((2, n, h, w), 1, 7)
+        want = want + 0.03 * (added[:, :, 1:-1, 1:-1].double() - 7)
+    elif add == "float":
+        added = torch.randn(2, n, h, w).to(memory_format=torch.channels_last)
+        want = want + added.double()
+    want = want.clamp(min=0.0)
+    clamp = (0.0, float("inf"))
+    added_args = (added, 0.03, 7, 1 if add == "codes" else 0)
+
+    got = backend(
+        "run_layer",
+        x,
+        prepared,
+        geometry,
+        x_scale,
+        x_zero,
+        8,
+        x_halo,
+        *added_args,
+        *clamp,
+        None,
+        0,
+        0,
+    )
+    assert got.dtype == torch.float32
+    assert error(got, want) <= 1e-3
+
+    scale, zero = float(want.max()) / 200, 3
+    codes = backend(
+        "run_layer",
+        x,
+        prepared,
+        geometry,
+        x_scale,
+        x_zero,
+        8,
+        x_halo,
+        *added_args,
+        *clamp,
+        scale,
+        zero,
+        out_halo,
+    )
+    assert codes.dtype == torch.uint8
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+    border = codes.clone()
+    border[:, :, out_halo : h + out_halo, out_halo : w + out_halo] = zero
+    assert bool((border == zero).all())
+    interior = codes[:, :, out_halo : h + out_halo, out_halo : w + out_halo]
+    wanted = (want / scale).round().add(zero).clamp(0, 255)
+    assert (interior.double() - wanted).abs().max() <= 1
+
+
+def test_run_layer_linear_with_clamp(backend: Backend) -> None:
+    item = layer(24, 64, 4, rank=5)
+    o = item.options
+    prepared = backend(
+        "prepare_layer",
+        *item.args(),
+        64,
+        [],
+        [],
+        [],
+        [],
+        1,
+        o["a"],
+        o["b"],
+        o["adapter_scale"],
+        o["bias"],
+    )
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, b=o["b"])
+    x = torch.randn(3, 5, 64).half()
+    added = torch.randn(3, 5, 24).half()
+    got = backend(
+        "run_layer", x, prepared, geometry, None, 0, 0, 0, added, 1.0, 0, 0, 0.0, 6.0, None, 0, 0
+    )
+    want = reference.linear_lowrank(x.double(), *item.args(), **o) + added.double()
+    assert error(got, want.clamp(0, 6)) <= 1e-3
+
+
+# --- Quantizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape,rows,groups",
+    [
+        ((40, 64), 40, 1),
+        ((40, 64), 40, 4),
+        ((7, 33), 7, 1),
+        ((7, 30), 1, 5),
+        ((5, 3, 3, 3), 5, 1),
+        ((5000,), 1, 1),
+    ],
+)
+def test_fake_quantize(
+    backend: Backend, shape: tuple[int, ...], rows: int, groups: int, dtype: torch.dtype
+) -> None:
+    scale, zero_point = qparams(rows, groups, 4)
+    x = (torch.randn(shape) * 0.5).to(dtype)
+    got = backend("fake_quantize", x, scale, zero_point, 4, True, True)
+    want = reference.fake_quantize(x, scale, zero_point, 4, residual=True, codes=True)
+    for one, two in zip(got, want, strict=True):
+        assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape,rows,groups", [((40, 64), 40, 1), ((6, 30), 1, 5), ((6, 5000), 1, 1), ((3, 4100), 3, 2)]
+)
+def test_fake_quantize_backward(
+    backend: Backend, shape: tuple[int, ...], rows: int, groups: int, dtype: torch.dtype
+) -> None:
+    scale, zero_point = qparams(rows, groups, 4)
+    x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+    grad_x, grad_scale = backend("fake_quantize_backward", grad, x, scale, zero_point, 4)
+    want_x, want_scale = torch.ops.cora.fake_quantize_backward(grad, x, scale, zero_point, 4)
+    assert torch.equal(grad_x, want_x)
+    assert torch.allclose(grad_scale, want_scale, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_packing(backend: Backend, bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 77), dtype=torch.uint8)
+    packed = backend("pack_bits", codes, bits)
+    assert torch.equal(packed, reference.pack_bits(codes, bits))
+    assert torch.equal(backend("unpack_bits", packed, bits, 77), codes)
+    scale, zero_point = qparams(3, 7, bits)
+    want = reference.dequantize_packed(packed, scale, zero_point, bits, 77)
+    assert torch.equal(backend("dequantize_packed", packed, scale, zero_point, bits, 77), want)
+
+
+@pytest.mark.parametrize("shape,halo", [((2, 20, 5, 4), 0), ((2, 20, 5, 4), 2), ((7, 9), 0)])
+def test_activation_codes(backend: Backend, shape: tuple[int, ...], halo: int) -> None:
+    x = torch.randn(shape)
+    codes = backend("quantize_activation", x, 0.02, 90, 8, halo)
+    want = torch.ops.cora.quantize_activation(x, 0.02, 90, 8, halo)
+    assert torch.equal(codes, want)
+    assert codes.stride() == want.stride()
+    values = backend("dequantize_activation", codes, 0.02, 90, halo)
+    assert torch.equal(values, torch.ops.cora.dequantize_activation(codes, 0.02, 90, halo))
+
+
+# --- What torch's operators do on a GPU ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (8, 8)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_factors_in_plain_torch(shape: tuple[int, int], groups: int, weighted: bool) -> None:
+    residual = torch.randn(shape)
+    k = shape[1]
+    samples = torch.randn(groups, 3 * k, k)
+    moment = samples.mT @ samples / (3 * k) if weighted else None
+    got = gpu.lowrank_factors(residual, 3, groups, moment)
+    want = reference.lowrank_factors(residual, 3, groups, moment)
+    for one, two in zip(got, want, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-5)
+
+
+def test_factors_of_a_deficient_residual() -> None:
+    residual = torch.randn(10, 2) @ torch.randn(2, 20)
+    a, b, _ = gpu.lowrank_factors(residual, 5, 1, None)
+    assert torch.allclose(b @ a, residual, atol=1e-5)
+    assert bool(a.isfinite().all() & b.isfinite().all())
+
+
+def test_errors_of_candidates_in_plain_torch() -> None:
+    x = torch.randn(6, 20)
+    for rows, groups in ((6, 1), (6, 4), (1, 5)):
+        scale, zero_point = (
+            torch.stack(list(p))
+            for p in zip(*(qparams(rows, groups, 3) for _ in range(4)), strict=True)
+        )
+        got = gpu.quantization_error(x, scale, zero_point, 3)
+        want = reference.quantization_error(x, scale, zero_point, 3)
+        assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_pooling_in_plain_torch() -> None:
+    x = quantized_image((2, 5, 9, 8), 1, 3)
+    window = ([3, 3], [2, 2], [1, 1], [1, 1], True)
+    got = gpu.max_pool2d_codes(x, 3, 1, *window, 2)
+    assert torch.equal(got, torch.ops.cora.max_pool2d_codes(x, 3, 1, *window, 2))
+    mean = gpu.mean_codes(x, 0.1, 3, 1)
+    assert torch.allclose(mean, torch.ops.cora.mean_codes(x, 0.1, 3, 1), rtol=1e-6)
+
+
+# --- The door ------------------------------------------------------------------------------------
+
+
+def test_every_op_has_a_cuda_answer() -> None:
+    """`model.to("cuda")` may meet any op."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cora::")]
+    assert "cora::run_layer" in names
+    missing = [
+        name
+        for name in names
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+        and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+    ]
+    assert missing == []
+
+
+def test_emulated_ops_have_the_same_checks() -> None:
+    """Errors name the argument, what was expected and what came."""
+    e = emulator().ops
+    item = layer(12, 32, 4, rank=3)
+    x = torch.randn(2, 32).half()
+    o = operands(item)
+    for message, args in (
+        ("x must have dtype", (x.double(), *item.args(), *o)),
+        ("weight must have shape", (x[:, :20], *item.args(), *o)),
+        (
+            "scale must have dtype float32",
+            (x, item.weight, item.scale.double(), item.zero_point, 4, *o),
+        ),
+        ("bits must be 2..8, got 9", (x, *item.args()[:3], 9, *o)),
+        ("a and b must be given together", (x, *item.args(), o[0], None, *o[2:])),
+        ("adapter_scale must be given", (x, *item.args(), o[0], o[1], None, *o[3:])),
+        ("x_bits must be 0 or 2..8, got 1", (x, *item.args(), *o[:-1], 1)),
+        ("x_scale and x_zero_point", (x, *item.args(), *o[:4], torch.ones(1), None, 8)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            e.linear_lowrank.default(*args)
+    prepared = e.prepare_layer.default(*item.args(), 32, [], [], [], [], 1, *o[:4])
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, b=o[1])
+    rest = (None, 0, 0, 0, None, 1.0, 0, 0, 0.0, 6.0, None, 0, 0)
+    with pytest.raises(RuntimeError, match="layer must have shape"):
+        e.run_layer.default(x, prepared[:-1], geometry, *rest)
+    with pytest.raises(RuntimeError, match="geometry must have 7 or 15"):
+        e.run_layer.default(x, prepared, geometry[:2], *rest)
+    with pytest.raises(RuntimeError, match="codes must be <= 3"):
+        e.pack_bits.default(torch.full((2, 5), 7, dtype=torch.uint8), 2)
