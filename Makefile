@@ -14,7 +14,7 @@ export CORA_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench sanitize lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
@@ -25,6 +25,10 @@ test: $(VENV)/.test
 # Each kernel against torch; whole models are timed by `cora bench`.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+# The native tests under AddressSanitizer, and between guard pages.
+sanitize: $(VENV)/.test
+	$(BIN)/python tests/sanitize/run.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
