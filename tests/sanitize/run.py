@@ -2,9 +2,10 @@
 
 python tests/sanitize/run.py [-k EXPRESSION]
 
-The first build is by CMake's CORA_SANITIZE, beside the Python files in build/sanitize. The second run takes the
-library as it is built in place and the allocator of guard.cpp, which sees what the sanitizers do not: masked vector
-instructions and AMX tiles. Each mechanism first has to find a planted fault. New kernels are covered by their ops' tests.
+The first build is by CMake's CORA_SANITIZE, beside the Python files in build/sanitize. The second run takes
+the library as it is built in place and the allocator of guard.cpp, which sees what the sanitizers do not:
+masked vector instructions and AMX tiles. Each mechanism first has to find a planted fault. New kernels are
+covered by the tests of their ops.
 """
 
 from __future__ import annotations
