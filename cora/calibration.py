@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -66,43 +67,34 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[st
 # --- A layer's input as rows of a matrix ---------------------------------------------------------
 
 
-def _windows(layer: FloatLayer, x: Tensor) -> Tensor:
-    """A convolution's input as a view [B, Cin, *output, *kernel] of what each output position sees."""
-    dims = len(layer.kernel_size)
-    if x.dim() == dims + 1:
-        x = x.unsqueeze(0)
-    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
-    if layer.transposed:
-        # A transposed convolution is a convolution of the zero-stuffed input, the kernel mirrored.
-        batch, channels, *size = x.shape
-        stuffed = x.new_zeros(
-            batch, channels, *[(n - 1) * s + 1 for n, s in zip(size, stride, strict=True)]
-        )
-        every: list[Any] = [slice(None, None, s) for s in stride]
-        stuffed[(..., *every)] = x
-        pads = []
-        for d in reversed(range(dims)):
-            edge = dilation[d] * (kernel[d] - 1) - layer.padding[d]
-            pads += [edge, edge + layer.output_padding[d]]
-        x, stride = F.pad(stuffed, pads), (1,) * dims
-    elif any(layer._reversed_padding_repeated_twice):
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-    x = x.contiguous()
-    out = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    steps = x.stride()[2:]
-    view = x.as_strided(
-        (*x.shape[:2], *out, *kernel),
-        (
-            *x.stride()[:2],
-            *[step * s for step, s in zip(steps, stride, strict=True)],
-            *[step * d for step, d in zip(steps, dilation, strict=True)],
-        ),
-    )
-    return view.flip([-1 - d for d in range(dims)]) if layer.transposed else view
+def _reach(layer: FloatLayer, size: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Along each dimension, what output position o sees at kernel position k of an input of `size`.
+
+    Returns:
+        index int64 [outputs, kernel], within the input, and bool: False where it sees a zero instead.
+    """
+    found = []
+    for d, n in enumerate(size):
+        kernel, stride, padding = layer.kernel_size[d], layer.stride[d], layer.padding
+        tap = torch.arange(kernel) * layer.dilation[d]
+        if layer.transposed:  # input i lands on output o = i * stride + tap - padding
+            outputs = (n - 1) * stride - 2 * padding[d] + int(tap[-1]) + layer.output_padding[d] + 1
+            index = torch.arange(outputs)[:, None] + padding[d] - tap
+            inside = (index >= 0) & (index < n * stride) & (index % stride == 0)
+            index = index.div(stride, rounding_mode="floor")
+        else:
+            left, right = layer._reversed_padding_repeated_twice[2 * (len(size) - 1 - d) :][:2]
+            outputs = (n + left + right - int(tap[-1]) - 1) // stride + 1
+            index = torch.arange(outputs)[:, None] * stride + tap - left
+            inside = (index >= 0) & (index < n)
+            if layer.padding_mode == "circular":
+                index %= n
+            elif layer.padding_mode == "reflect":
+                index = (n - 1) - ((n - 1) - index.abs()).abs()
+            if layer.padding_mode != "zeros":
+                inside = torch.ones_like(inside)
+        found.append((index.clamp(0, n - 1), inside))
+    return found
 
 
 def input_rows(
@@ -122,14 +114,23 @@ def input_rows(
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         return rows[_draw(len(rows), limit, generator)].unsqueeze(0)
-    view = _windows(layer, x)
     dims = len(layer.kernel_size)
-    view = view.movedim(1, 1 + dims)  # [B, *output, Cin, *kernel]
-    sizes = view.shape[: 1 + dims]
-    position = _draw(sizes.numel(), limit, generator)
-    index = torch.unravel_index(position, sizes)
-    rows = view[index].reshape(len(position), layer.groups, -1)
-    return rows.transpose(0, 1)
+    if x.dim() == dims + 1:
+        x = x.unsqueeze(0)
+    reach = _reach(layer, x.shape[2:])
+    sizes = (len(x), *(len(index) for index, _ in reach))
+    image, *place = torch.unravel_index(_draw(math.prod(sizes), limit, generator), sizes)
+    # Only what the drawn positions see is read: x is neither padded nor unfolded.
+    where, inside = [image.reshape(-1, *[1] * dims)], torch.ones(1, dtype=torch.bool)
+    for d, (index, valid) in enumerate(reach):
+        shape = [-1 if axis in (0, 1 + d) else 1 for axis in range(1 + dims)]
+        shape[0] = len(image)
+        where.append(index[place[d]].reshape(shape))
+        inside = inside & valid[place[d]].reshape(shape)
+    rows = x.movedim(1, -1)[tuple(where)]  # [positions, *kernel, Cin]
+    if not inside.all():
+        rows.masked_fill_(~inside.unsqueeze(-1).to(rows.device), 0)
+    return rows.movedim(-1, 1).reshape(len(image), layer.groups, -1).transpose(0, 1)
 
 
 def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> Tensor:
@@ -138,6 +139,43 @@ def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> T
     if count <= 4 * limit:
         return torch.randperm(count, generator=generator)[:limit]
     return torch.randint(count, (limit,), generator=generator)
+
+
+_BLOCKS = 8  # of rows: with 8, the lower triangle takes 9/16 of the square's products
+
+
+def _by_blocks(total: Tensor) -> bool:
+    return len(total) == 1 and total.shape[1] >= 256
+
+
+def _add_products(total: Tensor, rows: Tensor, weight: float) -> None:
+    """total += weight * rows^T rows, at least its lower triangle.
+
+    Args:
+        total: [groups, K, K].
+        rows: [groups, positions, K].
+    """
+    if not _by_blocks(total):
+        total.baddbmm_(rows.transpose(1, 2), rows, alpha=weight)
+        return
+    columns = total.shape[1]
+    step = -(-columns // _BLOCKS)
+    for start in range(0, columns, step):
+        end = min(start + step, columns)
+        left, right = rows[0, :, start:end].T, rows[0, :, :end]
+        total[0, start:end, :end].addmm_(left, right, alpha=weight)
+
+
+def _symmetric(total: Tensor) -> Tensor:
+    """What `_add_products` made, whole; in its place."""
+    if _by_blocks(total):
+        matrix, step = total[0], -(-total.shape[1] // _BLOCKS)
+        for start in range(0, len(matrix), step):
+            end = start + step
+            block = matrix[start:end, start:end]
+            block.copy_(block.tril() + block.tril(-1).T)
+            matrix[:start, start:end] = matrix[start:end, :start].T
+    return total
 
 
 # --- The calibration set -------------------------------------------------------------------------
@@ -353,8 +391,9 @@ class Calibration:
             layer = self.layers[name]
             rows = input_rows(layer, x, limits[name], generators[name])
             positions = output.numel() // LayerShape.of(layer).rows
-            product = (rows.transpose(1, 2) @ rows).mul_(positions / max(rows.shape[1], 1))
-            sums[name] = sums[name].add_(product) if name in sums else product
+            if name not in sums:
+                sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
+            _add_products(sums[name], rows, positions / max(rows.shape[1], 1))
 
         with torch.no_grad(), self.watch(names, see):
             for batch in self.bar(self.batches, "second moments"):
@@ -362,7 +401,7 @@ class Calibration:
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
-                moment = sums[name].div_(self.samples)
+                moment = _symmetric(sums[name]).div_(self.samples)
             else:  # the layer never ran on the calibration data
                 moment = torch.zeros(shape.groups, shape.columns, shape.columns)
             diagonal = moment.diagonal(dim1=-2, dim2=-1)

@@ -260,6 +260,18 @@ def test_moments(inplace: bool) -> None:
         assert (torch.linalg.eigvalsh(moment.double()) > 0).all()
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(301, 3), nn.Conv2d(30, 3, 3, padding=1)], ids=str)
+def test_moments_made_by_blocks(layer: nn.Module) -> None:
+    size = (5, 301) if isinstance(layer, nn.Linear) else (2, 30, 4, 5)
+    data = [torch.randn(size) for _ in range(3)]
+    rows = torch.cat([input_rows(layer, x)[0] for x in data]).double()
+    want = rows.T @ rows / sum(len(x) for x in data)
+    want.diagonal().add_(1e-3 * want.diagonal().mean())
+    moment = Calibration(nn.Sequential(layer), data).moment("0")[0]
+    assert torch.equal(moment, moment.T)
+    torch.testing.assert_close(moment.double(), want, rtol=1e-4, atol=1e-5)
+
+
 class Recording(Calibration):
     """Keeps the names of the layers whose moments were made together."""
 
