@@ -303,13 +303,23 @@ class Calibration:
     def teacher(self) -> list[Any]:
         """The float model's output on every batch."""
         if self._teacher is None:
-            with torch.no_grad():
-                outputs = [self.run(batch) for batch in self.bar(self.batches, "float outputs")]
-            for index, output in enumerate(outputs):
-                if any(tensor.isnan().any() for tensor in float_tensors(output)):
-                    raise ValueError(f"model: output on calibration batch {index} is NaN")
-            self._teacher = outputs
-        return self._teacher
+            self._pass((), lambda *_: None, "float outputs")
+        return self._teacher or []
+
+    def _pass(
+        self, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None], title: str
+    ) -> None:
+        """One run over all batches under `watch`; the first one's outputs are kept as the teacher's."""
+        outputs: list[Any] = []
+        with torch.no_grad(), self.watch(names, see):
+            for batch in self.bar(self.batches, title):
+                output = self.run(batch)
+                if self._teacher is None:
+                    outputs.append(output)
+        for index, output in enumerate(outputs):
+            if any(tensor.isnan().any() for tensor in float_tensors(output)):
+                raise ValueError(f"model: output on calibration batch {index} is NaN")
+        self._teacher = self._teacher or outputs
 
     def divergence(self, candidate: nn.Module) -> float:
         """Mean divergence of a model from the float one over the samples (see `divergence`)."""
@@ -395,9 +405,7 @@ class Calibration:
                 sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
             _add_products(sums[name], rows, positions / max(rows.shape[1], 1))
 
-        with torch.no_grad(), self.watch(names, see):
-            for batch in self.bar(self.batches, "second moments"):
-                self.run(batch)
+        self._pass(names, see, "second moments")
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
@@ -487,9 +495,7 @@ class Calibration:
             highs[name] = max(highs[name], float(x.max()))
             kept[name].append(x[_draw(len(x), limit, generators[name])])
 
-        with torch.no_grad(), self.watch(self.layers, see):
-            for batch in self.bar(self.batches, "activation ranges"):
-                self.run(batch)
+        self._pass(self.layers, see, "activation ranges")
         result = {}
         for name, values in kept.items():
             sample = torch.cat(values) if values else torch.zeros(1)
