@@ -17,7 +17,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -486,28 +486,37 @@ def _read_openvino(model: bytes) -> Any:
 
 
 def _openvino_linear(kind: str, work: LinearWork, threads: int) -> Call:
+    precision = "f32" if kind == "f32" else None
+    x = work.x.numpy()
+    models = [_openvino_product(kind, weight, i) for i, weight in enumerate(work.weights)]
+    for model in models:
+        model.reshape([work.shape.m, work.shape.k])
+    return turns([_openvino(model, x, threads, precision) for model in models])
+
+
+def _openvino_product(kind: str, weight: Tensor, copy: int) -> Any:
+    """x W^T for any number of rows; compressed weights are kept, making them takes many seconds."""
     import openvino
     from openvino import opset13 as op
 
-    s = work.shape
-
-    def model(weight: Tensor) -> Any:
-        x = op.parameter([s.m, s.k], np.float32, name="x")
-        y = op.matmul(x, op.constant(weight.numpy()), False, True)
-        whole = openvino.Model([y], [x], "work")
-        if kind == "f32":
-            return whole
-        nncf = _nncf()
-        modes = nncf.CompressWeightsMode
-        if kind == "int8":
-            return nncf.compress_weights(whole, mode=modes.INT8_ASYM)
-        return nncf.compress_weights(
+    n, k = weight.shape
+    path = _scratch() / f"openvino-{kind}-{n}x{k}-{copy}.xml"
+    if path.exists():
+        return openvino.Core().read_model(path)
+    x = op.parameter([-1, k], np.float32, name="x")
+    whole = openvino.Model([op.matmul(x, op.constant(weight.numpy()), False, True)], [x], "work")
+    if kind == "f32":
+        return whole
+    nncf = _nncf()
+    modes = nncf.CompressWeightsMode
+    if kind == "int8":
+        whole = nncf.compress_weights(whole, mode=modes.INT8_ASYM)
+    else:
+        whole = nncf.compress_weights(
             whole, mode=modes.INT4_SYM, group_size=128, ratio=1.0, all_layers=True
         )
-
-    precision = "f32" if kind == "f32" else None
-    x = work.x.numpy()
-    return turns([_openvino(model(w), x, threads, precision) for w in work.weights])
+    openvino.save_model(whole, path, compress_to_fp16=False)
+    return whole
 
 
 def _openvino_conv(kind: str, work: ConvWork, threads: int) -> Call:
@@ -588,22 +597,22 @@ def _quantized_openvino(work: NetworkWork) -> Any:
 
 
 def _bitsandbytes(work: LinearWork, threads: int) -> Call:
+    x = work.x.to(torch.bfloat16)
+    return turns([partial(_nf4_layer(weight), x) for weight in work.weights])
+
+
+@lru_cache(maxsize=9)
+def _nf4_layer(weight: Tensor) -> nn.Module:
     import bitsandbytes
 
-    s = work.shape
-    x = work.x.to(torch.bfloat16)
-
-    def call(weight: Tensor) -> Call:
-        layer = bitsandbytes.nn.Linear4bit(
-            s.k, s.n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
-        )
-        layer.weight = bitsandbytes.nn.Params4bit(
-            weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4"
-        )
-        layer = layer.to("cpu").eval()
-        return lambda: layer(x)
-
-    return turns([call(w) for w in work.weights])
+    n, k = weight.shape
+    layer: nn.Module = bitsandbytes.nn.Linear4bit(
+        k, n, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.to(torch.bfloat16), requires_grad=False, quant_type="nf4"
+    )
+    return layer.to("cpu").eval()
 
 
 # --- ggml ----------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def _with_peers(
 COPIES = 3  # of a weight; a turn is one call that is not timed and two that are
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _weights(n: int, k: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(n + k)
     return tuple(torch.randn(n, k, generator=generator) * 0.02 for _ in range(COPIES))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -81,6 +83,27 @@ def in_turns(
                 samples.append(result if isinstance(result, Seconds) else spent)
         turns += 1
     return {name: Times(tuple(values)) for name, values in times.items()}
+
+
+class Others:
+    """How many cores everything outside of this process kept busy since the start (Linux; else 0)."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return 0.0, 0.0, time.perf_counter()
+        user, nice, system, _, _, irq, softirq, steal, *_ = (float(w) for w in words)
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy, sum(os.times()[:4]), time.perf_counter()
+
+    def cores(self) -> float:
+        busy, own, now = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return max(0.0, busy - own) / now
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -37,8 +38,11 @@ _ERROR = {32: 1e-5, 16: 0.01, 8: 0.03, 4: 0.16}
 
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("peer", peers.LINEAR_PEERS, ids=lambda peer: peer.name)
-def test_linear_peers_compute_the_product(peer: peers.Peer, m: int) -> None:
+def test_linear_peers_compute_the_product(
+    peer: peers.Peer, m: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     present(peer)
+    monkeypatch.setattr(peers, "_scratch", lambda: tmp_path)
     torch.manual_seed(0)
     x, weight = torch.randn(m, 256), torch.randn(64, 256) * 0.02
     call = peer.make(peers.LinearWork(Linear(m, 256, 64), x, (weight,)), 1)
@@ -117,6 +121,12 @@ def test_contestants_take_turns() -> None:
 def test_a_call_may_know_its_time() -> None:
     times = timing.in_turns({"a": lambda: timing.Seconds(7)}, 0, calls_a_turn=1)
     assert times["a"].median == 7
+
+
+def test_others_are_not_this_process() -> None:
+    others = timing.Others()
+    torch.randn(512, 512) @ torch.randn(512, 512)
+    assert 0 <= others.cores() <= (os.cpu_count() or 1) + 0.5
 
 
 def test_threads_are_restored() -> None:
