@@ -1127,6 +1127,8 @@ def run_layer(
     Returns:
         uint8 if out_scale is given, else x's dtype (float32 if x is codes).
     """
+    if x.requires_grad:
+        x = _NoGradient.apply(x)  # type: ignore[no-untyped-call]
     return _ops.run_layer.default(
         x,
         layer,
@@ -1187,19 +1189,33 @@ def _(
     return torch.empty([x.shape[0], n, *size], dtype=dtype, device=x.device, memory_format=layout)
 
 
+_NO_GRADIENT = (
+    "cora::{op}: packed layers have no gradient: train the float model, or its merged copy from "
+    "cora.dequantize()"
+)
+
+
 def _no_gradient(op: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> Any:
-        raise RuntimeError(
-            f"cora::{op}: packed layers have no gradient: train the float model, or its merged "
-            "copy from cora.dequantize()"
-        )
+        raise RuntimeError(_NO_GRADIENT.format(op=op))
 
     torch.library.register_autograd(f"cora::{op}", backward)
 
 
 _no_gradient("linear_lowrank")
 _no_gradient("conv2d_lowrank")
-_no_gradient("run_layer")
+
+
+class _NoGradient(torch.autograd.Function):
+    """The identity; its gradient refuses. A registered one would cost each call 8 us."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError(_NO_GRADIENT.format(op="run_layer"))
 
 
 # --- CUDA, where torch's operators do it (csrc/ops/cuda_*.cpp has the others) --------------------

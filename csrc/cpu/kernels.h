@@ -49,24 +49,25 @@ using UnpackRowFn = void(const uint8_t* packed, int64_t k, int bits, uint8_t* co
 using DequantizeFn = void(const uint8_t* codes, float scale, int32_t zero_point, int64_t count, float* out);
 
 // --- Linear and conv2d ---------------------------------------------------------------------------
-// y [m, 32] = X [m, K] * W [32, K]^T for up to tile_shape().m rows of x and one panel of 32 weight rows.
+// y [m, 32] = X [m, K] * W [32, K]^T for a tile of rows of x (tile_shape()) and one panel of 32 weight rows.
 // K is `taps` runs of `run` consecutive elements: run t of row i starts at rows[i] + tap[t], so a
 // convolution stores no im2col. A panel is a sequence of quad-rows [taps][quads][32 lanes][4], the
 // integer dot product's (and an AMX tile's) operand as it stands. Elements past a run meet zeros.
 
 /// What a level works on at once.
 struct TileShape {
-  int m;      // rows of x
-  int align;  // elements of K a panel's run is padded to; x is read that far
-  /// x's rows have to lie at equal distances (16 by 16)
-  bool equidistant;
+  int block;    // rows of x at most in a block
+  int blocks;   // in a tile
+  int align;    // elements of K a panel's run is padded to; x is read that far
+  bool strict;  // a tile's blocks have one size, and a block's rows lie at equal distances
 };
 constexpr int kMaxTileM = 32;
 
 /// Sets the tile registers up for a level's kernels and clears them again: one a task.
 class TileSession {
  public:
-  explicit TileSession(Isa isa);
+  /// block: rows of x in a block.
+  TileSession(Isa isa, int block);
   ~TileSession();
   TileSession(const TileSession&) = delete;
   TileSession& operator=(const TileSession&) = delete;
@@ -74,7 +75,9 @@ class TileSession {
  private:
   const Isa isa_;
 };
-inline TileShape tile_shape(Isa isa) { return isa == Isa::kAmx ? TileShape{32, 64, true} : TileShape{12, kQuad, false}; }
+inline TileShape tile_shape(Isa isa) { 
+  return isa == Isa::kAmx ? TileShape{16, 2, 64, true} : TileShape{12, 1, kQuad, false};
+}
 
 /// Packed quad-rows (cpu/planes.h) -> int8 code - offset[lane], [rows][32][4]. offset [32]: the difference fits.
 using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel);
@@ -82,10 +85,6 @@ using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8
 /// The same quad-rows as floats [4 * rows][32]: scale[lane] * (panel - far[lane]); arrays of 32.
 using PanelF32Fn = void(const int8_t* panel, int64_t rows, const float* scale, const int32_t* far, float* out);
 
-/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
-/// Room for tile_shape().m rows.
-using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                      int m, int lanes, int32_t* acc);
 /// c[i * 32 + n] += sum of x * w over [taps][run][32] floats.
 using TileF32Fn = void(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
                        int m, int lanes, float* c);
@@ -103,30 +102,77 @@ using RequantizeFn = void(const int32_t* acc, int m, const int32_t* zx, const in
 // kHiddenChunk floats' room a chunk.
 constexpr int kHiddenChunk = kMaxTileM * kLanes;
 /// c [m, 32] -> u: the hidden values of a chunk.
-using StoreHiddenFn = void(const float* c, int m, void* u);
+using StoreHiddenFn = void(const float* c, int m, int ranks, void* u);
+/// The same of float(acc - correction[n]) * alpha[n].
+using QuantizedHiddenFn = void(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int ranks,
+                               void* u);
 /// b int8 [rank][32] -> out, all chunks.
 using ExpandUpFn = void(const int8_t* b, int64_t rank, void* out);
 /// up [m, 32] = u [m, rank] * b, rank > 0.
-using UpProjectFn = void(const void* u, int m, int64_t rank, const void* b, float* up);
+using UpProjectFn = void(const void* u, int m, int block, int64_t rank, const void* b, float* up);
+/// Up to here the epilogue does it, with u and b as floats.
+constexpr int kInlineRank = 8;
+
 
 /// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
-///   v = float(acc - correction[n]) * alpha[n], or c * alpha[n] (alpha null: 1); times row_scale[i]
-///   v += up; v += bias[n]; v += add's row; v = min(max(v, low), high)
-/// and v as it is, or as codes clamp(rint(v * inverse_scale) + zero_point, 0, 255).
+///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or 1, bias[n])
+///   v = fma(u[i][j], b[j][n], v) for j < rank; v += up; v += add's row; v = min(max(v, low), high), a NaN giving low
+/// and v as it is, or as codes: rint(v * inverse_scale) + zero_point between 0 and 255.
 struct Epilogue {
   const int32_t* acc;  // [m, 32], or null
   const int32_t* correction;
+  const float* alpha;
   const float* c;  // [m, 32] when acc is null
-  const float *alpha, *row_scale, *up, *bias;
+  const float *row_scale, *up, *bias;
+  const float *u, *b;  // [m][32] and [rank][32], or null
+  int64_t rank;
   const void* add;  // float, or codes when add_codes; row i at add_at[i]; null: none
   bool add_codes;
   float add_scale, add_zero;
   float low, high;
   void* y;  // float, or codes when codes
   bool codes;
-  float inverse_scale, zero_point;
+  float inverse_scale;
+  int32_t zero_point;
+
+  /// The bounds of v * inverse_scale that keep a code within the clamp and 0..255.
+  float code_low() const {
+    const float bound = low * inverse_scale, least = static_cast<float>(-zero_point);
+    return bound > least ? bound : least;
+  }
+  float code_high() const {
+    const float bound = high * inverse_scale, most = static_cast<float>(255 - zero_point);
+    return bound < most ? bound : most;
+  }
 };
 using EpilogueFn = void(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at);
+
+/// A tile's epilogue that has not been run yet; take(rows) is the next part of it.
+struct Pending {
+  Epilogue e;
+  int m = 0, lanes;
+  const int64_t *at, *add_at;
+
+  template <typename Fn>
+  void take(int rows, const Fn& epilogue) {
+    rows = rows < m ? rows : m;
+    epilogue(e, rows, lanes, at, add_at);
+    m -= rows;
+    at += rows;
+    add_at += rows;
+    if (e.acc != nullptr) e.acc += rows * kLanes;
+    if (e.c != nullptr) e.c += rows * kLanes;
+    if (e.up != nullptr) e.up += rows * kLanes;
+    if (e.u != nullptr) e.u += rows * kLanes;
+    if (e.row_scale != nullptr) e.row_scale += rows;
+  }
+};
+
+/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
+/// m is `block` or twice that; the second block's rows follow the first's in acc. An AMX tile works off `pending` (or null) meanwhile, on the
+/// vector units it does not use; the other levels leave it alone.
+using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                      int m, int block, int lanes, int32_t* acc, Pending* pending);
 
 // --- Few rows of x: the packed panel is read once, expanded in registers -------------------------
 constexpr int kGemvM = 4;
@@ -175,6 +221,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 #define CORA_KERNELS_UP_TO_AMX(_)   \
   _(TileS8Fn, tile_s8)              \
   _(StoreHiddenFn, store_hidden)    \
+  _(QuantizedHiddenFn, quantized_hidden) \
   _(ExpandUpFn, expand_up)          \
   _(UpProjectFn, up_project)
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.

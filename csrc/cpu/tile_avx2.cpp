@@ -202,7 +202,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   static constexpr decltype(&tile_s8_fixed<1>) kTiles[4] = {tile_s8_fixed<1>, tile_s8_fixed<2>, tile_s8_fixed<3>,
                                                             tile_s8_fixed<4>};
   for (int n = 0; n < lanes; n += 16)
@@ -250,7 +250,18 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
   }
 }
 
-void store_hidden(const float* c, int m, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int /*ranks*/,
+                      void* u) {
+  float* out = static_cast<float*>(u);
+  for (int n = 0; n < kLanes; n += 8) {
+    const __m256i c = load(correction + n);
+    const __m256 a = _mm256_loadu_ps(alpha + n);
+    for (int k = n; k < m * kLanes; k += kLanes)
+      _mm256_storeu_ps(out + k, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(load(acc + k), c)), a));
+  }
+}
 
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   float* to = static_cast<float*>(out);
@@ -259,7 +270,7 @@ void expand_up(const int8_t* b, int64_t rank, void* out) {
         to + i, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(b + i)))));
 }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   for (int i = 0; i < m; ++i) {
     __m256 v[4];
     for (auto& part : v) part = _mm256_setzero_ps();
@@ -274,39 +285,40 @@ void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
 }
 
 void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
-  const __m256 low = _mm256_set1_ps(e.low), high = _mm256_set1_ps(e.high), zero = _mm256_setzero_ps();
+  const __m256 low = _mm256_set1_ps(e.codes ? e.code_low() : e.low);
+  const __m256 high = _mm256_set1_ps(e.codes ? e.code_high() : e.high);
   for (int n = 0; n < lanes; n += 8) {
     const int count = lanes - n < 8 ? lanes - n : 8;
     const __m256i correction = e.acc != nullptr ? load(e.correction + n) : _mm256_setzero_si256();
-    const __m256 alpha = e.alpha != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
-    const __m256 bias = e.bias != nullptr ? _mm256_loadu_ps(e.bias + n) : zero;
+    const __m256 bias = e.bias != nullptr ? _mm256_loadu_ps(e.bias + n) : _mm256_setzero_ps();
+    __m256 factor = e.acc != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
     for (int i = 0; i < m; ++i) {
       if (at[i] < 0) continue;
       const int k = i * kLanes + n;
       __m256 v = e.acc != nullptr ? _mm256_cvtepi32_ps(_mm256_sub_epi32(load(e.acc + k), correction))
                                   : _mm256_loadu_ps(e.c + k);
-      v = _mm256_mul_ps(v, alpha);
-      if (e.row_scale != nullptr) v = _mm256_mul_ps(v, _mm256_set1_ps(e.row_scale[i]));
+      if (e.row_scale != nullptr) factor = _mm256_set1_ps(e.row_scale[i]);
+      v = _mm256_fmadd_ps(v, factor, bias);
+      if (e.u != nullptr)
+        for (int64_t j = 0; j < e.rank; ++j)
+          v = _mm256_fmadd_ps(_mm256_broadcast_ss(e.u + i * kLanes + j), _mm256_loadu_ps(e.b + j * kLanes + n), v);
       if (e.up != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(e.up + k));
-      v = _mm256_add_ps(v, bias);
       if (e.add != nullptr && e.add_codes) {
         uint64_t bytes = 0;
         std::memcpy(&bytes, static_cast<const uint8_t*>(e.add) + add_at[i] + n, static_cast<size_t>(count));
         const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
         const __m256 a = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(e.add_zero));
-        v = _mm256_add_ps(v, _mm256_mul_ps(a, _mm256_set1_ps(e.add_scale)));
+        v = _mm256_fmadd_ps(a, _mm256_set1_ps(e.add_scale), v);
       } else if (e.add != nullptr) {
         v = _mm256_add_ps(v, _mm256_maskload_ps(static_cast<const float*>(e.add) + add_at[i] + n, lane_mask(count)));
       }
-      v = _mm256_min_ps(_mm256_max_ps(v, low), high);
       if (!e.codes) {
+        v = _mm256_min_ps(_mm256_max_ps(v, low), high);
         _mm256_maskstore_ps(static_cast<float*>(e.y) + at[i] + n, lane_mask(count), v);
         continue;
       }
-      const __m256 whole = _mm256_round_ps(_mm256_mul_ps(v, _mm256_set1_ps(e.inverse_scale)), 8);
-      const __m256 q = _mm256_min_ps(_mm256_max_ps(_mm256_add_ps(whole, _mm256_set1_ps(e.zero_point)), zero),
-                                     _mm256_set1_ps(255.0f));
-      const __m256i code = _mm256_cvtps_epi32(q);
+      v = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(e.inverse_scale)), low), high);
+      const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(e.zero_point));
       const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
       const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
       std::memcpy(static_cast<uint8_t*>(e.y) + at[i] + n, &bytes, static_cast<size_t>(count));

@@ -158,6 +158,83 @@ void up_project_rows(const float* u, int64_t rank, const float* b, float* up) {
     for (int h = 0; h < 2; ++h) _mm512_storeu_ps(up + i * kLanes + h * 16, v[i][h]);
 }
 
+enum Add { kNothing, kFloats, kCodes };
+
+/// Two rows at a time: their 64 codes are packed together.
+enum Up { kNone, kTile, kInline };
+
+template <bool kAcc, Up kUp, bool kOutCodes, Add kAdd>
+void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  const __mmask16 masks[2] = {mask16(lanes), mask16(lanes - 16)};
+  const __mmask32 mask = static_cast<__mmask32>(masks[1]) << 16 | masks[0];
+  const __m512 low = _mm512_set1_ps(kOutCodes ? e.code_low() : e.low);
+  const __m512 high = _mm512_set1_ps(kOutCodes ? e.code_high() : e.high);
+  const __m512 inverse = _mm512_set1_ps(e.inverse_scale);
+  const __m512 add_scale = _mm512_set1_ps(e.add_scale), add_zero = _mm512_set1_ps(e.add_zero);
+  const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(e.zero_point));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  __m512i correction[2];
+  __m512 alpha[2], bias[2];
+  for (int h = 0; h < 2; ++h) {
+    correction[h] = kAcc ? _mm512_loadu_si512(e.correction + 16 * h) : _mm512_setzero_si512();
+    alpha[h] = kAcc ? _mm512_loadu_ps(e.alpha + 16 * h) : _mm512_set1_ps(1.0f);
+    bias[h] = e.bias != nullptr ? _mm512_loadu_ps(e.bias + 16 * h) : _mm512_setzero_ps();
+  }
+  const auto row = [&](int i, int h) {
+    const int k = i * kLanes + 16 * h;
+    __m512 v = kAcc ? _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(e.acc + k), correction[h]))
+                    : _mm512_loadu_ps(e.c + k);
+    const bool by_row = !kAcc && e.row_scale != nullptr;
+    v = _mm512_fmadd_ps(v, by_row ? _mm512_set1_ps(e.row_scale[i]) : alpha[h], bias[h]);
+    if (kUp == kInline)
+      for (int64_t j = 0; j < e.rank; ++j)
+        v = _mm512_fmadd_ps(_mm512_set1_ps(e.u[i * kLanes + j]), _mm512_loadu_ps(e.b + j * kLanes + 16 * h), v);
+    if (kUp == kTile) v = _mm512_add_ps(v, _mm512_loadu_ps(e.up + k));
+    if (kAdd == kCodes) {
+      const uint8_t* from = static_cast<const uint8_t*>(e.add) + add_at[i] + 16 * h;
+      const __m512 code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(masks[h], from)));
+      v = _mm512_fmadd_ps(_mm512_sub_ps(code, add_zero), add_scale, v);
+    } else if (kAdd == kFloats) {
+      v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(masks[h], static_cast<const float*>(e.add) + add_at[i] + 16 * h));
+    }
+    if (kOutCodes) v = _mm512_mul_ps(v, inverse);
+    return _mm512_min_ps(_mm512_max_ps(v, low), high);
+  };
+  for (int i = 0; i < m; i += 2) {
+    const int second = i + 1 < m ? i + 1 : i;
+    if (at[i] < 0 && at[second] < 0) continue;
+    const int sources[2] = {at[i] < 0 ? second : i, at[second] < 0 ? i : second};  // a row that is there
+    __m512 v[2][2];
+    for (int r = 0; r < 2; ++r)
+      for (int h = 0; h < 2; ++h) v[r][h] = row(sources[r], h);
+    if (kOutCodes) {
+      __m512i words[2];
+      for (int r = 0; r < 2; ++r)
+        words[r] = _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[r][0]), _mm512_cvtps_epi32(v[r][1])), zero);
+      const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+      uint8_t* y = static_cast<uint8_t*>(e.y);
+      _mm256_mask_storeu_epi8(y + at[sources[0]], mask, _mm512_castsi512_si256(codes));
+      _mm256_mask_storeu_epi8(y + at[sources[1]], mask, _mm512_extracti64x4_epi64(codes, 1));
+    } else {
+      for (int r = 0; r < 2; ++r)
+        for (int h = 0; h < 2; ++h)
+          _mm512_mask_storeu_ps(static_cast<float*>(e.y) + at[sources[r]] + 16 * h, masks[h], v[r][h]);
+    }
+  }
+}
+#define CORA_ADDS(acc, up, codes)                                                                    \
+  {                                                                                                  \
+    epilogue_rows<acc, up, codes, kNothing>, epilogue_rows<acc, up, codes, kFloats>,                 \
+        epilogue_rows<acc, up, codes, kCodes>                                                        \
+  }
+#define CORA_UPS(acc)                                                                                       \
+  {                                                                                                         \
+    {CORA_ADDS(acc, kNone, false), CORA_ADDS(acc, kNone, true)},                                            \
+        {CORA_ADDS(acc, kTile, false), CORA_ADDS(acc, kTile, true)}, {                                      \
+      CORA_ADDS(acc, kInline, false), CORA_ADDS(acc, kInline, true)                                         \
+    }                                                                                                       \
+  }
+
 template <int kBits, int kM>
 void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
   constexpr int kWays = kM == 1 ? 4 : kM == 2 ? 2 : 1;  // chains enough to hide the dot product's latency
@@ -245,7 +322,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};
   kTiles[m - 1][lanes > 16](rows, tap, taps, quads, panel, acc);
 }
@@ -283,7 +360,17 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
   }
 }
 
-void store_hidden(const float* c, int m, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int ranks, void* u) {
+  float* out = static_cast<float*>(u);
+  for (int h = 0; h < ranks; h += 16) {
+    const __m512i c = _mm512_loadu_si512(correction + h);
+    const __m512 a = _mm512_loadu_ps(alpha + h);
+    for (int k = h; k < m * kLanes; k += kLanes)
+      _mm512_storeu_ps(out + k, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(acc + k), c)), a));
+  }
+}
 
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   float* to = static_cast<float*>(out);
@@ -292,7 +379,7 @@ void expand_up(const int8_t* b, int64_t rank, void* out) {
         to + i, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + i)))));
 }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   const float *hidden = static_cast<const float*>(u), *w = static_cast<const float*>(b);
   int i = 0;
   for (; i + 6 <= m; i += 6) up_project_rows<6>(hidden + i * kLanes, rank, w, up + i * kLanes);
@@ -300,46 +387,10 @@ void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
 }
 
 void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
-  const __m512 low = _mm512_set1_ps(e.low), high = _mm512_set1_ps(e.high);
-  const __m512 inverse = _mm512_set1_ps(e.inverse_scale), zero = _mm512_set1_ps(e.zero_point);
-  const __m512 add_scale = _mm512_set1_ps(e.add_scale), add_zero = _mm512_set1_ps(e.add_zero);
-  for (int h = 0; h < lanes; h += 16) {
-    const __mmask16 mask = mask16(lanes - h);
-    const __m512i correction = e.acc != nullptr ? _mm512_loadu_si512(e.correction + h) : _mm512_setzero_si512();
-    const __m512 alpha = e.alpha != nullptr ? _mm512_loadu_ps(e.alpha + h) : _mm512_set1_ps(1.0f);
-    const __m512 bias = e.bias != nullptr ? _mm512_loadu_ps(e.bias + h) : _mm512_setzero_ps();
-    for (int i = 0; i < m; ++i) {
-      if (at[i] < 0) continue;
-      const int k = i * kLanes + h;
-      __m512 v = e.acc != nullptr
-                     ? _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_loadu_si512(e.acc + k), correction))
-                     : _mm512_loadu_ps(e.c + k);
-      v = _mm512_mul_ps(v, alpha);
-      if (e.row_scale != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(e.row_scale[i]));
-      if (e.up != nullptr) v = _mm512_add_ps(v, _mm512_loadu_ps(e.up + k));
-      v = _mm512_add_ps(v, bias);
-      if (e.add != nullptr) {
-        const int64_t from = add_at[i] + h;
-        if (e.add_codes) {
-          const __m128i codes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(e.add) + from);
-          const __m512 a = _mm512_sub_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)), add_zero);
-          v = _mm512_add_ps(v, _mm512_mul_ps(a, add_scale));
-        } else {
-          v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, static_cast<const float*>(e.add) + from));
-        }
-      }
-      v = _mm512_min_ps(_mm512_max_ps(v, low), high);
-      if (e.codes) {
-        const __m512 q = _mm512_add_ps(_mm512_roundscale_ps(_mm512_mul_ps(v, inverse), 8), zero);
-        // Unsigned saturation takes a negative number for a large one.
-        const __m512i code = _mm512_max_epi32(_mm512_cvtps_epi32(_mm512_min_ps(q, _mm512_set1_ps(255.0f))),
-                                              _mm512_setzero_si512());
-        _mm512_mask_cvtepi32_storeu_epi8(static_cast<uint8_t*>(e.y) + at[i] + h, mask, code);
-      } else {
-        _mm512_mask_storeu_ps(static_cast<float*>(e.y) + at[i] + h, mask, v);
-      }
-    }
-  }
+  const int add = e.add == nullptr ? 0 : e.add_codes ? 2 : 1;
+  const int up = e.u != nullptr ? kInline : e.up != nullptr ? kTile : kNone;
+  static constexpr EpilogueFn* kRows[2][3][2][3] = {CORA_UPS(false), CORA_UPS(true)};
+  kRows[e.acc != nullptr][up][e.codes][add](e, m, lanes, at, add_at);
 }
 
 void gemv_s8(const uint8_t* packed, int bits, int64_t rows, const uint8_t* x, int64_t ldx, int m, int32_t* acc) {

@@ -7,6 +7,16 @@
 
 namespace cora::cpu::scalar {
 
+namespace {
+
+/// A NaN gives low.
+float clamp(float v, float low, float high) {
+  const float least = v > low ? v : low;
+  return least < high ? least : high;
+}
+
+}  // namespace
+
 void expand(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel) {
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(bits), panel += kQuadRow) {
     uint8_t codes[kQuadRow];
@@ -22,7 +32,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int lanes, int32_t* acc) {
+             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   std::fill_n(acc, m * kLanes, 0);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t q = 0; q < quads; ++q, panel += kQuadRow)
@@ -65,11 +75,17 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
     }
 }
 
-void store_hidden(const float* c, int m, void* u) { std::copy_n(c, m * kLanes, static_cast<float*>(u)); }
+void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::copy_n(c, m * kLanes, static_cast<float*>(u)); }
+
+void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int /*ranks*/,
+                      void* u) {
+  for (int i = 0; i < m * kLanes; ++i)
+    static_cast<float*>(u)[i] = static_cast<float>(acc[i] - correction[i % kLanes]) * alpha[i % kLanes];
+}
 
 void expand_up(const int8_t* b, int64_t rank, void* out) { std::copy_n(b, rank * kLanes, static_cast<float*>(out)); }
 
-void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
+void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
   std::fill_n(up, m * kLanes, 0.0f);
   for (int64_t j = 0; j < rank; ++j)
     for (int i = 0; i < m; ++i) {
@@ -80,25 +96,29 @@ void up_project(const void* u, int m, int64_t rank, const void* b, float* up) {
 }
 
 void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  const float code_low = e.code_low(), code_high = e.code_high();
   for (int i = 0; i < m; ++i) {
     if (at[i] < 0) continue;
     for (int n = 0; n < lanes; ++n) {
       const int k = i * kLanes + n;
-      float v = e.acc != nullptr ? static_cast<float>(e.acc[k] - e.correction[n]) : e.c[k];
-      if (e.alpha != nullptr) v *= e.alpha[n];
-      if (e.row_scale != nullptr) v *= e.row_scale[i];
+      const float value = e.acc != nullptr ? static_cast<float>(e.acc[k] - e.correction[n]) : e.c[k];
+      const float factor = e.acc != nullptr ? e.alpha[n] : e.row_scale != nullptr ? e.row_scale[i] : 1.0f;
+      float v = std::fma(value, factor, e.bias != nullptr ? e.bias[n] : 0.0f);
+      if (e.u != nullptr)
+        for (int64_t j = 0; j < e.rank; ++j) v = std::fma(e.u[i * kLanes + j], e.b[j * kLanes + n], v);
       if (e.up != nullptr) v += e.up[k];
-      if (e.bias != nullptr) v += e.bias[n];
       if (e.add != nullptr && e.add_codes)
-        v += (static_cast<float>(static_cast<const uint8_t*>(e.add)[add_at[i] + n]) - e.add_zero) * e.add_scale;
+        v = std::fma(static_cast<float>(static_cast<const uint8_t*>(e.add)[add_at[i] + n]) - e.add_zero, e.add_scale,
+                     v);
       else if (e.add != nullptr)
         v += static_cast<const float*>(e.add)[add_at[i] + n];
-      v = std::min(std::max(v, e.low), e.high);
-      if (e.codes)
-        static_cast<uint8_t*>(e.y)[at[i] + n] = static_cast<uint8_t>(
-            std::min(std::max(std::nearbyint(v * e.inverse_scale) + e.zero_point, 0.0f), 255.0f));
-      else
-        static_cast<float*>(e.y)[at[i] + n] = v;
+      if (e.codes) {
+        const float code = clamp(v * e.inverse_scale, code_low, code_high);
+        static_cast<uint8_t*>(e.y)[at[i] + n] =
+            static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(code)) + e.zero_point);
+      } else {
+        static_cast<float*>(e.y)[at[i] + n] = clamp(v, e.low, e.high);
+      }
     }
   }
 }

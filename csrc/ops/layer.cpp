@@ -202,7 +202,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   e.high = static_cast<float>(args.high);
   e.codes = codes;
   e.inverse_scale = codes ? static_cast<float>(1.0 / *args.out_scale) : 1.0f;
-  e.zero_point = static_cast<float>(args.out_zero_point);
+  e.zero_point = static_cast<int32_t>(args.out_zero_point);
   if (codes) {
     uint8_t* first = mutable_data<uint8_t>(y);
     if (halo > 0) fill_halo(first, w, n, halo, static_cast<uint8_t>(args.out_zero_point));

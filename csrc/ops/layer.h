@@ -50,7 +50,6 @@ struct LayerInput {
   Buffer<float> scale;         // codes: [batch]
   Buffer<int32_t> zero;        // codes: [batch]
   bool uniform = true;         // one scale and zero-point for the batch
-  bool slack = false;          // reads of a tile past the end are fine
   int64_t image, line, pixel;  // strides in elements
 };
 

@@ -105,7 +105,7 @@ class Gemv {
     }
     if constexpr (kInt)
       for (int i = 0; i < m_ * kLanes; ++i) c[i] *= in_.scale[i / kLanes];
-    cpu::k_store_hidden.at(isa_)(c, m_, hidden);
+    cpu::k_store_hidden.at(isa_)(c, m_, kLanes, hidden);
   }
 
   void run_panel(int64_t p, const float* hidden, float* b) const {
@@ -143,7 +143,7 @@ class Gemv {
         cpu::k_expand_up.at(isa_)(layer_.b<int8_t>(p), h_.rank, b);
         weights = b;
       }
-      cpu::k_up_project.at(isa_)(hidden, m_, h_.rank, weights, up);
+      cpu::k_up_project.at(isa_)(hidden, m_, m_, h_.rank, weights, up);
       e.up = up;
     }
     e.bias = layer_.bias(p);

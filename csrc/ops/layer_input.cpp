@@ -88,14 +88,14 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
     }
     in.line = w.padded(1) * c;
     in.image = w.padded(0) * in.line;
-    in.storage = Buffer<X>(w.batch * in.image + cpu::kMaxTileM * c);
+    in.storage = Buffer<X>(w.batch * in.image);
     for_padded_lines(in, w, [&](int64_t b, int64_t h, X* out) {
       std::copy_n(first + b * image + (h + halo) * line + halo * c, w.size[1] * c, out);
     });
   } else {
     in.line = w.padded(1) * c;
     in.image = w.padded(0) * in.line;
-    in.storage = Buffer<X>(w.batch * in.image + cpu::kMaxTileM * c);
+    in.storage = Buffer<X>(w.batch * in.image);
     const float* first = data<float>(x);
     const int64_t row = w.size[1] * c;
     if constexpr (kCodes) {
@@ -114,7 +114,6 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
     }
   }
   in.x = in.storage.get();
-  in.slack = true;
   return in;
 }
 

@@ -3,11 +3,13 @@
 // A task is a range of position tiles by a range of panels. It takes as many panels as its share of L2
 // holds, expands their weights there once, and runs all its tiles over them: the adapter's hidden
 // values first (A's rows are panels like the weight's), then panel by panel the product, the adapter's
-// second half and the epilogue, while the tile is in L1. Nothing is exchanged between tasks, and every
-// sum runs over K in one order, so thread counts agree bit for bit.
+// second half and the epilogue, while the tile is in L1. With AMX the epilogue is left pending and done
+// during the next product. Nothing is exchanged between tasks, and every sum runs over K in one order,
+// so thread counts agree bit for bit.
 #include "ops/layer.h"
 
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace cora {
@@ -23,11 +25,21 @@ using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
 
-/// Output positions in the order tiles take them.
+constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 16 * 1024, kMaxBlockTiles = 8;
+
+/// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
+/// `block` (the last one overlaps the one before it where that does not come out even).
 struct Grid {
-  // Positions of an image run over lines of `columns`: its width, or the padded input's width, so that
-  // neighbours are one distance apart in memory all over the image (the surplus is computed and dropped).
-  int64_t columns, per_image, images, tiles_per_image, tiles;
+  enum Lines {
+    kRows,    // a line is a row of the output
+    kImages,  // an image, rows as wide as the padded input's, so that all is one distance apart in memory;
+              // the surplus is computed and dropped
+    kBatch,   // everything
+  } lines;
+  int64_t width, count, per_line, block, columns;
+  bool copied;  // rows are not at one distance: they are copied together
+
+  int64_t blocks() const { return count * per_line; }
 };
 
 template <typename X>
@@ -43,8 +55,10 @@ class Tiles {
         in_(input),
         out_(output),
         isa_(kInt ? cpu::active_isa() : std::min(cpu::active_isa(), Isa::kAvx512)),
-        up_isa_(h_.adapter == AdapterKind::kInt8 ? isa_ : std::min(isa_, Isa::kAvx512)),
+        inline_(h_.rank <= cpu::kInlineRank && isa_ != Isa::kAmx),  // a tile product is cheaper there
+        up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
+        direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
         quads_(round_up(layer.segment_run(), shape_.align) / kQuad),
         a_quads_(round_up(h_.run, shape_.align) / kQuad),
         gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, shape_.align)),
@@ -52,6 +66,7 @@ class Tiles {
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
     grid_ = plan_grid();
+    tiles_ = ceil_div(grid_.blocks(), shape_.blocks);
   }
 
   void run() const {
@@ -59,20 +74,20 @@ class Tiles {
     // The split that leaves the slowest thread least: expanding a panel costs about one tile of it.
     int64_t n_parts = 1, best = INT64_MAX;
     for (int64_t parts = 1; parts <= std::min(threads, panels); ++parts) {
-      const int64_t tiles = ceil_div(grid_.tiles, threads / parts), share = ceil_div(panels, parts);
+      const int64_t tiles = ceil_div(tiles_, threads / parts), share = ceil_div(panels, parts);
       const int64_t cost = share * (tiles + 1) + tiles * h_.chunks * ceil_div(share, h_.panels);
       if (cost < best) {
         best = cost;
         n_parts = parts;
       }
     }
-    const int64_t m_parts = std::clamp<int64_t>(threads / n_parts, 1, grid_.tiles);
+    const int64_t m_parts = std::clamp<int64_t>(threads / n_parts, 1, tiles_);
     const int64_t work = h_.n / h_.groups * h_.taps * h_.run * win_.rows();  // multiplications
     parallel_for(n_parts * m_parts, work < 100000 ? n_parts * m_parts : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / m_parts, m = task % m_parts;
-        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, grid_.tiles * m / m_parts,
-                 grid_.tiles * (m + 1) / m_parts);
+        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, tiles_ * m / m_parts,
+                 tiles_ * (m + 1) / m_parts);
       }
     });
   }
@@ -83,13 +98,17 @@ class Tiles {
   const Window& win_;
   const LayerInput<X>& in_;
   const LayerOutput& out_;
-  const Isa isa_, up_isa_;
+  const Isa isa_;
+  const bool inline_;  // the epilogue multiplies by B
+  const Isa up_isa_;
   const cpu::TileShape shape_;
+  const bool direct_;  // a tile's integers go straight to the epilogue
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
   const int64_t gathered_run_;
   const std::vector<int64_t> tap_;
   std::vector<int64_t> gathered_tap_;
   Grid grid_;
+  int64_t tiles_;
 
   static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
   static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -102,29 +121,37 @@ class Tiles {
     return offsets;
   }
 
-  Grid plan_grid() const {
-    const auto grid = [&](int64_t columns, bool across) {
-      Grid g{columns, (win_.out(0) - 1) * columns + win_.out(1), win_.batch, 0, 0};
-      g.tiles_per_image = across ? 0 : ceil_div(g.per_image, shape_.m);
-      g.tiles = across ? ceil_div(g.per_image * g.images, shape_.m) : g.tiles_per_image * g.images;
-      return g;
-    };
-    const Grid plain = grid(win_.out(1), true);
-    const int64_t columns = in_.line / in_.pixel;
-    const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
-    if (!shape_.equidistant || !dense || h_.walk == Walk::kNatural || (columns == win_.out(1) && is_one_run()))
-      return plain;
-    // Surplus positions against copies of the tiles that cross a line (about 1/32 of a panel's product).
-    const Grid wide = grid(columns, false);
-    const int64_t panels = h_.panels * h_.groups;
-    return wide.tiles * panels * 32 <= plain.tiles * (panels * 32 + 32) ? wide : plain;
+  Grid make_grid(Grid::Lines lines, int64_t columns, bool copied) const {
+    const int64_t height = win_.out(0), width = win_.out(1);
+    Grid g{lines, width, height * win_.batch, 0, 0, columns, copied};
+    if (lines == Grid::kImages) {
+      g.width = (height - 1) * columns + width;
+      g.count = win_.batch;
+    } else if (lines == Grid::kBatch) {
+      g.width = win_.rows();
+      g.count = 1;
+    }
+    g.per_line = ceil_div(g.width, shape_.block);
+    g.block = shape_.strict ? ceil_div(g.width, g.per_line) : shape_.block;
+    return g;
   }
-  /// Positions lie at one distance all over the batch.
-  bool is_one_run() const { return in_.image == win_.out(0) * in_.line; }
-
-  struct Position {
-    int64_t image, y, x;
-  };
+  Grid plan_grid() const {
+    const int64_t columns = in_.line / in_.pixel, width = win_.out(1);
+    const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
+    const bool one_run = dense && columns == width && in_.image == win_.out(0) * in_.line;
+    const Grid batch = make_grid(Grid::kBatch, width, h_.walk == Walk::kNatural || (shape_.strict && !one_run));
+    if (!batch.copied || h_.walk == Walk::kNatural) return batch;
+    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and a copy's.
+    const int64_t panels = h_.panels * h_.groups;
+    const auto cost = [&](const Grid& g) {
+      return ceil_div(g.blocks(), 2) * (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block : 0));
+    };
+    Grid best = batch;
+    const Grid rows = make_grid(Grid::kRows, width, false), images = make_grid(Grid::kImages, columns, false);
+    if (cost(rows) <= cost(best)) best = rows;
+    if (dense && cost(images) < cost(best)) best = images;
+    return best;
+  }
 
   /// One tile's rows, for the kernels.
   struct Rows {
@@ -138,39 +165,13 @@ class Tiles {
     Buffer<X> copy;
   };
 
-  void locate(Rows& rows, int64_t tile) const {
-    const bool across = grid_.tiles_per_image == 0;
-    const int64_t total = across ? grid_.per_image * grid_.images : grid_.per_image;
-    const int64_t first = (across ? tile : tile % grid_.tiles_per_image) * shape_.m;
-    rows.m = static_cast<int>(std::min<int64_t>(shape_.m, total - first));
-    Position p{across ? first / grid_.per_image : tile / grid_.tiles_per_image,
-               first % grid_.per_image / grid_.columns, first % grid_.per_image % grid_.columns};
-    for (int i = 0; i < rows.m; ++i) {
-      const bool real = p.x < win_.out(1);
-      rows.row[i] = in_.x + p.image * in_.image + p.y * h_.stride[0] * in_.line + p.x * h_.stride[1] * in_.pixel;
-      rows.at[i] = real ? p.image * out_.image + p.y * out_.line + p.x * out_.pixel : -1;
-      if (out_.epilogue.add != nullptr)
-        rows.add_at[i] = p.image * out_.add_image + p.y * out_.add_line + p.x * out_.add_pixel;
-      if constexpr (kInt) {
-        rows.sx[i] = in_.scale[p.image];
-        rows.zx[i] = in_.zero[p.image];
-      }
-      if (++p.x == grid_.columns) {
-        p.x = 0;
-        if (++p.y == win_.out(0)) {
-          p.y = 0;
-          ++p.image;
-        }
-      }
-    }
+  /// A tile's rows, a group's channels of them, copied where the kernels cannot take them in place.
+  void locate(Rows& rows, int64_t tile, int64_t g) const {
+    rows.m = 0;
     rows.tap = tap_.data();
-  }
-
-  /// A group's channels of the tile's rows, copied where the kernels cannot take them in place.
-  void select_group(Rows& rows, int64_t g, int64_t previous) const {
-    const int64_t step = (g - previous) * layer_.group_channels();
-    const int whole = shape_.equidistant ? (rows.m + 15) / 16 * 16 : rows.m;
-    for (int i = 0; i < rows.m; ++i) rows.row[i] += step;
+    const X* const base = in_.x + g * layer_.group_channels();
+    for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
+      locate_block(rows, b, base);
     if (h_.walk == Walk::kNatural) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t c = 0; c < layer_.group_channels(); ++c)
@@ -178,14 +179,53 @@ class Tiles {
             for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
               *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
       });
-    } else if (shape_.equidistant && !equidistant(rows, whole)) {
+    } else if (grid_.copied) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
           std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
       });
     }
-    const int64_t distance = rows.m > 1 ? rows.row[1] - rows.row[0] : 0;
-    for (int i = rows.m; i < whole; ++i) rows.row[i] = rows.row[i - 1] + distance;
+  }
+  void locate_block(Rows& rows, int64_t b, const X* base) const {
+    const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;
+    // A block that would pass the end of its line starts earlier and drops what was done before.
+    const int64_t start = shape_.strict ? std::min(wanted, grid_.width - grid_.block) : wanted;
+    const int64_t pixels = win_.pixels();
+    int64_t image = line, position = start;
+    if (grid_.lines != Grid::kImages) {
+      const int64_t all = line * grid_.width + start;
+      image = all / pixels;
+      position = all % pixels;
+    }
+    int64_t y = position / grid_.columns, x = position % grid_.columns;
+    const int64_t step = h_.stride[1] * in_.pixel;
+    const int first = rows.m, last = first + static_cast<int>(std::min(grid_.block, grid_.width - start));
+    for (int i = first; i < last;) {  // output row by output row
+      const int end = static_cast<int>(std::min<int64_t>(last, i + grid_.columns - x));
+      const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
+      const X* row = base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
+      const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
+      const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
+      if (out_.epilogue.add != nullptr)
+        for (int j = i; j < real; ++j) rows.add_at[j] = add_at + (j - i) * out_.add_pixel;
+      if constexpr (kInt)
+        if (!direct_)
+          for (int j = i; j < end; ++j) {
+            rows.sx[j] = in_.scale[image];
+            rows.zx[j] = in_.zero[image];
+          }
+      for (int j = i; j < end; ++j) rows.row[j] = row + (j - i) * step;
+      for (int j = i; j < real; ++j) rows.at[j] = at + (j - i) * out_.pixel;
+      for (int j = real; j < end; ++j) rows.at[j] = -1;
+      i = end;
+      x = 0;
+      if (++y == win_.out(0)) {
+        y = 0;
+        ++image;
+      }
+    }
+    for (int64_t i = start; i < wanted; ++i) rows.at[first + i - start] = -1;
+    rows.m = last;
   }
   template <typename Copy>
   void copy_rows(Rows& rows, const Copy& copy) const {
@@ -197,19 +237,10 @@ class Tiles {
     }
     rows.tap = gathered_tap_.data();
   }
-  bool equidistant(const Rows& rows, int whole) const {
-    if (rows.m < whole && !in_.slack) return false;  // the kernels read whole blocks of rows
-    if (rows.m == 1) return false;
-    for (int i = 0; i < rows.m; i += 16)
-      for (int j = i + 1; j < std::min(rows.m, i + 16); ++j)
-        if (rows.row[j] - rows.row[j - 1] != rows.row[1] - rows.row[0]) return false;
-    return true;
-  }
 
   const X* const* segment(Rows& rows, int64_t s) const {
     if (s == 0) return rows.row;
-    const int whole = shape_.equidistant ? (rows.m + 15) / 16 * 16 : rows.m;
-    for (int i = 0; i < whole; ++i) rows.segment[i] = rows.row[i] + s * layer_.segment_run();
+    for (int i = 0; i < rows.m; ++i) rows.segment[i] = rows.row[i] + s * layer_.segment_run();
     return rows.segment;
   }
 
@@ -245,12 +276,16 @@ class Tiles {
 
   /// What a task keeps of its panels and its group's adapter.
   struct Scratch {
-    Rows rows;
+    std::unique_ptr<Rows[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
+    Buffer<int32_t> acc[2];
+    Buffer<float> up[2];
+    cpu::Pending pending;
+    int turn = 0;
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
-    Buffer<float> up_weights, a_scale;     // B as the level multiplies it; [chunks][32]
-    Buffer<float> alpha;                   // [panels][32]: weight scale times x's
-    Buffer<int32_t> correction, a_offset;  // [panels][32]: zx times the weights' sum
+    Buffer<float> up_weights;                  // B as the level multiplies it
+    Buffer<float> alpha, a_alpha;              // [panels][32], [chunks][32]: weight scale times x's
+    Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum
     Buffer<float> hidden, real;            // [tiles][chunks][kHiddenChunk]
   };
 
@@ -284,6 +319,10 @@ class Tiles {
         if constexpr (!kInt) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
       } else if constexpr (kInt) {
         expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
+        for (int n = 0; n < kLanes; ++n) {
+          s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0];
+          s.a_correction[q * kLanes + n] = in_.zero[0] * layer_.a_sum(at)[n];
+        }
       } else {
         expand_f32(layer_.a<uint8_t>(at), 8, h_.run, offset, layer_.a_scale(at), kNear, s.bytes.get(), panel);
       }
@@ -295,37 +334,47 @@ class Tiles {
   static int lanes_of(int64_t count, int64_t first) { return static_cast<int>(std::min<int64_t>(kLanes, count - first)); }
 
   /// The adapter's hidden values of a tile, chunk by chunk.
-  void compute_hidden(Scratch& s, int64_t g, float* hidden) const {
-    static constexpr int32_t kZero[kMaxTileM] = {};
-    Rows& rows = s.rows;
+  void compute_hidden(Scratch& s, const Rows& rows, int64_t g, float* hidden) const {
     for (int64_t q = 0; q < h_.chunks; ++q) {
       const int64_t at = g * h_.chunks + q;
       const int lanes = lanes_of(h_.rank, q * kLanes);
       alignas(64) float c[kMaxTileM * kLanes];
-      if (!kInt || h_.adapter == AdapterKind::kFloat) std::fill_n(c, rows.m * kLanes, 0.0f);
+      void* const u = hidden + q * kHiddenChunk;
       if constexpr (kInt) {
-        if (h_.adapter == AdapterKind::kFloat) {
-          hidden_from_floats(s, layer_.a<float>(at), lanes, c);
-        } else {
-          alignas(64) int32_t acc[kMaxTileM * kLanes];
-          cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_, s.chunks.get() + q * chunk_size(), rows.m,
-                                  lanes, acc);
-          cpu::k_requantize.at(isa_)(acc, rows.m, rows.zx, layer_.a_sum(at), kZero, kZero, layer_.a_scale(at), false,
-                                     c);
+        if (h_.adapter == AdapterKind::kInt8) {
+          hidden_from_codes(s, rows, at, q, lanes, u);
+          continue;
         }
-        for (int i = 0; i < rows.m; ++i)
-          for (int n = 0; n < kLanes; ++n) c[i * kLanes + n] *= rows.sx[i];
+        std::fill_n(c, rows.m * kLanes, 0.0f);
+        hidden_from_floats(s, rows, layer_.a<float>(at), lanes, c);
+        for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
       } else {
+        std::fill_n(c, rows.m * kLanes, 0.0f);
         cpu::k_tile_f32.at(isa_)(rows.row, rows.tap, h_.taps, h_.run, s.chunks.get() + q * chunk_size(), rows.m, lanes,
                                  c);
       }
-      cpu::k_store_hidden.at(up_isa_)(c, rows.m, hidden + q * kHiddenChunk);
+      cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
     }
   }
 
+  void hidden_from_codes(Scratch& s, const Rows& rows, int64_t at, int64_t q, int lanes, void* u) const {
+    static constexpr int32_t kZero[kMaxTileM] = {};
+    alignas(64) int32_t acc[kMaxTileM * kLanes];
+    cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
+                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), rows.m, block_of(rows),
+                            lanes, acc, &s.pending);
+    if (in_.uniform)
+      return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
+                                                 lanes, u);
+    alignas(64) float c[kMaxTileM * kLanes];
+    cpu::k_requantize.at(isa_)(acc, rows.m, rows.zx, layer_.a_sum(at), kZero, kZero, layer_.a_scale(at), false, c);
+    for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
+    cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
+  }
+  int block_of(const Rows& rows) const { return std::min(rows.m, static_cast<int>(grid_.block)); }
+
   /// Quantised input, float adapter: x - zx as floats, exact, then the float tile.
-  void hidden_from_floats(Scratch& s, const float* panel, int lanes, float* c) const {
-    const Rows& rows = s.rows;
+  void hidden_from_floats(Scratch& s, const Rows& rows, const float* panel, int lanes, float* c) const {
     const int64_t k = h_.taps * h_.run, zero_tap = 0;
     if (s.real.get() == nullptr) s.real = Buffer<float>(kMaxTileM * k);
     const float* pointers[kMaxTileM];
@@ -341,22 +390,21 @@ class Tiles {
       cpu::k_tile_f32()(pointers + i, &zero_tap, 1, k, panel, std::min(kFloatM, rows.m - i), lanes, c + i * kLanes);
   }
 
-  void multiply(Scratch& s, int64_t p, int64_t index, const float* hidden) const {
-    Rows& rows = s.rows;
+  void multiply(Scratch& s, Rows& rows, int64_t p, int64_t index, const float* hidden) const {
     const int64_t first = p % h_.panels * kLanes;
     const int lanes = lanes_of(layer_.group_n(), first);
     const Panel* panel = s.panels.get() + index * h_.segments * segment_size();
-    alignas(64) float c[kMaxTileM * kLanes], up[kMaxTileM * kLanes];
-    alignas(64) int32_t acc[kMaxTileM * kLanes];
+    float* const up = s.up[s.turn].get();
+    alignas(64) float c[kMaxTileM * kLanes];
     cpu::Epilogue e = out_.epilogue;
     if constexpr (kInt) {
-      const bool direct = h_.segments == 1 && !h_.far && in_.uniform;
+      int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
         cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(), rows.m,
-                                lanes, acc);
-        if (!direct) requantize(rows, p, seg, acc, c);
+                                block_of(rows), lanes, acc, &s.pending);
+        if (!direct_) requantize(rows, p, seg, acc, c);
       }
-      if (direct) {
+      if (direct_) {
         e.acc = acc;
         e.correction = s.correction.get() + index * kLanes;
         e.alpha = s.alpha.get() + index * kLanes;
@@ -371,19 +419,37 @@ class Tiles {
                                  panel + seg * segment_size(), rows.m, lanes, c);
       e.c = c;
     }
+    flush(s);
     if (h_.rank > 0) {
       const void* b = h_.adapter == AdapterKind::kInt8
                           ? static_cast<const void*>(s.up_weights.get() + index * h_.chunks * kHiddenChunk)
                           : layer_.b<float>(p);
-      cpu::k_up_project.at(up_isa_)(hidden, rows.m, h_.rank, b, up);
-      e.up = up;
+      if (inline_) {
+        e.u = hidden;
+        e.b = static_cast<const float*>(b);
+        e.rank = h_.rank;
+      } else {
+        cpu::k_up_project.at(up_isa_)(hidden, rows.m, block_of(rows), h_.rank, b, up);
+        e.up = up;
+      }
     }
     e.bias = layer_.bias(p);
     const int64_t channel = p / h_.panels * layer_.group_n() + first;
     e.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
     if (e.add != nullptr)
       e.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    cpu::k_epilogue.at(isa_)(e, rows.m, lanes, rows.at, rows.add_at);
+    s.pending.e = e;
+    s.pending.m = rows.m;
+    s.pending.lanes = lanes;
+    s.pending.at = rows.at;
+    s.pending.add_at = rows.add_at;
+    if (direct_ && isa_ == Isa::kAmx)
+      s.turn ^= 1;
+    else
+      flush(s);
+  }
+  void flush(Scratch& s) const {
+    if (s.pending.m > 0) s.pending.take(s.pending.m, cpu::k_epilogue.at(isa_));
   }
 
   /// c (+)= a segment's exact integers times their scale.
@@ -409,22 +475,33 @@ class Tiles {
   // --- A task ------------------------------------------------------------------------------------
 
   void run_task(int64_t p_begin, int64_t p_end, int64_t t_begin, int64_t t_end) const {
-    const cpu::TileSession session(isa_);
+    const cpu::TileSession session(isa_, static_cast<int>(grid_.block));
     const int64_t panel_size = h_.segments * segment_size(), tiles = t_end - t_begin;
     const int64_t fit =
         std::max<int64_t>(1, kPanelBytes / (panel_size * static_cast<int64_t>(sizeof(Panel))));
     const int64_t block_panels = std::min({fit, p_end - p_begin, h_.panels});
+    // Tiles that take turns with one panel, so that a panel which fits L1 stays there.
+    const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
+    const int64_t block_tiles =
+        panel_bytes <= kL1Panel ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * in_.pixel), 1, kMaxBlockTiles) : 1;
     Scratch s;
+    s.rows.reset(new Rows[static_cast<size_t>(2 * block_tiles)]);
+    for (int i = 0; i < 2; ++i) {
+      s.acc[i] = Buffer<int32_t>(kInt ? kMaxTileM * kLanes : 0);
+      s.up[i] = Buffer<float>(h_.rank > 0 ? kMaxTileM * kLanes : 0);
+    }
     s.panels = Buffer<Panel>(block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
     s.correction = Buffer<int32_t>(kInt ? block_panels * kLanes : 0);
     if (!kInt) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
     if (h_.rank > 0) {
       s.chunks = Buffer<Panel>(h_.chunks * chunk_size());
+      s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
+      s.a_correction = Buffer<int32_t>(kInt ? h_.chunks * kLanes : 0);
       s.up_weights = Buffer<float>(h_.adapter == AdapterKind::kInt8 ? block_panels * h_.chunks * kHiddenChunk : 0);
       // Kept for the group's next block of panels, if there is one.
       const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
-      s.hidden = Buffer<float>((keep ? tiles : 1) * h_.chunks * kHiddenChunk);
+      s.hidden = Buffer<float>((keep ? tiles : block_tiles) * h_.chunks * kHiddenChunk);
     }
     int64_t group = -1;
     for (int64_t p = p_begin; p < p_end;) {
@@ -433,13 +510,19 @@ class Tiles {
       const bool first = g != group, keep = block_panels < std::min(p_end - p_begin, h_.panels);
       if (first && h_.rank > 0) expand_chunks(s, g);
       for (int64_t i = p; i < block_end; ++i) expand_panel(s, i, i - p);
-      for (int64_t t = t_begin; t < t_end; ++t) {
-        locate(s.rows, t);
-        select_group(s.rows, g, 0);
-        float* hidden = s.hidden.get() + (keep ? (t - t_begin) * h_.chunks * kHiddenChunk : 0);
-        if (h_.rank > 0 && (first || !keep)) compute_hidden(s, g, hidden);
-        for (int64_t i = p; i < block_end; ++i) multiply(s, i, i - p, hidden);
+      for (int64_t t = t_begin, turn = 0; t < t_end; t += block_tiles, turn ^= block_tiles) {
+        const int64_t count = std::min(block_tiles, t_end - t);
+        const auto hidden = [&](int64_t i) {
+          return s.hidden.get() + (keep ? t - t_begin + i : i) * h_.chunks * kHiddenChunk;
+        };
+        for (int64_t i = 0; i < count; ++i) {
+          locate(s.rows[turn + i], t + i, g);
+          if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
+        }
+        for (int64_t panel = p; panel < block_end; ++panel)
+          for (int64_t i = 0; i < count; ++i) multiply(s, s.rows[turn + i], panel, panel - p, hidden(i));
       }
+      flush(s);  // before its panels' scales are replaced
       group = g;
       p = block_end;
     }
