@@ -13,7 +13,8 @@ from conftest import LEVELS, SUPPORTED
 from cora import ops
 
 # The kernels a level has of its own, where that is not all, and what the others take.
-AMX = ("tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project")
+AMX = {"tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project"}
+AMX |= {"split", "panel_bf16", "tile_bf16", "rescale"}
 NEEDS = {
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"},
     "avx512": {"avx2", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512vbmi"},

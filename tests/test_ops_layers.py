@@ -239,6 +239,29 @@ def test_conv_dtypes(isa: str, dtype: torch.dtype) -> None:
         check_conv(x.to(dtype).to(memory_format=format), item, "3x3")
 
 
+@pytest.mark.parametrize("value", [1e30, 3e38, float("inf"), float("nan")], ids=str)
+def test_conv_large_and_non_finite_input(isa: str, value: float) -> None:
+    """What no sum of bfloat16 products can hold reaches the outputs it belongs to, and no others."""
+    x, item = conv_case("3x3")
+    x[1, 3, 4, 4] = value
+    got, want = conv(ops, x, item, "3x3"), conv(reference, x, item, "3x3")
+    if value == 1e30:
+        check_conv(x, item, "3x3")
+    near = torch.zeros_like(want, dtype=torch.bool)
+    near[1, :, 3:6, 3:6] = True
+    assert torch.equal(got[~near].isfinite(), torch.ones_like(got[~near], dtype=torch.bool))
+    assert torch.equal(got.isfinite(), want.isfinite())
+
+
+def test_conv_exact_integers(isa: str) -> None:
+    """Inputs of 24 bits: every one of them counts."""
+    item = layer(1, 9, 4)
+    x = torch.full((1, 1, 3, 3), 2.0**23 + 1)
+    x[0, 0, 0, 0] = -(2.0**23)
+    y, want = (m.conv2d_lowrank(x, *item.args(), (3, 3), **item.options) for m in (ops, reference))
+    assert_product_close(y, want, want.abs(), 9)
+
+
 def test_conv_strides(isa: str) -> None:
     x, item = conv_case("3x3")
     want = conv(ops, x, item, "3x3")

@@ -115,13 +115,13 @@ constexpr int kInlineRank = 8;
 
 
 /// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
-///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or 1, bias[n])
+///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or alpha[n] or 1, bias[n])
 ///   v = fma(u[i][j], b[j][n], v) for j < rank; v += up; v += add's row; v = min(max(v, low), high), a NaN giving low
 /// and v as it is, or as codes: rint(v * inverse_scale) + zero_point between 0 and 255.
 struct Epilogue {
   const int32_t* acc;  // [m, 32], or null
   const int32_t* correction;
-  const float* alpha;
+  const float* alpha;  // with c: or null
   const float* c;  // [m, 32] when acc is null
   const float *row_scale, *up, *bias;
   const float *u, *b;  // [m][32] and [rank][32], or null
@@ -174,6 +174,28 @@ struct Pending {
 using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
                       int m, int block, int lanes, int32_t* acc, Pending* pending);
 
+// --- Floats on AMX: bfloat16 planes ---------------------------------------------------------------
+// AMX multiplies bfloat16 and sums in float32. Weights without their scale are integers of up to 8 bits,
+// exact in bfloat16; a float32 is the sum of three bfloat16 (a float16 of two), so the products are those
+// of float32.
+using Bf16 = uint16_t;
+constexpr int kMaxPlanes = 3;
+constexpr int32_t kExactBf16 = 256;  // integers up to here are exact
+
+/// x as the sum of out[p * stride + i] over `planes`, each the upper half of what those before left. False when
+/// an element is above 2^96 or not finite: a sum of products with integers might overflow, or be NaN elsewhere.
+using SplitFn = bool(const float* x, int64_t count, int planes, int64_t stride, Bf16* out);
+
+/// A run's quad-rows -> panel - far[lane] as pairs of k, [2 * quads][32][2]; zeros from element `run` on.
+using PanelBf16Fn = void(const int8_t* panel, int64_t run, int64_t quads, const int32_t* far, Bf16* out);
+
+/// c[i * 32 + n] = sum of x * w, as TileS8Fn; a row's planes are `stride` elements apart.
+using TileBf16Fn = void(const Bf16* const* rows, int64_t stride, int planes, const int64_t* tap, int64_t taps,
+                        int64_t quads, const Bf16* panel, int m, int block, int lanes, float* c, Pending* pending);
+
+/// c[i * 32 + n] (+)= sum[i * 32 + n] * scale[n]
+using RescaleFn = void(const float* sum, int m, const float* scale, bool add, float* c);
+
 // --- Few rows of x: the packed panel is read once, expanded in registers -------------------------
 constexpr int kGemvM = 4;
 /// acc[i * 32 + n] = sum of x row i * code (8 bits: code - 128), m <= kGemvM; x [m][4 * rows], padded with zeros.
@@ -224,6 +246,12 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(QuantizedHiddenFn, quantized_hidden) \
   _(ExpandUpFn, expand_up)          \
   _(UpProjectFn, up_project)
+// For the tile registers only.
+#define CORA_KERNELS_AMX(_)     \
+  _(SplitFn, split)             \
+  _(PanelBf16Fn, panel_bf16)    \
+  _(TileBf16Fn, tile_bf16)      \
+  _(RescaleFn, rescale)
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 
@@ -244,6 +272,7 @@ CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 }  // namespace avx512
 namespace amx {
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
+CORA_KERNELS_AMX(CORA_DECLARE)
 }  // namespace amx
 
 // The tables k_<name>: k_fake_quantize() is the active level's kernel.
@@ -256,10 +285,13 @@ CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, nullptr)};
 #define CORA_TABLE_UP_TO_AMX(Fn, name) \
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, amx::name)};
+#define CORA_TABLE_AMX(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(nullptr, nullptr, nullptr, amx::name)};
 #define CORA_TABLE_UP_TO_AVX2(Fn, name) \
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, nullptr)};
 CORA_KERNELS_COMMON(CORA_TABLE)
 CORA_KERNELS_UP_TO_AMX(CORA_TABLE_UP_TO_AMX)
+CORA_KERNELS_AMX(CORA_TABLE_AMX)
 CORA_KERNELS_UP_TO_AVX2(CORA_TABLE_UP_TO_AVX2)
 
 }  // namespace cora::cpu

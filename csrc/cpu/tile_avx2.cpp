@@ -291,7 +291,7 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
     const int count = lanes - n < 8 ? lanes - n : 8;
     const __m256i correction = e.acc != nullptr ? load(e.correction + n) : _mm256_setzero_si256();
     const __m256 bias = e.bias != nullptr ? _mm256_loadu_ps(e.bias + n) : _mm256_setzero_ps();
-    __m256 factor = e.acc != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
+    __m256 factor = e.alpha != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
     for (int i = 0; i < m; ++i) {
       if (at[i] < 0) continue;
       const int k = i * kLanes + n;

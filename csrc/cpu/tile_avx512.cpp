@@ -177,7 +177,7 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
   __m512 alpha[2], bias[2];
   for (int h = 0; h < 2; ++h) {
     correction[h] = kAcc ? _mm512_loadu_si512(e.correction + 16 * h) : _mm512_setzero_si512();
-    alpha[h] = kAcc ? _mm512_loadu_ps(e.alpha + 16 * h) : _mm512_set1_ps(1.0f);
+    alpha[h] = kAcc || e.alpha != nullptr ? _mm512_loadu_ps(e.alpha + 16 * h) : _mm512_set1_ps(1.0f);
     bias[h] = e.bias != nullptr ? _mm512_loadu_ps(e.bias + 16 * h) : _mm512_setzero_ps();
   }
   const auto row = [&](int i, int h) {

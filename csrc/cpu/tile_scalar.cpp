@@ -102,7 +102,7 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
     for (int n = 0; n < lanes; ++n) {
       const int k = i * kLanes + n;
       const float value = e.acc != nullptr ? static_cast<float>(e.acc[k] - e.correction[n]) : e.c[k];
-      const float factor = e.acc != nullptr ? e.alpha[n] : e.row_scale != nullptr ? e.row_scale[i] : 1.0f;
+      const float factor = e.row_scale != nullptr ? e.row_scale[i] : e.alpha != nullptr ? e.alpha[n] : 1.0f;
       float v = std::fma(value, factor, e.bias != nullptr ? e.bias[n] : 0.0f);
       if (e.u != nullptr)
         for (int64_t j = 0; j < e.rank; ++j) v = std::fma(e.u[i * kLanes + j], e.b[j * kLanes + n], v);

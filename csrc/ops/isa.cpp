@@ -18,6 +18,9 @@ std::string isa() {
   CORA_KERNELS_COMMON(CORA_APPEND)
   CORA_KERNELS_UP_TO_AMX(CORA_APPEND)
   CORA_KERNELS_UP_TO_AVX2(CORA_APPEND)
+  if (cpu::active_isa() == cpu::Isa::kAmx) {
+    CORA_KERNELS_AMX(CORA_APPEND)
+  }
   return text;
 }
 

@@ -7,6 +7,8 @@ namespace cora {
 
 namespace {
 
+constexpr int64_t kShortestPlaneRun = 8;  // of 32 elements of K that bfloat16 multiplications take
+
 /// Strides of a dense channels-last tensor; sizes of 1 may have any stride.
 bool is_channels_last(const Tensor& x) {
   const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
@@ -115,14 +117,32 @@ void to_planes(const float* rows, int64_t batch, int64_t pixels, int64_t n, floa
   });
 }
 
+/// A linear layer of so few rows that reading the weight is what it costs.
+bool few_rows(const LayerHeader& h, const Window& w) {
+  return h.linear && w.rows() <= cpu::kGemvM && h.walk == Walk::kTaps;
+}
+
 template <typename X>
 void run_as(const Tensor& x, const Layer& layer, const Window& w, const RunArgs& args, bool nchw,
             const LayerOutput& out) {
   const LayerInput<X> input = prepare_input<X>(x, layer, w, args, nchw);
   const LayerHeader& h = *layer.h;
-  const bool few = h.linear && w.rows() <= cpu::kGemvM && h.walk == Walk::kTaps &&
-                   (h.narrow || std::is_same_v<X, float>);
+  const bool few = few_rows(h, w) && (h.narrow || std::is_same_v<X, float>);
   (h.depthwise ? run_depthwise<X> : few ? run_gemv<X> : run_tiles<X>)(layer, w, input, out);
+}
+
+/// Floats as bfloat16 planes: false, and nothing done, where that is slower or not exact.
+bool run_planes(const Tensor& x, ScalarType dtype, const Layer& layer, const Window& w, bool nchw,
+                const LayerOutput& out) {
+  const LayerHeader& h = *layer.h;
+  if (cpu::active_isa() != cpu::Isa::kAmx || !h.bf16 || h.adapter == AdapterKind::kFloat || h.depthwise ||
+      few_rows(h, w) || layer.segment_run() < kShortestPlaneRun)
+    return false;
+  // Bits of the significand, eight a plane.
+  const int planes = dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : 3;
+  const LayerInput<cpu::Bf16> input = prepare_planes(x, w, planes, nchw);
+  if (input.in_range) run_tiles(layer, w, input, out);
+  return input.in_range;
 }
 
 }  // namespace
@@ -218,7 +238,10 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
     e.add = e.add_codes ? static_cast<const void*>(data<uint8_t>(*add) + first)
                         : static_cast<const void*>(data<float>(*add) + first);
   }
-  (args.x_bits > 0 ? run_as<uint8_t> : run_as<float>)(input, layer, w, args, !x_nhwc, out);
+  if (args.x_bits > 0)
+    run_as<uint8_t>(input, layer, w, args, !x_nhwc, out);
+  else if (!run_planes(input, dtype, layer, w, !x_nhwc, out))
+    run_as<float>(input, layer, w, args, !x_nhwc, out);
   if (!y_nhwc) to_planes(rows.get(), w.batch, w.pixels(), n, mutable_data<float>(y));
   return codes ? y : to_dtype(y, dtype);
 }

@@ -42,7 +42,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args);
 
 // --- Between the steps ------------------------------------------------------------------------
 
-/// x as the kernels read it: padded and channels last; X is float, or uint8_t codes.
+/// x as the kernels read it: padded and channels last; X is float, uint8_t codes, or Bf16 planes.
 template <typename X>
 struct LayerInput {
   const X* x;                  // the first output position's first element
@@ -51,6 +51,9 @@ struct LayerInput {
   Buffer<int32_t> zero;        // codes: [batch]
   bool uniform = true;         // one scale and zero-point for the batch
   int64_t image, line, pixel;  // strides in elements
+  int planes = 1;              // Bf16
+  int64_t plane = 0;           // stride of planes
+  bool in_range = true;        // Bf16: products of every element are those of floats
 };
 
 /// The channels-last destination: element (image, y, x, channel 0) and what happens on the way there.
@@ -62,6 +65,8 @@ struct LayerOutput {
 
 template <typename X>
 LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& window, const RunArgs& args, bool nchw);
+/// x, float32 in memory, as so many planes.
+LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Window& window, int planes, bool nchw);
 
 template <typename X>
 void run_tiles(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);

@@ -1,7 +1,9 @@
 // x -> padded, channels last, quantised. The real value 0 is the padding: code zero_point.
 #include "ops/layer.h"
 
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
 namespace cora {
@@ -41,13 +43,13 @@ void for_padded_lines(const LayerInput<X>& in, const Window& w, const Line& line
       X zero = 0;
       if constexpr (std::is_same_v<X, uint8_t>) zero = static_cast<X>(in.zero[b]);
       X* out = in.storage.get() + i * in.line;
-      if (h < 0 || h >= w.size[0]) {
-        std::fill_n(out, in.line, zero);
-        continue;
+      const bool outside = h < 0 || h >= w.size[0];
+      for (int p = 0; p < in.planes; ++p) {
+        X* plane = out + p * in.plane;
+        std::fill_n(plane, outside ? in.line : side, zero);
+        if (!outside) std::fill_n(plane + side + row, side, zero);
       }
-      std::fill_n(out, side, zero);
-      std::fill_n(out + side + row, side, zero);
-      line(b, h, out + side);
+      if (!outside) line(b, h, out + side);
     }
   });
 }
@@ -114,6 +116,33 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
     }
   }
   in.x = in.storage.get();
+  return in;
+}
+
+LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Window& w, int planes, bool nchw) {
+  const int64_t c = w.channels, plane = w.size[0] * w.size[1], row = w.size[1] * c;
+  nchw = nchw && plane > 1 && c > 1;
+  LayerInput<cpu::Bf16> in{};
+  in.pixel = c;
+  in.line = w.padded(1) * c;
+  in.image = w.padded(0) * in.line;
+  in.planes = planes;
+  in.plane = w.batch * in.image;
+  in.storage = Buffer<cpu::Bf16>(planes * in.plane);
+  std::memset(in.storage.get() + planes * in.plane, 0, kSlack);  // is multiplied by zeros
+  in.x = in.storage.get();
+  const float* first = data<float>(x);
+  std::atomic<bool> in_range{true};
+  for_padded_lines(in, w, [&](int64_t b, int64_t h, cpu::Bf16* out) {
+    const float* line = first + (b * plane + h * w.size[1]) * c;
+    Buffer<float> pixels(nchw ? row : 0);
+    if (nchw) {
+      cpu::k_transpose()(first + b * c * plane + h * w.size[1], plane, c, w.size[1], pixels.get(), c);
+      line = pixels.get();
+    }
+    if (!cpu::k_split()(line, row, planes, in.plane, out)) in_range = false;
+  });
+  in.in_range = in_range;
   return in;
 }
 

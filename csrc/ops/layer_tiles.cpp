@@ -45,8 +45,8 @@ struct Grid {
 template <typename X>
 class Tiles {
  public:
-  static constexpr bool kInt = std::is_same_v<X, uint8_t>;
-  using Panel = std::conditional_t<kInt, int8_t, float>;
+  static constexpr bool kInt = std::is_same_v<X, uint8_t>, kPlanes = std::is_same_v<X, cpu::Bf16>;
+  using Panel = std::conditional_t<kInt, int8_t, X>;  // an expanded weight
 
   Tiles(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output)
       : layer_(layer),
@@ -54,14 +54,16 @@ class Tiles {
         win_(window),
         in_(input),
         out_(output),
-        isa_(kInt ? cpu::active_isa() : std::min(cpu::active_isa(), Isa::kAvx512)),
+        isa_(kInt || kPlanes ? cpu::active_isa() : std::min(cpu::active_isa(), Isa::kAvx512)),
         inline_(h_.rank <= cpu::kInlineRank && isa_ != Isa::kAmx),  // a tile product is cheaper there
         up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
         direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
-        quads_(round_up(layer.segment_run(), shape_.align) / kQuad),
-        a_quads_(round_up(h_.run, shape_.align) / kQuad),
-        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, shape_.align)),
+        pipelined_(isa_ == Isa::kAmx && (direct_ || kPlanes)),
+        align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
+        quads_(round_up(layer.segment_run(), align_) / kQuad),
+        a_quads_(round_up(h_.run, align_) / kQuad),
+        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, align_)),
         tap_(tap_offsets()),
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
@@ -102,7 +104,9 @@ class Tiles {
   const bool inline_;  // the epilogue multiplies by B
   const Isa up_isa_;
   const cpu::TileShape shape_;
-  const bool direct_;  // a tile's integers go straight to the epilogue
+  const bool direct_;     // a tile's integers go straight to the epilogue
+  const bool pipelined_;  // which is done during the next product
+  const int64_t align_;   // elements of K a run is padded to
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
   const int64_t gathered_run_;
   const std::vector<int64_t> tap_;
@@ -159,6 +163,7 @@ class Tiles {
     const X* row[kMaxTileM];
     const X* segment[kMaxTileM];
     const int64_t* tap;
+    int64_t plane;
     int64_t at[kMaxTileM], add_at[kMaxTileM];
     float sx[kMaxTileM];
     int32_t zx[kMaxTileM];
@@ -169,6 +174,7 @@ class Tiles {
   void locate(Rows& rows, int64_t tile, int64_t g) const {
     rows.m = 0;
     rows.tap = tap_.data();
+    rows.plane = in_.plane;
     const X* const base = in_.x + g * layer_.group_channels();
     for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
       locate_block(rows, b, base);
@@ -230,12 +236,19 @@ class Tiles {
   template <typename Copy>
   void copy_rows(Rows& rows, const Copy& copy) const {
     const int64_t size = h_.taps * gathered_run_;
-    if (rows.copy.get() == nullptr) rows.copy = Buffer<X>(kMaxTileM * size);
+    if (rows.copy.get() == nullptr) {
+      const int64_t all = in_.planes * kMaxTileM * size;
+      rows.copy = Buffer<X>(all);
+      // What is past a run is multiplied by zeros, so it must be finite.
+      if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
+    }
     for (int i = 0; i < rows.m; ++i) {
-      copy(rows.row[i], rows.copy.get() + i * size);
-      rows.row[i] = rows.copy.get() + i * size;
+      X* const to = rows.copy.get() + i * size;
+      for (int p = 0; p < in_.planes; ++p) copy(rows.row[i] + p * in_.plane, to + p * kMaxTileM * size);
+      rows.row[i] = to;
     }
     rows.tap = gathered_tap_.data();
+    rows.plane = kMaxTileM * size;
   }
 
   const X* const* segment(Rows& rows, int64_t s) const {
@@ -269,16 +282,25 @@ class Tiles {
     }
   }
 
-  int64_t segment_size() const {  // of an expanded panel, elements
-    return h_.taps * (kInt ? quads_ * kQuadRow : layer_.segment_run() * kLanes);
+  /// The same as bfloat16.
+  void expand_bf16(const uint8_t* packed, int bits, int64_t run, int64_t quads, const uint8_t* offset,
+                   const int32_t* far, int8_t* bytes, cpu::Bf16* panel) const {
+    const int64_t stored = ceil_div(run, kQuad);
+    cpu::k_expand.at(isa_)(packed, bits, h_.taps * stored, offset, bytes);
+    for (int64_t t = 0; t < h_.taps; ++t)
+      cpu::k_panel_bf16.at(isa_)(bytes + t * stored * kQuadRow, run, quads, far, panel + t * quads * kQuadRow);
   }
-  int64_t chunk_size() const { return h_.taps * (kInt ? a_quads_ * kQuadRow : h_.run * kLanes); }
+
+  int64_t segment_size() const {  // of an expanded panel, elements
+    return h_.taps * (kInt || kPlanes ? quads_ * kQuadRow : layer_.segment_run() * kLanes);
+  }
+  int64_t chunk_size() const { return h_.taps * (kInt || kPlanes ? a_quads_ * kQuadRow : h_.run * kLanes); }
 
   /// What a task keeps of its panels and its group's adapter.
   struct Scratch {
     std::unique_ptr<Rows[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
     Buffer<int32_t> acc[2];
-    Buffer<float> up[2];
+    Buffer<float> sum[2], up[2];
     cpu::Pending pending;
     int turn = 0;
     Buffer<Panel> panels, chunks;
@@ -293,11 +315,15 @@ class Tiles {
     static constexpr int32_t kNear[kLanes] = {};
     for (int64_t seg = 0; seg < h_.segments; ++seg) {
       Panel* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
+      const int32_t* far = h_.far ? layer_.far(p, seg) : kNear;
       if constexpr (kInt)
         expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
+      else if constexpr (kPlanes)
+        expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far,
+                    s.bytes.get(), panel);
       else
         expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), layer_.offset(p, seg), layer_.scale(p, seg),
-                   h_.far ? layer_.far(p, seg) : kNear, s.bytes.get(), panel);
+                   far, s.bytes.get(), panel);
     }
     if (h_.adapter == AdapterKind::kInt8)
       cpu::k_expand_up.at(up_isa_)(layer_.b<int8_t>(p), h_.rank, s.up_weights.get() + index * h_.chunks * kHiddenChunk);
@@ -316,13 +342,15 @@ class Tiles {
       const int64_t at = g * h_.chunks + q;
       Panel* panel = s.chunks.get() + q * chunk_size();
       if (h_.adapter == AdapterKind::kFloat) {
-        if constexpr (!kInt) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
+        if constexpr (!kInt && !kPlanes) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
       } else if constexpr (kInt) {
         expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
         for (int n = 0; n < kLanes; ++n) {
           s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0];
           s.a_correction[q * kLanes + n] = in_.zero[0] * layer_.a_sum(at)[n];
         }
+      } else if constexpr (kPlanes) {
+        expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, s.bytes.get(), panel);
       } else {
         expand_f32(layer_.a<uint8_t>(at), 8, h_.run, offset, layer_.a_scale(at), kNear, s.bytes.get(), panel);
       }
@@ -348,6 +376,10 @@ class Tiles {
         std::fill_n(c, rows.m * kLanes, 0.0f);
         hidden_from_floats(s, rows, layer_.a<float>(at), lanes, c);
         for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
+      } else if constexpr (kPlanes) {
+        cpu::k_tile_bf16.at(isa_)(rows.row, rows.plane, in_.planes, rows.tap, h_.taps, a_quads_,
+                                  s.chunks.get() + q * chunk_size(), rows.m, block_of(rows), lanes, c, &s.pending);
+        cpu::k_rescale.at(isa_)(c, rows.m, layer_.a_scale(at), false, c);
       } else {
         std::fill_n(c, rows.m * kLanes, 0.0f);
         cpu::k_tile_f32.at(isa_)(rows.row, rows.tap, h_.taps, h_.run, s.chunks.get() + q * chunk_size(), rows.m, lanes,
@@ -412,6 +444,16 @@ class Tiles {
         e.c = c;
         e.row_scale = rows.sx;
       }
+    } else if constexpr (kPlanes) {
+      float* const sum = s.sum[s.turn].get();
+      for (int64_t seg = 0; seg < h_.segments; ++seg) {
+        cpu::k_tile_bf16.at(isa_)(segment(rows, seg), rows.plane, in_.planes, rows.tap, h_.taps, quads_,
+                                  panel + seg * segment_size(), rows.m, block_of(rows), lanes,
+                                  h_.segments > 1 ? c : sum, &s.pending);
+        if (h_.segments > 1) cpu::k_rescale.at(isa_)(c, rows.m, layer_.scale(p, seg), seg > 0, sum);
+      }
+      e.c = sum;
+      if (h_.segments == 1) e.alpha = layer_.scale(p, 0);
     } else {
       std::fill_n(c, rows.m * kLanes, 0.0f);
       for (int64_t seg = 0; seg < h_.segments; ++seg)
@@ -443,7 +485,7 @@ class Tiles {
     s.pending.lanes = lanes;
     s.pending.at = rows.at;
     s.pending.add_at = rows.add_at;
-    if (direct_ && isa_ == Isa::kAmx)
+    if (pipelined_)
       s.turn ^= 1;
     else
       flush(s);
@@ -482,12 +524,16 @@ class Tiles {
     const int64_t block_panels = std::min({fit, p_end - p_begin, h_.panels});
     // Tiles that take turns with one panel, so that a panel which fits L1 stays there.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
+    const int64_t pixel_bytes = in_.pixel * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
     const int64_t block_tiles =
-        panel_bytes <= kL1Panel ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * in_.pixel), 1, kMaxBlockTiles) : 1;
+        panel_bytes <= kL1Panel
+            ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * pixel_bytes), 1, kMaxBlockTiles)
+            : 1;
     Scratch s;
     s.rows.reset(new Rows[static_cast<size_t>(2 * block_tiles)]);
     for (int i = 0; i < 2; ++i) {
       s.acc[i] = Buffer<int32_t>(kInt ? kMaxTileM * kLanes : 0);
+      s.sum[i] = Buffer<float>(kPlanes ? kMaxTileM * kLanes : 0);
       s.up[i] = Buffer<float>(h_.rank > 0 ? kMaxTileM * kLanes : 0);
     }
     s.panels = Buffer<Panel>(block_panels * panel_size);
@@ -537,5 +583,6 @@ void run_tiles(const Layer& layer, const Window& window, const LayerInput<X>& in
 }
 template void run_tiles(const Layer&, const Window&, const LayerInput<float>&, const LayerOutput&);
 template void run_tiles(const Layer&, const Window&, const LayerInput<uint8_t>&, const LayerOutput&);
+template void run_tiles(const Layer&, const Window&, const LayerInput<cpu::Bf16>&, const LayerOutput&);
 
 }  // namespace cora

@@ -156,15 +156,15 @@ void fill_chunk(const LayerHeader& h, const LayerSource& source, int64_t q, uint
       }
 }
 
-/// True when float(code - zero_point) * (x - zx) sums over a segment fit int32.
-bool fits_int32(const LayerSource& source, int bits, int64_t count) {
+/// The largest |code - zero_point|.
+int64_t widest_weight(const LayerSource& source, int bits) {
   int64_t widest = 0;
   const int64_t top = max_code(bits);
   for (int64_t i = 0; i < source.q.rows * source.q.groups; ++i) {
     const int64_t zero = source.zero_point[i];
     widest = std::max({widest, std::abs(zero), std::abs(top - zero)});
   }
-  return widest * 255 * count <= INT32_MAX;
+  return widest;
 }
 
 }  // namespace
@@ -230,7 +230,9 @@ Tensor prepare_layer(const LayerArgs& args, const Window& window) {
   }
   for (int64_t i = 0; i < source.q.rows * source.q.groups; ++i)
     h.far = h.far || weight_offset(source.zero_point[i], h.bits) != source.zero_point[i];
-  h.narrow = fits_int32(source, h.bits, source.q.group_size);
+  const int64_t widest = widest_weight(source, h.bits);
+  h.narrow = widest * 255 * source.q.group_size <= INT32_MAX;
+  h.bf16 = widest <= cpu::kExactBf16;
   h.depthwise ? plan_depthwise(h) : plan_arrays(h);
 
   Tensor blob = empty({h.bytes}, ScalarType::Byte);

@@ -51,6 +51,7 @@ struct LayerHeader {
   Walk walk;
   AdapterKind adapter;
   bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
+  bool bf16;                                      // code - zero_point is exact in bfloat16
   // Offsets of the arrays below, in bytes.
   int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b;
 };
