@@ -242,6 +242,7 @@ class Calibration:
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
         self._sensitivity: dict[str, float] | None = None
+        self._activations: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
 
     def _take(self, batches: Iterable[Any], samples: int) -> list[Batch]:
         if samples < 1:
@@ -474,34 +475,49 @@ class Calibration:
         return torch.stack(losses).sum()
 
     def activation_qparams(
-        self, bits: int, method: ActivationRange = "mse"
+        self,
+        bits: int,
+        method: ActivationRange = "mse",
+        side: Literal["input", "output"] = "input",
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Static scale and zero-point of each layer's input.
+        """Static scale and zero-point of each layer's input (or output).
 
         Args:
             bits: width of a code.
             method: "minmax", "percentile" (the central 99.98 %) or "mse".
         """
-        lows = dict.fromkeys(self.layers, float("inf"))
-        highs = dict.fromkeys(self.layers, float("-inf"))
-        kept: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        # Each layer's own generator: layers that read one tensor choose the same range for it.
-        generators = {name: torch.Generator().manual_seed(self.seed) for name in self.layers}
+        if self._activations is None:
+            self._activations = self._collect_activations()
+        return {
+            name: activation_qparams(*self._activations[name, side], bits, method)
+            for name in self.layers
+        }
+
+    def _collect_activations(self) -> dict[tuple[str, str], tuple[Tensor, float, float]]:
+        """Sampled values and extremes of each layer's input and output."""
+        kept: dict[tuple[str, str], list[Tensor]] = {}
+        ends: dict[tuple[str, str], tuple[float, float]] = {}
+        generators: dict[tuple[str, str], torch.Generator] = {}
         limit = -(-_RANGE_SAMPLES // len(self.batches))
 
-        def see(name: str, x: Tensor, _output: Tensor) -> None:
-            x = x.detach().float().reshape(-1)
-            lows[name] = min(lows[name], float(x.min()))
-            highs[name] = max(highs[name], float(x.max()))
-            kept[name].append(x[_draw(len(x), limit, generators[name])])
+        def see(name: str, x: Tensor, output: Tensor) -> None:
+            for side, tensor in (("input", x), ("output", output)):
+                key, values = (name, side), tensor.detach().float().reshape(-1)
+                low, high = ends.get(key, (math.inf, -math.inf))
+                ends[key] = min(low, float(values.min())), max(high, float(values.max()))
+                # Each its own generator: layers that read one tensor choose one range for it.
+                if key not in generators:
+                    generators[key] = torch.Generator().manual_seed(self.seed)
+                kept.setdefault(key, []).append(values[_draw(len(values), limit, generators[key])])
 
         self._pass(self.layers, see, "activation ranges")
-        result = {}
-        for name, values in kept.items():
-            sample = torch.cat(values) if values else torch.zeros(1)
-            low, high = (lows[name], highs[name]) if values else (0.0, 0.0)
-            result[name] = activation_qparams(sample, low, high, bits, method)
-        return result
+        return {
+            (name, side): (torch.cat(kept[name, side]), *ends[name, side])
+            if (name, side) in kept
+            else (torch.zeros(1), 0.0, 0.0)
+            for name in self.layers
+            for side in ("input", "output")
+        }
 
 
 def activation_qparams(

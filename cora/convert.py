@@ -139,11 +139,11 @@ def quantize(
         name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
         for name, spec in specs.items()
     }
-    ranges = (
-        calibration.activation_qparams(activation_bits, activation_range)
-        if activation_bits and activation == "static"
-        else {}
-    )
+    ranges: dict[str, tuple[Tensor, Tensor]] = {}
+    outputs: dict[str, tuple[Tensor, Tensor]] = {}
+    if activation_bits and activation == "static":
+        ranges = calibration.activation_qparams(activation_bits, activation_range)
+        outputs = calibration.activation_qparams(activation_bits, activation_range, "output")
     plain_bits = sum(
         QuantWeight(
             q.codes, q.qparams, quantize_adapter(q.fit.a[:0], q.fit.b[:, :0], 8), shapes[n]
@@ -172,6 +172,7 @@ def quantize(
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
+            layers[name].set_output_range(*outputs[name])
         layers[name].float_bias = model.get_submodule(name).bias is not None
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}

@@ -6,8 +6,9 @@
    Hardtanh).
 2. *Codes.* A tensor that only packed layers of one static input range read (or additions, max pools,
    global averages, concatenations on the way to such layers) is quantized once, by the layer that
-   makes it: uint8, channels last, with the border that its readers pad by. max(), concatenation and
-   flattening work on codes as they are.
+   makes it: uint8, channels last, with the border that its readers pad by. A shortcut that only an
+   addition reads is quantized in the range its layer's output had on the calibration data. Maximum,
+   concatenation, padding and flattening work on codes as they are.
 
 Everything else stays float and runs as it did. A code is rounded from the same float number as in the
 unfused model; what differs is that an addition reads the codes of its other operand.
@@ -49,6 +50,10 @@ class Codes:
         return f"{self.bits}-bit codes" + (f", halo {self.halo}" if self.halo else "")
 
 
+def _quantizer(scale: Tensor, zero_point: Tensor | None, bits: int) -> Codes:
+    return Codes(float(scale), int(zero_point if zero_point is not None else 0), bits)
+
+
 # --- The modules of a fused graph ----------------------------------------------------------------
 
 
@@ -61,9 +66,11 @@ class FusedLayer(nn.Module):
         self.name = ""  # the layer's in the packed model
         self.low, self.high = -math.inf, math.inf
         self.adds = False
-        self.range: Codes | None = None  # the quantizer of its input, if that is static
-        if layer.activation_bits and layer.x_scale is not None and layer.x_zero_point is not None:
-            self.range = Codes(float(layer.x_scale), int(layer.x_zero_point), layer.activation_bits)
+        self.range = self.own_output = None  # quantizers of its input and output, if static
+        if layer.activation_bits and layer.x_scale is not None:
+            self.range = _quantizer(layer.x_scale, layer.x_zero_point, layer.activation_bits)
+        if layer.activation_bits and layer.y_scale is not None:
+            self.own_output = _quantizer(layer.y_scale, layer.y_zero_point, layer.activation_bits)
         self.set_codes(None, None, None)
 
     def set_codes(self, input: Codes | None, add: Codes | None, output: Codes | None) -> None:
@@ -384,6 +391,8 @@ def _fuse_layers(gm: fx.GraphModule) -> None:
             chain.append(user)
             if bounds is not None:
                 break
+        if len(chain) > 1:
+            fused.own_output = None  # it is no longer the output
         fused.name = str(node.target)
         # One name deep: found faster. A layer may run more than once.
         name = f"fused_{fused.name.replace('.', '_')}"
@@ -444,7 +453,10 @@ def _annotate(gm: fx.GraphModule) -> dict[fx.Node, Codes]:
 
 
 def _demand(gm: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> Codes | None:
-    """The one quantizer that all readers of a value take; None if there is none or a reader objects."""
+    """The one quantizer that all readers of a value take; None if there is none or a reader objects.
+
+    Where all of them take any, as additions do, it is that of the layer's output as calibrated.
+    """
     found: set[Codes] = set()
     for user in node.users:
         fused = _module(gm, user)
@@ -457,6 +469,8 @@ def _demand(gm: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> C
             found.add(codes[user])
         elif _mean(gm, user) is None:
             return None
+    if not found:
+        return getattr(_module(gm, node), "own_output", None)
     return found.pop() if len(found) == 1 else None
 
 

@@ -150,7 +150,8 @@ class QuantLayer(nn.Module):
 
     Buffers: `codes` uint8, `scale` float32, `zero_point` int32, `adapter_a`, `adapter_b` and
     `adapter_scale` (None unless the adapter is integer), `bias`, `x_scale`, `x_zero_point` (None
-    unless activations are quantized with a static range). `prepared`, which is not part of the state,
+    unless activations are quantized with a static range), `y_scale`, `y_zero_point` (the same of its
+    output, for what hands it on as codes). `prepared`, which is not part of the state,
     is the same in the order the kernels read it; `prepare()` makes it anew after a buffer was changed
     in place.
     """
@@ -167,6 +168,8 @@ class QuantLayer(nn.Module):
     bias: Tensor | None
     x_scale: Tensor | None
     x_zero_point: Tensor | None
+    y_scale: Tensor | None
+    y_zero_point: Tensor | None
     prepared: Tensor | None
 
     def __init__(
@@ -195,6 +198,8 @@ class QuantLayer(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("x_scale", None)
         self.register_buffer("x_zero_point", None)
+        self.register_buffer("y_scale", None)
+        self.register_buffer("y_zero_point", None)
         self.register_buffer("prepared", None, persistent=False)
         self.prepare()
 
@@ -242,6 +247,11 @@ class QuantLayer(nn.Module):
         self.x_scale = scale.reshape(1).float()
         self.x_zero_point = zero_point.reshape(1).to(torch.int32)
         self.prepare()
+
+    def set_output_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Say what the output's codes would be; the layer itself gives floats."""
+        self.y_scale = scale.reshape(1).float()
+        self.y_zero_point = zero_point.reshape(1).to(torch.int32)
 
     def set_bias(self, bias: Tensor | None) -> None:
         """Replace the bias, float32 [N]."""
@@ -342,7 +352,7 @@ class QuantLayer(nn.Module):
         """Bits in the file by part: weight, adapter, bias, activation range."""
         bits = self.packed_weight().stored_bits()
         bits["bias"] = 0 if self.bias is None else 32 * self.bias.numel()
-        bits["activation"] = 0 if self.x_scale is None else 64
+        bits["activation"] = sum(64 for scale in (self.x_scale, self.y_scale) if scale is not None)
         return bits
 
     def to_float(self) -> nn.Module:

@@ -202,7 +202,8 @@ def _pack_layer(layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if layer.rank:
         tensors["adapter_a"] = _pack_adapter(layer.adapter_a, layer.adapter_bits)
         tensors["adapter_b"] = _pack_adapter(layer.adapter_b.T.contiguous(), layer.adapter_bits)
-    for key in ("adapter_scale", "bias", "x_scale", "x_zero_point"):
+    ranges = ("x_scale", "x_zero_point", "y_scale", "y_zero_point")
+    for key in ("adapter_scale", "bias", *ranges):
         if getattr(layer, key) is not None:
             tensors[key] = getattr(layer, key)
     config = {
@@ -246,6 +247,8 @@ def _unpack_layer(
     layer.bias = tensors.get("bias")
     if "x_scale" in tensors:
         layer.set_activation_range(tensors["x_scale"], tensors["x_zero_point"])
+    if "y_scale" in tensors:
+        layer.set_output_range(tensors["y_scale"], tensors["y_zero_point"])
     else:
         layer.prepare()
     return layer.eval()
