@@ -488,6 +488,16 @@ def _layer_table(row: dict[str, Any]) -> str:
     )
 
 
+_CUDA_FUSED = (
+    "Linear, Conv1d and Conv2d in one group, scales per tensor, channel or whole channels, integer "
+    "adapters up to rank 256; inputs float16, bfloat16 or quantized"
+)
+_CUDA_UNPACKED = (
+    "float32 inputs, grouped and depthwise convolutions, scale groups that cut through channels, "
+    "float adapters, ranks above 256, float Linear inputs of 256 rows or more (faster so)"
+)
+
+
 def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     isa = ops.isa()
     library = Path(ops.__file__).with_name("libcora_cuda.so")
@@ -508,6 +518,8 @@ def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         head,
         f"CPU level {isa['level']} ({torch.get_num_threads()} threads); kernels: {kernels}",
         f"CUDA: {cuda}",
+        f"CUDA, fused: {_CUDA_FUSED}",
+        f"CUDA, weight unpacked for the call: {_CUDA_UNPACKED}",
         "",
         "tasks:",
     ]
@@ -519,7 +531,13 @@ def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "versions": known,
         "isa": isa,
         "threads": torch.get_num_threads(),
-        "cuda": {"library": library.is_file(), "device": torch.cuda.is_available(), "state": cuda},
+        "cuda": {
+            "library": library.is_file(),
+            "device": torch.cuda.is_available(),
+            "state": cuda,
+            "fused": _CUDA_FUSED,
+            "unpacked": _CUDA_UNPACKED,
+        },
         "tasks": tasks,
     }
     return values, "\n".join(text)

@@ -1114,7 +1114,7 @@ def run_layer(
     Args:
         x: float32, float16 or bfloat16, or uint8 codes; [..., K] (linear) or [batch, channels, H, W].
         layer: from :func:`prepare_layer`, on x's device.
-        geometry: from :func:`layer_geometry`.
+        geometry: from :func:`layer_geometry`; the CPU needs its first part only.
         x_scale, x_zero_point: of the input's codes; None: a range for each sample at each call.
         x_bits: 0 (float input) or 2..8.
         x_halo, add_halo: the border that x and add have.
@@ -1173,7 +1173,7 @@ def _(
     if not codes:
         _check_float(op, "x", x)
     dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
-    n, *pairs = geometry[:-_TAIL]
+    n, *pairs = geometry[:-_TAIL] if len(geometry) in (1 + _TAIL, 9 + _TAIL) else geometry
     if not pairs:
         return x.new_empty([*x.shape[:-1], n], dtype=dtype)
     _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cora.ops  # noqa: F401  # defines the schemas
+from cora import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (0, 1, 2, 3)
@@ -76,6 +76,10 @@ class Emulator:
             if hasattr(torch.ops.cora, name):
                 schema = str(getattr(torch.ops.cora, name).default._schema)
                 self._schemas.define(schema.replace("cora::", ""))
+        for name in gpu.__all__:
+            schema = str(getattr(torch.ops.cora, name).default._schema)
+            self._schemas.define(schema.replace("cora::", ""))
+            self._schemas.impl(name, getattr(gpu, name), "CPU")
         torch.ops.load_library(path)
         self._library = ctypes.CDLL(str(path))
         self._library.cora_emu_sites.restype = ctypes.c_char_p

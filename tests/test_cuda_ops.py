@@ -153,6 +153,15 @@ def test_linear_rank_above_the_compiled_one(backend: Backend) -> None:
     check_linear(backend, 3, 300, 304, rank=290)
 
 
+@HALVES
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_linear_many_rows(backend: Backend, bits: int, dtype: torch.dtype) -> None:
+    """The merged weight and torch's product."""
+    check_linear(backend, 256, 40, 72, bits, dtype, rank=20)
+    check_linear(backend, 257, 130, 96, bits, dtype, rank=0, groups=2)
+    check_linear(backend, 257, 130, 30, bits, dtype, rank=3)
+
+
 def test_linear_float32(backend: Backend) -> None:
     check_linear(backend, 5, 30, 77, dtype=torch.float32, rank=3)
 

@@ -12,6 +12,7 @@ namespace cora::cuda {
 namespace {
 
 constexpr int64_t kInt32Max = 0x7fffffff;
+constexpr int64_t kMergeTokens = 256;
 
 int64_t reach(const LayerShape& s, int d) { return static_cast<int64_t>(s.dilation[d]) * (s.kernel[d] - 1) + 1; }
 
@@ -56,6 +57,10 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   p.method = integer ? kTensorCores8 : kTensorCores16;
   if (!is_tiled(s) || (!integer && x.type == kFloat32) ||
       (integer && s.q_groups > 1 && s.channels / s.q_groups % 16 != 0) || tokens > kInt32Max / 2)
+    p.method = kMerge;
+  // Many rows of a matrix: writing the weight out once is cheap beside them, and torch's product is faster than ours.
+  if (p.method == kTensorCores16 && tokens >= kMergeTokens && taps_of(s) == 1 && s.stride[0] == 1 && s.stride[1] == 1 &&
+      s.padding[0] == 0 && s.padding[1] == 0 && x.height * x.width == 1)
     p.method = kMerge;
   *out = p;
   if (p.method == kMerge || tokens == 0 || s.n == 0) return nullptr;

@@ -272,6 +272,7 @@ const char* prepare(const LayerShape& s, const LayerParameters& in, uint8_t* pre
 const char* merge(const LayerShape& s, const uint8_t* prepared, void* out, int type, void* stream) {
   const int64_t k = columns_of(s);
   if (s.n * k == 0) return nullptr;
+  if (merges_by_tiles(s, type)) return merge_by_tiles(s, prepared, out, type, stream);
   const bool tiled = is_tiled(s);
   return launch(merge_kernel, Dim3{grid_for(s.n * k, kThreads), 1, 1}, kThreads, 0, stream, s,
                 tiled ? walk_of(s) : Walk{1, 1, 1, 1, 1}, parts_of(s), tiled, prepared, k, row_bytes(k, s.bits), out,

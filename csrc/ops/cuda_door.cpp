@@ -71,10 +71,12 @@ void* current_stream(const char* op, const Tensor& t) {
   // Not linked, so that _C.so loads beside a CPU-only torch; a CUDA tensor means libtorch_cuda.so is loaded.
   using GetStream = int32_t(int32_t, void**);
   static GetStream* const get_stream = [] {
-    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return torch_cuda == nullptr
-               ? nullptr
-               : reinterpret_cast<GetStream*>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream"));
+    for (const char* library : {"libtorch_cuda.so", "libtorch_python.so", "libtorch.so"}) {
+      void* opened = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+      if (opened == nullptr) continue;
+      if (void* found = dlsym(opened, "aoti_torch_get_current_cuda_stream")) return reinterpret_cast<GetStream*>(found);
+    }
+    return static_cast<GetStream*>(nullptr);
   }();
   void* stream = nullptr;
   if (get_stream == nullptr || get_stream(t.get_device_index(), &stream) != 0)

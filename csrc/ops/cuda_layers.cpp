@@ -169,8 +169,8 @@ cuda::PixelStrides strides_of(const Tensor& t, bool linear) {
 Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool linear, const Tensor& x_in, const Tensor& prepared) {
   const char* op = args.op;
   const bool codes = x_in.scalar_type() == ScalarType::Byte;
-  CORA_CHECK(op, codes || is_float_dtype(x_in.scalar_type()), "x must have dtype float32, float16",
-             args.out_scale || !linear ? ", bfloat16 or uint8" : " or bfloat16", ", got ", dtype_text(x_in.scalar_type()));
+  CORA_CHECK(op, codes || is_float_dtype(x_in.scalar_type()),
+             "x must have dtype float32, float16, bfloat16 or uint8, got ", dtype_text(x_in.scalar_type()));
   check_same_device(op, "layer", prepared, x_in);
   check_dtype(op, "layer", prepared, ScalarType::Byte);
   check_shape(op, "layer", prepared, {cuda::parts_of(shape).bytes});

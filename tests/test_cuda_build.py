@@ -1,0 +1,103 @@
+"""What the compiled CUDA library is made of: every architecture asked for, no spilled registers, the
+tensor-core and asynchronous-copy instructions where they belong.
+
+Needs the library (built where nvcc is found) and cuobjdump: from a CUDA toolkit, or the packages
+nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import cora.ops
+
+LIBRARY = Path(cora.ops.__file__).parent / "libcora_cuda.so"
+MOST_REGISTERS = {"gemm_kernel": 255, "": 128}  # a lane; the rest of a kernel's name decides
+THREADS = {"gemm_kernel": 256}
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="built without nvcc")
+
+
+def tool(name: str) -> str:
+    """Path of a CUDA binary utility; skips the test where there is none."""
+    found = shutil.which(name)
+    packages = Path(sys.prefix) / "lib"
+    for path in packages.glob(f"python*/site-packages/nvidia/*/bin/{name}"):
+        found = found or str(path)
+    if found is None:
+        pytest.skip(f"needs {name} (pip install nvidia-cuda-{name})")
+    return found
+
+
+def run(*command: str) -> str:
+    folder = str(Path(command[0]).parent)  # cuobjdump calls nvdisasm
+    env = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout
+
+
+@cache
+def resources() -> dict[tuple[str, str], dict[str, int]]:
+    """(architecture, kernel) -> {"REG": ..., "STACK": ..., "LOCAL": ...}."""
+    kernels: dict[tuple[str, str], dict[str, int]] = {}
+    arch = name = ""
+    for line in run(tool("cuobjdump"), "--dump-resource-usage", str(LIBRARY)).splitlines():
+        if match := re.search(r"arch = (sm_\w+)", line):
+            arch = match[1]
+        elif match := re.search(r"Function (\S+):", line):
+            name = match[1]
+        elif "REG:" in line:
+            kernels[arch, name] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", line)}
+    return kernels
+
+
+def test_every_architecture_holds_every_kernel() -> None:
+    by_arch: dict[str, set[str]] = {}
+    for arch, name in resources():
+        by_arch.setdefault(arch, set()).add(name)
+    assert by_arch
+    everywhere = set.union(*by_arch.values())
+    assert sum("gemm_kernel" in name for name in everywhere) >= 40
+    for arch, names in by_arch.items():
+        assert names == everywhere, arch
+
+
+def test_nothing_lives_in_local_memory() -> None:
+    for kernel, usage in resources().items():
+        assert usage["STACK"] == 0, kernel
+        assert usage["LOCAL"] == 0, kernel
+
+
+def test_registers_are_within_budget() -> None:
+    for (arch, name), usage in resources().items():
+        most = next(limit for part, limit in MOST_REGISTERS.items() if part in name)
+        assert usage["REG"] <= most, (arch, name)
+        threads = THREADS["gemm_kernel"]
+        assert usage["REG"] * threads <= 65536, (arch, name)
+
+
+@pytest.mark.slow
+def test_kernels_use_the_instructions_they_are_for() -> None:
+    """16-bit and 8-bit mma, ldmatrix, asynchronous 16-byte copies; no local loads or stores."""
+    tool("nvdisasm")
+    arch = sorted(arch for arch, _ in resources())[0]
+    text = run(tool("cuobjdump"), "--dump-sass", "--gpu-architecture", arch, str(LIBRARY))
+    parts = re.split(r"Function : (\S+)", text)
+    seen = 0
+    for name, code in zip(parts[1::2], parts[2::2], strict=True):
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        if "gemm_kernel" not in name:
+            continue
+        seen += 1
+        integer = "4Int8E" in name
+        wanted = ["IMMA.16832", "LDSM.16.M88.4"] if integer else ["HMMA.16816", "LDS.64"]
+        for instruction in [*wanted, "LDGSTS.E.BYPASS"]:
+            assert instruction in code, f"{name}: no {instruction}"
+    assert seen >= 40
