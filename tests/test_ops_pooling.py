@@ -61,6 +61,13 @@ def test_mean_of_many_pixels() -> None:
     assert ops.mean_codes(x, 1.0, 255).tolist() == [[0.0, 0.0]]
 
 
+def test_a_window_that_misses_the_image() -> None:
+    """Taps before and behind it only: the smallest code, nothing is read beyond the image."""
+    x = codes((1, 3, 2, 2), 0, 9)
+    y = ops.max_pool2d_codes(x, 9, 0, kernel_size=2, stride=1, padding=1, dilation=3)
+    assert y.shape == (1, 3, 1, 1) and not y.any()
+
+
 def test_threads(threads: Any) -> None:
     x = codes((4, 96, 40, 40), 1, 20)
     results = []

@@ -65,9 +65,18 @@ struct Taps {
         end(std::min(kernel, start < size ? (size - start + dilation - 1) / dilation : 0)) {}
 };
 
-/// y[n] = max(y[n], a[n])
-void take_max(const uint8_t* __restrict a, int64_t count, uint8_t* __restrict y) {
-  for (int64_t n = 0; n < count; ++n) y[n] = a[n] > y[n] ? a[n] : y[n];
+/// y[n] = max over t < taps of x[t * step + n]; 0 without taps (a dilated window can miss a small image)
+void max_of(const uint8_t* __restrict x, int64_t taps, int64_t step, int64_t count, uint8_t* __restrict y) {
+  if (taps < 1) {
+    std::fill_n(y, count, uint8_t{0});
+    return;
+  }
+  const uint8_t* __restrict second = x + (taps > 1 ? step : 0);
+  for (int64_t n = 0; n < count; ++n) y[n] = x[n] > second[n] ? x[n] : second[n];
+  for (int64_t t = 2; t < taps; ++t) {
+    const uint8_t* __restrict a = x + t * step;
+    for (int64_t n = 0; n < count; ++n) y[n] = a[n] > y[n] ? a[n] : y[n];
+  }
 }
 
 Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::vector<int64_t> kernel_size,
@@ -96,6 +105,7 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
   uint8_t* to = mutable_data<uint8_t>(y);
   const int64_t work = kernel_size[0] * kernel_size[1] * line;
   parallel_for(in.batch * lines, kGrain / std::max<int64_t>(work, 1), [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> tallest(static_cast<size_t>(in.width * c));  // a window's rows as one
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* out = to + i * line;
       const int64_t b = i / lines, top = (i % lines - out_halo) * stride[0] - padding[0];
@@ -105,16 +115,13 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
       }
       out = std::fill_n(out, out_halo * c, zero);
       const Taps rows(top, in.height, kernel_size[0], dilation[0]);
+      max_of(in.first + b * in.image + (top + rows.begin * dilation[0]) * in.line, rows.end - rows.begin,
+             dilation[0] * in.line, in.width * c, tallest.data());
       for (int64_t w = 0; w < count[1]; ++w, out += c) {
         const int64_t left = w * stride[1] - padding[1];
         const Taps columns(left, in.width, kernel_size[1], dilation[1]);
-        std::fill_n(out, c, uint8_t{0});
-        for (int64_t ky = rows.begin; ky < rows.end; ++ky)
-          for (int64_t kx = columns.begin; kx < columns.end; ++kx) {
-            const uint8_t* from =
-                in.first + b * in.image + (top + ky * dilation[0]) * in.line + (left + kx * dilation[1]) * c;
-            take_max(from, c, out);
-          }
+        max_of(tallest.data() + (left + columns.begin * dilation[1]) * c, columns.end - columns.begin,
+               dilation[1] * c, c, out);
       }
       std::fill_n(out, out_halo * c, zero);
     }
