@@ -63,7 +63,7 @@ class Tiles {
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
         a_quads_(round_up(h_.run, align_) / kQuad),
-        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, align_)),
+        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, std::max(align_, 32))),
         tap_(tap_offsets()),
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
@@ -119,8 +119,9 @@ class Tiles {
 
   std::vector<int64_t> tap_offsets() const {
     std::vector<int64_t> offsets;
+    const bool lines = h_.walk == Walk::kLines || h_.walk == Walk::kCopied;
     for (int64_t y = 0; y < h_.kernel[0]; ++y)
-      for (int64_t x = 0; x < (h_.walk == Walk::kLines ? 1 : h_.kernel[1]); ++x)
+      for (int64_t x = 0; x < (lines ? 1 : h_.kernel[1]); ++x)
         offsets.push_back(y * h_.dilation[0] * in_.line + x * h_.dilation[1] * in_.pixel);
     return offsets;
   }
@@ -143,8 +144,9 @@ class Tiles {
     const int64_t columns = in_.line / in_.pixel, width = win_.out(1);
     const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
     const bool one_run = dense && columns == width && in_.image == win_.out(0) * in_.line;
-    const Grid batch = make_grid(Grid::kBatch, width, h_.walk == Walk::kNatural || (shape_.strict && !one_run));
-    if (!batch.copied || h_.walk == Walk::kNatural) return batch;
+    const bool always = h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
+    const Grid batch = make_grid(Grid::kBatch, width, always || (shape_.strict && !one_run));
+    if (!batch.copied || always) return batch;
     // Cycles of a product: a block's rows, but not less than what loading the weights takes; and a copy's.
     const int64_t panels = h_.panels * h_.groups;
     const auto cost = [&](const Grid& g) {
@@ -185,12 +187,26 @@ class Tiles {
             for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
               *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
       });
+    } else if (h_.walk == Walk::kCopied) {
+      const int64_t line = h_.run / h_.kernel[0];
+      copy_rows(rows, [&](const X* from, X* to) {
+        for (int64_t y = 0; y < h_.kernel[0]; ++y, to += line) copy_line(from + tap_[y], line, to);
+      });
     } else if (grid_.copied) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
           std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
       });
     }
+  }
+  /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
+  static void copy_line(const X* from, int64_t count, X* to) {
+    constexpr int64_t kBytes = 32;
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(X));
+    if (kInt && bytes <= kBytes)
+      std::memcpy(to, from, kBytes);  // a constant: two moves instead of a call
+    else
+      std::memcpy(to, from, static_cast<size_t>(bytes));
   }
   void locate_block(Rows& rows, int64_t b, const X* base) const {
     const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;

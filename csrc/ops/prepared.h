@@ -37,7 +37,8 @@ struct Window {
 enum class Walk : int32_t {
   kTaps,     // tap by tap, a group's channels contiguous
   kLines,    // kernel row by kernel row, (column, channel) contiguous: longer runs
-  kNatural,  // channel by channel: for scale groups that cut through a channel's taps; x is copied
+  kCopied,   // the same in one run, x being copied together: for few channels, whose lines are short
+  kNatural,  // channel by channel, also copied: for scale groups that cut through a channel's taps
 };
 
 enum class AdapterKind : int32_t { kNone, kInt8, kFloat };
