@@ -18,8 +18,8 @@ struct RunParams {
 };
 
 /// out = scale * (q - zero_point); residual = x - out and codes = q where not null. A NaN gives code 0.
-/// `stream`: the outputs are larger than the caches, so stores may go past them. No two arrays overlap,
-/// but for out == x.
+/// `stream`: the outputs are larger than the caches, so stores may go past them; the caller fences. No two
+/// arrays overlap, but for out == x.
 using FakeQuantizeFn = void(const float* x, RunParams p, int64_t count, bool stream, float* out, float* residual,
                             uint8_t* codes);
 

@@ -14,6 +14,8 @@ namespace cora::cpu::avx2 {
 
 namespace {
 
+constexpr int kAhead = 256;  // elements fetched ahead of streaming stores, which the hardware does too late
+
 struct Vectors {
   __m256 scale, zero_point, top;
   explicit Vectors(RunParams p)
@@ -94,6 +96,7 @@ void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, floa
     for (i = head; i + 32 <= count; i += 32) {
       __m256i q4[4];
       for (int j = 0; j < 4; ++j) {
+        if (j % 2 == 0) _mm_prefetch(reinterpret_cast<const char*>(x + i + 8 * j + kAhead), _MM_HINT_T0);
         const __m256 in = _mm256_loadu_ps(x + i + 8 * j);
         const __m256 q = v.code(in);
         const __m256 y = _mm256_mul_ps(v.scale, _mm256_sub_ps(q, v.zero_point));
@@ -103,7 +106,6 @@ void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, floa
       }
       if (codes != nullptr) _mm256_stream_si256(reinterpret_cast<__m256i*>(codes + i), bytes_of(q4));
     }
-    _mm_sfence();
   }
   for (; i + 8 <= count; i += 8) {
     const __m256 in = _mm256_loadu_ps(x + i);

@@ -16,6 +16,7 @@ namespace cora::cpu::avx512 {
 
 namespace {
 
+constexpr int kAhead = 256;  // elements fetched ahead of streaming stores, which the hardware does too late
 constexpr int kNearestEven = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 
 inline __mmask16 tail_mask(int64_t left) {
@@ -95,6 +96,7 @@ void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, floa
     for (i = head; i + 64 <= count; i += 64) {
       __m512i q4[4];
       for (int j = 0; j < 4; ++j) {
+        _mm_prefetch(reinterpret_cast<const char*>(x + i + 16 * j + kAhead), _MM_HINT_T0);
         const __m512 in = _mm512_loadu_ps(x + i + 16 * j);
         const __m512 q = v.code(in);
         const __m512 y = _mm512_mul_ps(v.scale, _mm512_sub_ps(q, v.zero_point));
@@ -104,7 +106,6 @@ void fake_quantize(const float* x, RunParams p, int64_t count, bool stream, floa
       }
       if (codes != nullptr) _mm512_stream_si512(reinterpret_cast<__m512i*>(codes + i), bytes_of(q4));
     }
-    _mm_sfence();
   }
   for (; i < count; i += 16) some(i, tail_mask(count - i));
 }

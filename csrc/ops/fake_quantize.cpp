@@ -4,15 +4,34 @@
 #include "cpu/kernels.h"
 
 #include <algorithm>
+#include <atomic>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace cora {
 
 namespace {
 
 constexpr int64_t kChunk = 16384;  // elements a task: 64 KiB in, the same out, within L2
-// Outputs of this size or more are stored past the caches, where a store would first read the line: but not into
-// memory just allocated, whose pages the system zeroes, and so brings into the caches, right before the store.
-constexpr int64_t kStreamBytes = 32 << 20;
+// Outputs of this size or more lie beyond the caches. Given ones are stored past these, where a store would first read
+// the line. New ones are memory just mapped: the system zeroes its pages, and so brings them into the caches, right
+// before the store.
+constexpr int64_t kLargeBytes = 32 << 20;
+
+/// Has the system map all pages of new memory that is about to be written, in one call a chunk: page faults one by one
+/// cost more than the arithmetic. Where the system cannot, they come one by one.
+template <typename T>
+void map_pages(T* data, int64_t count) {
+#if defined(MADV_POPULATE_WRITE)
+  constexpr uintptr_t kPage = 4096;
+  const auto start = reinterpret_cast<uintptr_t>(data) / kPage * kPage;
+  const auto end = reinterpret_cast<uintptr_t>(data + count);
+  if (data != nullptr) madvise(reinterpret_cast<void*>(start), end - start, MADV_POPULATE_WRITE);
+#else
+  (void)data, (void)count;
+#endif
+}
 
 /// x seen as a matrix, cut into runs that share one scale, and each run into chunks.
 struct Runs {
@@ -53,18 +72,22 @@ int64_t grain(const Runs& runs) { return std::max<int64_t>(1, kChunk / std::max<
 
 /// All float32 and contiguous; residual and codes may be null.
 void run_fake_quantize(const Runs& runs, const float* x, const Tensor& scale, const Tensor& zero_point, int64_t bits,
-                       bool stream, float* out, float* residual, uint8_t* codes) {
+                       int64_t numel, bool given, float* out, float* residual, uint8_t* codes) {
   const Tensor s = as_contiguous(scale), z = as_contiguous(zero_point);
   const auto kernel = cpu::k_fake_quantize();
   const float* ps = data<float>(s);
   const int32_t* pz = data<int32_t>(z);
   const float top = static_cast<float>(max_code(static_cast<int>(bits)));
+  const bool large = numel * (4 + (residual != nullptr ? 4 : 0) + (codes != nullptr ? 1 : 0)) >= kLargeBytes;
   parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       runs.visit(i, [&](int64_t at, int64_t n, int64_t si) {
-        kernel(x + at, {ps[si], static_cast<float>(pz[si]), top}, n, stream, out + at, residual ? residual + at : nullptr,
-               codes ? codes + at : nullptr);
+        float* rest = residual != nullptr ? residual + at : nullptr;
+        uint8_t* q = codes != nullptr ? codes + at : nullptr;
+        if (large && !given) map_pages(out + at, n), map_pages(rest, n), map_pages(q, n);
+        kernel(x + at, {ps[si], static_cast<float>(pz[si]), top}, n, large && given, out + at, rest, q);
       });
+    std::atomic_thread_fence(std::memory_order_seq_cst);  // stores past the caches are not ordered by themselves
   });
 }
 
@@ -79,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_cpu(Tensor x, Tensor scale, Ten
   Tensor out = empty(shape, ScalarType::Float);
   Tensor residual = empty(want_residual ? shape : none, ScalarType::Float);
   Tensor codes = empty(want_codes ? shape : none, ScalarType::Byte);
-  run_fake_quantize(runs, data<float>(xf), scale, zero_point, bits, false, mutable_data<float>(out),
+  run_fake_quantize(runs, data<float>(xf), scale, zero_point, bits, x.numel(), false, mutable_data<float>(out),
                     want_residual ? mutable_data<float>(residual) : nullptr,
                     want_codes ? mutable_data<uint8_t>(codes) : nullptr);
   return {to_dtype(out, dtype), to_dtype(residual, dtype), codes};
@@ -100,8 +123,7 @@ void fake_quantize_out_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t bi
   if (residual.has_value()) check_out("residual", *residual, ScalarType::Float);
   if (codes.has_value()) check_out("codes", *codes, ScalarType::Byte);
   const Tensor source = as_contiguous(x);
-  const int64_t bytes = x.numel() * (4 + (residual.has_value() ? 4 : 0) + (codes.has_value() ? 1 : 0));
-  run_fake_quantize(runs, data<float>(source), scale, zero_point, bits, bytes >= kStreamBytes, mutable_data<float>(out),
+  run_fake_quantize(runs, data<float>(source), scale, zero_point, bits, x.numel(), true, mutable_data<float>(out),
                     residual.has_value() ? mutable_data<float>(*residual) : nullptr,
                     codes.has_value() ? mutable_data<uint8_t>(*codes) : nullptr);
 }
@@ -125,10 +147,12 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_cpu(Tensor grad, Tensor x, Ten
   const int32_t* pz = data<int32_t>(z);
   float* po = mutable_data<float>(grad_x);
   const float top = static_cast<float>(max_code(static_cast<int>(bits)));
+  const bool large = 4 * x.numel() >= kLargeBytes;
   std::vector<double> partial(static_cast<size_t>(runs.tasks));  // summed in order: any thread count agrees
   parallel_for(runs.tasks, grain(runs), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       runs.visit(i, [&](int64_t at, int64_t count, int64_t si) {
+        if (large) map_pages(po + at, count);
         partial[i] = kernel(pg + at, px + at, {ps[si], static_cast<float>(pz[si]), top}, count, po + at);
       });
   });
