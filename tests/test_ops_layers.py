@@ -111,8 +111,8 @@ def test_linear_far_zero_points(isa: str, m: int) -> None:
 
 
 def test_linear_takes_all_bits_of_floats(isa: str) -> None:
-    check_linear(torch.full((21, 8), 2.0**24 - 1), layer(33, 8, rank=0))
-    check_linear(torch.full((21, 8), 2.0**11 - 1).half(), layer(33, 8, rank=0))
+    check_linear(torch.full((21, 16), 2.0**24 - 1), layer(33, 16, rank=0))
+    check_linear(torch.full((21, 16), 2.0**11 - 1).half(), layer(33, 16, rank=0))
 
 
 def test_linear_constant_and_zero_input(isa: str) -> None:

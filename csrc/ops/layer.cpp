@@ -7,7 +7,7 @@ namespace cora {
 
 namespace {
 
-constexpr int64_t kShortestPlaneRun = 8;  // of 32 elements of K that bfloat16 multiplications take
+constexpr int64_t kShortestPlaneRun = 16;  // of 32 elements of K that bfloat16 multiplications take
 
 /// Strides of a dense channels-last tensor; sizes of 1 may have any stride.
 bool is_channels_last(const Tensor& x) {
@@ -140,7 +140,7 @@ bool run_planes(const Tensor& x, ScalarType dtype, const Layer& layer, const Win
     return false;
   // Bits of the significand, eight a plane.
   const int planes = dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : 3;
-  const LayerInput<cpu::Bf16> input = prepare_planes(x, w, planes, nchw);
+  const LayerInput<cpu::Bf16> input = prepare_planes(x, layer, w, planes, nchw);
   if (input.in_range) run_tiles(layer, w, input, out);
   return input.in_range;
 }

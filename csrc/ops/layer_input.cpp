@@ -36,7 +36,7 @@ void dynamic_qparams(const float* x, int64_t batch, int64_t count, float top, Bu
 /// Calls line(image, y, out) for every line of the padded input, `out` at its first pixel; fills the padding.
 template <typename X, typename Line>
 void for_padded_lines(const LayerInput<X>& in, const Window& w, const Line& line) {
-  const int64_t row = w.size[1] * w.channels, lines = w.padded(0), side = w.padding[1] * w.channels;
+  const int64_t row = w.size[1] * in.pixel, lines = w.padded(0), side = w.padding[1] * in.pixel;
   parallel_for(w.batch * lines, std::max<int64_t>(1, kChunk / in.line), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / lines, h = i % lines - w.padding[0];
@@ -120,15 +120,19 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
   return in;
 }
 
-LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Window& w, int planes, bool nchw) {
+LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Layer& layer, const Window& w, int planes, bool nchw) {
+  // What is read together, a block's pixels and their planes, should not lie a multiple of many cache lines
+  // apart: it would fall into few sets of the cache. Where runs do not cross pixels, those are spread.
+  constexpr int64_t kLine = 32, kSets = 64 * kLine, kSkew = 5 * kLine;
   const int64_t c = w.channels, plane = w.size[0] * w.size[1], row = w.size[1] * c;
   nchw = nchw && plane > 1 && c > 1;
   LayerInput<cpu::Bf16> in{};
-  in.pixel = c;
-  in.line = w.padded(1) * c;
+  const bool spread = layer.h->walk == Walk::kTaps && c % (8 * kLine) == 0;
+  in.pixel = spread ? c + kLine : c;
+  in.line = w.padded(1) * in.pixel;
   in.image = w.padded(0) * in.line;
   in.planes = planes;
-  in.plane = w.batch * in.image;
+  in.plane = (w.batch * in.image + kSets - 1) / kSets * kSets + kSkew;
   in.storage = Buffer<cpu::Bf16>(planes * in.plane);
   std::memset(in.storage.get() + planes * in.plane, 0, kSlack);  // is multiplied by zeros
   in.x = in.storage.get();
@@ -141,7 +145,11 @@ LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Window& w, int plane
       cpu::k_transpose()(first + b * c * plane + h * w.size[1], plane, c, w.size[1], pixels.get(), c);
       line = pixels.get();
     }
-    if (!cpu::k_split()(line, row, planes, in.plane, out)) in_range = false;
+    const int64_t pieces = spread ? w.size[1] : 1, piece = row / pieces;
+    for (int64_t i = 0; i < pieces; ++i, out += in.pixel) {
+      if (!cpu::k_split()(line + i * piece, piece, planes, in.plane, out)) in_range = false;
+      for (int p = 0; p < planes && spread; ++p) std::fill_n(out + p * in.plane + c, kLine, cpu::Bf16{0});
+    }
   });
   in.in_range = in_range;
   return in;

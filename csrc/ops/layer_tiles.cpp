@@ -147,10 +147,11 @@ class Tiles {
     const bool always = h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
     const Grid batch = make_grid(Grid::kBatch, width, always || (shape_.strict && !one_run));
     if (!batch.copied || always) return batch;
-    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and a copy's.
-    const int64_t panels = h_.panels * h_.groups;
+    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and of copies.
+    const int64_t panels = h_.panels * h_.groups, copies = kPlanes ? 4 * ceil_div(panels, fitting_panels()) : 1;
     const auto cost = [&](const Grid& g) {
-      return ceil_div(g.blocks(), 2) * (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block : 0));
+      return ceil_div(g.blocks(), 2) *
+             (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block * copies : 0));
     };
     Grid best = batch;
     const Grid rows = make_grid(Grid::kRows, width, false), images = make_grid(Grid::kImages, columns, false);
@@ -298,17 +299,29 @@ class Tiles {
     }
   }
 
-  /// The same as bfloat16.
+  /// The same as bfloat16, some quads at a time: the bytes stay in L1.
   void expand_bf16(const uint8_t* packed, int bits, int64_t run, int64_t quads, const uint8_t* offset,
-                   const int32_t* far, int8_t* bytes, cpu::Bf16* panel) const {
+                   const int32_t* far, cpu::Bf16* panel) const {
+    constexpr int64_t kQuads = 64;
+    alignas(64) int8_t bytes[kQuads * kQuadRow];
     const int64_t stored = ceil_div(run, kQuad);
-    cpu::k_expand.at(isa_)(packed, bits, h_.taps * stored, offset, bytes);
     for (int64_t t = 0; t < h_.taps; ++t)
-      cpu::k_panel_bf16.at(isa_)(bytes + t * stored * kQuadRow, run, quads, far, panel + t * quads * kQuadRow);
+      for (int64_t q = 0; q < quads; q += kQuads) {
+        const int64_t codes = std::clamp<int64_t>(stored - q, 0, kQuads), count = std::min(quads - q, kQuads);
+        cpu::k_expand.at(isa_)(packed, bits, codes, offset, bytes);
+        cpu::k_panel_bf16.at(isa_)(bytes, run - q * kQuad, count, far, panel);
+        packed += codes * cpu::quad_row_bytes(bits);
+        panel += count * kQuadRow;
+      }
   }
 
   int64_t segment_size() const {  // of an expanded panel, elements
     return h_.taps * (kInt || kPlanes ? quads_ * kQuadRow : layer_.segment_run() * kLanes);
+  }
+  /// Panels whose expansion stays in L2; where there are planes, that has 2 MB.
+  int64_t fitting_panels() const {
+    const int64_t bytes = h_.segments * segment_size() * static_cast<int64_t>(sizeof(Panel));
+    return std::max<int64_t>(1, kPanelBytes * (kPlanes ? 2 : 1) / bytes);
   }
   int64_t chunk_size() const { return h_.taps * (kInt || kPlanes ? a_quads_ * kQuadRow : h_.run * kLanes); }
 
@@ -336,7 +349,7 @@ class Tiles {
         expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
       else if constexpr (kPlanes)
         expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far,
-                    s.bytes.get(), panel);
+                    panel);
       else
         expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), layer_.offset(p, seg), layer_.scale(p, seg),
                    far, s.bytes.get(), panel);
@@ -366,7 +379,7 @@ class Tiles {
           s.a_correction[q * kLanes + n] = in_.zero[0] * layer_.a_sum(at)[n];
         }
       } else if constexpr (kPlanes) {
-        expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, s.bytes.get(), panel);
+        expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, panel);
       } else {
         expand_f32(layer_.a<uint8_t>(at), 8, h_.run, offset, layer_.a_scale(at), kNear, s.bytes.get(), panel);
       }
@@ -535,9 +548,7 @@ class Tiles {
   void run_task(int64_t p_begin, int64_t p_end, int64_t t_begin, int64_t t_end) const {
     const cpu::TileSession session(isa_, static_cast<int>(grid_.block));
     const int64_t panel_size = h_.segments * segment_size(), tiles = t_end - t_begin;
-    const int64_t fit =
-        std::max<int64_t>(1, kPanelBytes / (panel_size * static_cast<int64_t>(sizeof(Panel))));
-    const int64_t block_panels = std::min({fit, p_end - p_begin, h_.panels});
+    const int64_t block_panels = std::min({fitting_panels(), p_end - p_begin, h_.panels});
     // Tiles that take turns with one panel, so that a panel which fits L1 stays there.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
     const int64_t pixel_bytes = in_.pixel * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
@@ -555,7 +566,7 @@ class Tiles {
     s.panels = Buffer<Panel>(block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
     s.correction = Buffer<int32_t>(kInt ? block_panels * kLanes : 0);
-    if (!kInt) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
+    if (!kInt && !kPlanes) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
     if (h_.rank > 0) {
       s.chunks = Buffer<Panel>(h_.chunks * chunk_size());
       s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
