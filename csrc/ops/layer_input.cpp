@@ -3,7 +3,6 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <type_traits>
 
 namespace cora {
@@ -134,7 +133,8 @@ LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Layer& layer, const 
   in.planes = planes;
   in.plane = (w.batch * in.image + kSets - 1) / kSets * kSets + kSkew;
   in.storage = Buffer<cpu::Bf16>(planes * in.plane);
-  std::memset(in.storage.get() + planes * in.plane, 0, kSlack);  // is multiplied by zeros
+  for (int p = 0; p < planes; ++p)  // what follows a plane is multiplied by zeros, so it must be finite
+    std::fill_n(in.storage.get() + p * in.plane + w.batch * in.image, kLine, cpu::Bf16{0});
   in.x = in.storage.get();
   const float* first = data<float>(x);
   std::atomic<bool> in_range{true};
