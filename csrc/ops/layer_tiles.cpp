@@ -202,9 +202,9 @@ class Tiles {
   }
   /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
   static void copy_line(const X* from, int64_t count, X* to) {
-    constexpr int64_t kBytes = 32;
+    constexpr int64_t kBytes = kPlanes ? 64 : 32;
     const int64_t bytes = count * static_cast<int64_t>(sizeof(X));
-    if (kInt && bytes <= kBytes)
+    if ((kInt || kPlanes) && bytes <= kBytes)
       std::memcpy(to, from, kBytes);  // a constant: two moves instead of a call
     else
       std::memcpy(to, from, static_cast<size_t>(bytes));
@@ -259,11 +259,10 @@ class Tiles {
       // What is past a run is multiplied by zeros, so it must be finite.
       if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
     }
-    for (int i = 0; i < rows.m; ++i) {
-      X* const to = rows.copy.get() + i * size;
-      for (int p = 0; p < in_.planes; ++p) copy(rows.row[i] + p * in_.plane, to + p * kMaxTileM * size);
-      rows.row[i] = to;
-    }
+    for (int p = 0; p < in_.planes; ++p)  // in memory's order
+      for (int i = 0; i < rows.m; ++i)
+        copy(rows.row[i] + p * in_.plane, rows.copy.get() + (p * kMaxTileM + i) * size);
+    for (int i = 0; i < rows.m; ++i) rows.row[i] = rows.copy.get() + i * size;
     rows.tap = gathered_tap_.data();
     rows.plane = kMaxTileM * size;
   }
