@@ -14,7 +14,7 @@ export CORA_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: demo test bench sanitize lint clean
+.PHONY: demo test bench performance sanitize lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
@@ -29,6 +29,10 @@ bench: $(VENV)/.test
 # The native tests under AddressSanitizer, and between guard pages.
 sanitize: $(VENV)/.test
 	$(BIN)/python tests/sanitize/run.py $(ARGS)
+
+# Every kernel and whole networks against other libraries (docs/performance.md), about ten minutes.
+performance: $(VENV)/.peers
+	$(BIN)/python benchmarks/performance.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -50,6 +54,10 @@ $(VENV)/.demo: $(VENV)/.tools $(BUILD)
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) --no-build-isolation -e '.[test,demo]'
+	touch $@
+
+$(VENV)/.peers: $(VENV)/.test
+	$(PIP) --no-build-isolation -e '.[test,demo,peers]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test

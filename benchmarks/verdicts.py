@@ -332,8 +332,8 @@ def _column(name: str) -> str:
     return " ".join(kept).replace(" rank,", ",").replace(" rank", " + adapter")
 
 
-def page(results: Mapping[str, Any]) -> str:
-    """docs/performance.md."""
+def page(results: Mapping[str, Any], notes: str = "") -> str:
+    """docs/performance.md; `notes` say what explains the verdicts."""
     peaks = results["peaks"]
     records = sorted(
         results["cases"].values(),
@@ -363,6 +363,8 @@ def page(results: Mapping[str, Any]) -> str:
             )
         ]
     parts += ["## Targets", _target_table(verdicts(records, peaks))]
+    if notes:
+        parts.append(notes.strip())
     for row, title in ROWS.items():
         members = [r for r in records if r["row"] == row]
         if not members:
@@ -372,6 +374,11 @@ def page(results: Mapping[str, Any]) -> str:
             parts.append(_memory_text(members[0]))
         else:
             parts.append(_row_table(members, peaks))
+    stale = sum(r.get("core") != records[-1].get("core") for r in records)
+    if stale:
+        parts.append(
+            f"{stale} of {len(records)} cases were measured with an earlier build of cora."
+        )
     absent = {name: why for r in records for name, why in r["absent"].items()}
     absent |= results.get("absent", {})
     lines = [f"- {name}: {why}" for name, why in absent.items()] or ["None."]
