@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in performance.py, before torch is loaded
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pytest
 import timing

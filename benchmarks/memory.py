@@ -48,9 +48,8 @@ def run(kind: str, folder: Path) -> int:
     import cora
 
     packed = cora.load(folder / "packed.safetensors", model)
-    fuse = getattr(cora, "fuse", None)
     with torch.inference_mode():
-        (fuse(packed, x) if fuse is not None else packed)(x)
+        cora.fuse(packed, x)(x)
     return peak_kib()
 
 

@@ -23,6 +23,9 @@ from typing import Any
 # Idle OpenMP threads stop spinning after half a millisecond instead of fifteen: they belong to one
 # contestant and would slow the next. Between two layers of a network no thread waits that long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# torch's switch for huge pages, for every contestant that computes in its tensors: without them bandwidth
+# is a matter of which pages the kernel happened to hand out.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
 
 import torch

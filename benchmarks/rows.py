@@ -6,6 +6,7 @@ A case is one piece of work. `build(threads)` makes its contestants: cora's own 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import cora
 from cora import ops
+from cora.convert import replace_layers
 from cora.lowrank import Adapter, LayerShape
 from cora.modules import QUANT_LAYERS, QuantLayer, QuantWeight, quantize_matrix
 
@@ -242,33 +244,38 @@ def packed_network(name: str) -> nn.Module:
     """Every convolution and the last layer at 4 bits with 8-bit inputs and adapters of 5 % of the full
     rank; input ranges fixed from the calibration images (the largest and least values)."""
     model = network(name)
-    ranges: dict[str, tuple[float, float]] = {}
+    ranges: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def widen(key: tuple[str, str], values: Tensor) -> None:
+        low, high = (float(v) for v in torch.aminmax(values))
+        before = ranges.get(key, (0.0, 0.0))
+        ranges[key] = (min(before[0], low), max(before[1], high))
 
     def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            low, high = (float(v) for v in torch.aminmax(args[0]))
-            before = ranges.get(name, (0.0, 0.0))
-            ranges[name] = (min(before[0], low), max(before[1], high))
+        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            widen((name, "input"), args[0])
+            widen((name, "output"), output)
 
         return hook
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     for batch in images(CALIBRATION)[0].split(8):
         model(batch)
     for handle in handles:
         handle.remove()
     replacements: dict[str, nn.Module] = {}
     for layer_name, layer in layers.items():
-        replacements[layer_name] = packed_layer(layer)
-        low, high = ranges[layer_name]
-        scale = (high - low) / 255
-        replacements[layer_name].set_activation_range(
-            torch.tensor([scale]), torch.tensor([round(-low / scale)])
-        )
-    import copy
+        packed_one = packed_layer(layer)
+        packed_one.set_activation_range(*_qparams(*ranges[layer_name, "input"]))
+        packed_one.set_output_range(*_qparams(*ranges[layer_name, "output"]))
+        replacements[layer_name] = packed_one
+    return replace_layers(copy.deepcopy(model), replacements).eval()
 
-    return cora.convert.replace_layers(copy.deepcopy(model), replacements).eval()
+
+def _qparams(low: float, high: float) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / 255
+    return torch.tensor([scale]), torch.tensor([round(-low / scale)])
 
 
 def packed_layer(layer: nn.Conv2d | nn.Linear) -> QuantLayer:
@@ -295,10 +302,8 @@ def _network(name: str, batch: int, threads: int) -> Contest:
     x = pictures[:batch].clone()
     packed_model = packed_network(name)
     ours: dict[str, Call] = {}
-    fuse = getattr(cora, "fuse", None)
-    if fuse is not None:
-        whole = fuse(packed_model, x)
-        ours["cora W4A8"] = lambda: whole(x)
+    whole = cora.fuse(packed_model, x)
+    ours["cora W4A8"] = lambda: whole(x)
     last = x.contiguous(memory_format=torch.channels_last)
     ours["cora W4A8, layer by layer"] = lambda: packed_model(last)
     work = peers.NetworkWork(name, model, x, pictures.split(8))
@@ -360,10 +365,9 @@ def _fake_quantize(_: int) -> Contest:
         return out, x - out
 
     calls: dict[str, Call] = {}
-    if hasattr(ops, "fake_quantize_out"):
-        calls["cora, into given tensors"] = lambda: ops.fake_quantize_out(
-            x, scale, zero_point, 4, *into
-        )
+    calls["cora, into given tensors"] = lambda: ops.fake_quantize_out(
+        x, scale, zero_point, 4, *into
+    )
     calls["cora, new tensors"] = lambda: ops.fake_quantize(x, scale, zero_point, 4, residual=True)
     calls["torch, residual subtracted"] = with_residual
     calls["torch, no residual"] = lambda: theirs(x, flat, zeros, 0, 0, 15)
