@@ -445,7 +445,7 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
   const auto panel_of = [&](int i) { return first_panel + warp_n * C::kRows + i; };
   const auto token_of = [&](int j, int e) { return (warp_m * C::kCols + j) * 8 + quad * 2 + e; };  // within the block
 
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < C::kStages - 1; ++s) {
     if (begin + s * C::kTilesK < end) block.copy_stage(begin + s * C::kTilesK, shared + s * stage_bytes);
     async_commit();

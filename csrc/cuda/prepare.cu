@@ -53,9 +53,12 @@ CORA_GLOBAL(kThreads, 1) tile_kernel(const LayerShape s, const Walk w, const int
     const int lane = static_cast<int>(i % 32), panel = static_cast<int>(i / 32 % panels);
     const int block = static_cast<int>(i / 32 / panels);
     uint32_t word[8] = {};
+#pragma unroll
     for (int j = 0; j < 4; ++j)
+#pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int64_t column = column_of(w, block, 16 * j + 4 * (lane % 4) + q);
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int64_t row = panel * kTileRows + lane / 4 + 8 * h;
           if (column >= 0 && row < s.n)
@@ -100,9 +103,12 @@ CORA_GLOBAL(kThreads, 1) a_tile_kernel(const LayerShape s, const Walk w, const i
     const int lane = static_cast<int>(i % 32), tile = static_cast<int>(i / 32 % rank_tiles);
     const int block = static_cast<int>(i / 32 / rank_tiles);
     uint32_t word[8] = {};
+#pragma unroll
     for (int j = 0; j < 4; ++j)
+#pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int64_t column = column_of(w, block, 16 * j + 4 * (lane % 4) + q);
+#pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int64_t row = tile * 16 + lane / 4 + 8 * h;
           const int code = column >= 0 && row < s.rank ? a[row * k + column] : 0;
@@ -140,7 +146,9 @@ CORA_GLOBAL(kThreads, 1) b_tile_kernel(const LayerShape s, const int panels, con
     const int lane = static_cast<int>(i % 32), tile = static_cast<int>(i / 32 % rank_tiles);
     const int64_t panel = i / 32 / rank_tiles;
     uint32_t word[8] = {};
+#pragma unroll
     for (int h = 0; h < 2; ++h)
+#pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int64_t row = panel * kTileRows + lane / 4 + 8 * h;
         const int r = tile * 16 + 4 * (lane % 4) + q;
