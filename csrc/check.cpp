@@ -95,4 +95,13 @@ QParamShape check_packed(const char* op, const char* name, const Tensor& packed,
   return check_qparams(op, scale, zero_point, packed.size(0), k);
 }
 
+bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
+  for (int d = 0; d < 4; ++d)
+    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
+  return true;
+}
+
 }  // namespace cora

@@ -59,6 +59,9 @@ void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero
 QParamShape check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& scale,
                          const Tensor& zero_point, int64_t bits, int64_t k);
 
+/// An image [batch, channels, H, W], dense and channels last; sizes of 1 may have any stride.
+bool is_channels_last(const Tensor& t);
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);

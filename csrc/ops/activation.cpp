@@ -43,16 +43,6 @@ Tensor empty_image(const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::empty({shape.data(), shape.size()}, dtype, std::nullopt, std::nullopt, std::nullopt, layout);
 }
 
-/// Dense and channels last; sizes of 1 may have any stride.
-bool channels_last(const Tensor& t) {
-  if (t.dim() != 4) return false;
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
-  for (int d = 0; d < 4; ++d)
-    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
-  return true;
-}
-
 Tensor quantize_activation_cpu(Tensor x, double scale, int64_t zero_point, int64_t bits, int64_t halo) {
   const char* op = "quantize_activation";
   check_bits(op, bits);
@@ -63,7 +53,7 @@ Tensor quantize_activation_cpu(Tensor x, double scale, int64_t zero_point, int64
   check_activation(op, "x", x, scale, zero_point, top, halo);
   const Tensor xf = to_dtype(x, ScalarType::Float);
   const Image image(x);
-  const bool last = channels_last(xf), transpose = x.dim() == 4 && !last && image.channels > 1;
+  const bool last = is_channels_last(xf), transpose = x.dim() == 4 && !last && image.channels > 1;
   const Tensor source = last ? xf : as_contiguous(xf);
   Tensor out = empty_image(bordered(x, halo), ScalarType::Byte);
   if (out.numel() == 0) return out;
@@ -107,7 +97,7 @@ Tensor dequantize_activation_cpu(Tensor codes, double scale, int64_t zero_point,
   const Image image(codes);
   CORA_CHECK(op, codes.dim() != 4 || (image.height >= 2 * halo && image.width >= 2 * halo),
              "codes must hold the border of ", halo, " pixels, got shape ", shape_text(codes));
-  CORA_CHECK(op, codes.dim() != 4 || channels_last(codes) || codes.numel() == 0,
+  CORA_CHECK(op, codes.dim() != 4 || is_channels_last(codes) || codes.numel() == 0,
              "codes must be channels_last, got another layout");
   const Tensor source = codes.dim() == 4 ? codes : as_contiguous(codes);
   Tensor out = empty_image(bordered(codes, -halo), ScalarType::Float);

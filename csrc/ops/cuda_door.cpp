@@ -117,14 +117,6 @@ Tensor allocate(const Tensor& x, const std::vector<int64_t>& shape, ScalarType d
   return t;
 }
 
-bool is_channels_last(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
-  for (int d = 0; d < 4; ++d)
-    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
-  return true;
-}
-
 cuda::PixelStrides pixel_strides(const Tensor& t) {
   const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
   return {t.size(0) == 1 ? h * w * c : t.stride(0), h == 1 ? w * c : t.stride(2), w == 1 ? c : t.stride(3),

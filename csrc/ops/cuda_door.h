@@ -47,9 +47,6 @@ class CudaCall {
 /// Uninitialised, on x's device; an image may lie channels-last.
 Tensor allocate(const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype, bool channels_last = false);
 
-/// Dense and channels-last; sizes of 1 may have any stride.
-bool is_channels_last(const Tensor& image);
-
 /// Strides of an image [batch, channels, height, width]; a size of 1 gets that of a channels-last one.
 cuda::PixelStrides pixel_strides(const Tensor& image);
 

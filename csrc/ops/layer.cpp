@@ -9,15 +9,6 @@ namespace {
 
 constexpr int64_t kShortestPlaneRun = 16;  // of 32 elements of K that bfloat16 multiplications take
 
-/// Strides of a dense channels-last tensor; sizes of 1 may have any stride.
-bool is_channels_last(const Tensor& x) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
-  for (int d = 0; d < 4; ++d)
-    if (x.size(d) != 1 && x.stride(d) != wanted[d]) return false;
-  return true;
-}
-
 Tensor channels_last(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }

@@ -11,15 +11,6 @@ namespace {
 
 constexpr int64_t kGrain = 65536;  // bytes read by a task
 
-/// Dense and channels last; sizes of 1 may have any stride.
-bool channels_last(const Tensor& t) {
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const int64_t wanted[4] = {h * w * c, 1, w * c, c};
-  for (int d = 0; d < 4; ++d)
-    if (t.size(d) != 1 && t.stride(d) != wanted[d]) return false;
-  return true;
-}
-
 /// Codes without their border: first pixel, and strides in bytes.
 struct Codes {
   Tensor held;
@@ -35,7 +26,7 @@ struct Codes {
     width = x.size(3) - 2 * halo;
     CORA_CHECK(op, height >= 1 && width >= 1, "x must hold pixels inside a border of ", halo, ", got shape ",
                shape_text(x));
-    held = channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+    held = is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
     batch = x.size(0);
     channels = x.size(1);
     line = x.size(3) * channels;
