@@ -205,14 +205,51 @@ using GemvS8Fn = void(const uint8_t* packed, int bits, int64_t rows, const uint8
 using GemvF32Fn = void(const uint8_t* packed, int bits, int64_t rows, const float* zero_point, const float* x,
                        int64_t ldx, int m, float* c);
 
-// --- Depthwise: one weight row a channel, channels contiguous -------------------------------------
-/// y[c] = sum over t of w[t * channels + c] * rows[t][c], fma, t ascending.
-using DepthwiseF32Fn = void(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y);
-/// y[c] += float(sum over t of (w - zw[c]) * (x - zx)) * scale[c]; the sum fits int32.
-using DepthwiseS8Fn = void(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw,
-                           const float* scale, int64_t taps, int64_t channels, float* y);
-/// y[c] = fma(u[c], b[c], y[c] * sx) + bias[c]; u with b, and bias, may be null.
-using DepthwiseFinishFn = void(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels);
+// --- Depthwise: one filter a channel, channels contiguous, in blocks of 32 -------------------------
+// A call makes `count` neighbouring output positions of a block's first `lanes` channels: c [count][32].
+
+/// Geometry in elements of x; rows and columns are the filter's.
+struct DepthwiseShape {
+  int64_t rows, columns;     // that are applied
+  int64_t line, pixel;       // from a row of the filter to the next, from a pixel to the next
+  int64_t stride, dilation;  // horizontal, in pixels
+
+  /// Neighbouring pixels that `count` outputs look at.
+  int64_t width(int64_t count) const { return (count - 1) * stride + (columns - 1) * dilation + 1; }
+  int64_t quads() const { return (rows + kQuad - 1) / kQuad; }
+};
+
+/// c[i * 32 + n] = sum over the filter's rows, then columns, of fma(x, w); w [row][column][32], rows w_row apart.
+using DepthwiseF32Fn = void(const float* x, const DepthwiseShape& s, const float* w, int64_t w_row, int64_t count,
+                            int lanes, float* c);
+
+/// Lines up what depthwise_s8 multiplies: the `rows` codes that a column of the filter meets, for each of `width`
+/// pixels of x and each channel. Level by level its own order; at most depthwise_strip_bytes.
+using DepthwiseStripFn = void(const uint8_t* x, const DepthwiseShape& s, int64_t width, int lanes, uint8_t* strip);
+inline int64_t depthwise_strip_bytes(const DepthwiseShape& s, int64_t width) {
+  return width * ((s.rows + 1) / 2) * 2 * kLanes * 2;
+}
+
+/// acc[i * 32 + n] = sum of x * w, exact; w int8 [planes][column][quad of rows][32][4], where the sum of the planes is
+/// the weight and rows that do not exist have weight 0.
+using DepthwiseS8Fn = void(const uint8_t* strip, const DepthwiseShape& s, const int8_t* w, int64_t planes,
+                           int64_t count, int lanes, int32_t* acc);
+
+/// A block's integer filters and what turns their sums into values:
+/// v = fma(float(acc - correction), alpha, bias) + float(adapter's acc - a_correction) * beta; arrays of 32.
+struct DepthwiseFilter {
+  const int8_t* w;  // as for depthwise_s8
+  int64_t planes;
+  const int32_t* correction;
+  const float* alpha;
+  const int8_t* a;  // one plane, or null: no adapter
+  const int32_t* a_correction;
+  const float* beta;
+};
+/// depthwise_s8 and the epilogue in one, sums never leaving the registers: codes from codes, nothing added. Output
+/// positions are y_pixel apart. Same bits as the two kernels; levels without it have those.
+using DepthwiseCodesFn = void(const uint8_t* strip, const DepthwiseShape& s, const DepthwiseFilter& f,
+                              const Epilogue& e, int64_t count, int lanes, int64_t y_pixel);
 
 /// out[c * ldo + r] = in[r * ldi + c]
 using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo);
@@ -236,8 +273,8 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(GemvS8Fn, gemv_s8)                              \
   _(GemvF32Fn, gemv_f32)                            \
   _(DepthwiseF32Fn, depthwise_f32)                  \
+  _(DepthwiseStripFn, depthwise_strip)              \
   _(DepthwiseS8Fn, depthwise_s8)                    \
-  _(DepthwiseFinishFn, depthwise_finish)            \
   _(TransposeFn, transpose)
 // Where the tile registers are worth it.
 #define CORA_KERNELS_UP_TO_AMX(_)   \
@@ -255,6 +292,9 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 
+// Where 32 registers pay; the lower levels do without.
+#define CORA_KERNELS_FROM_AVX512(_) _(DepthwiseCodesFn, depthwise_codes)
+
 #define CORA_DECLARE(Fn, name) Fn name;
 namespace scalar {
 CORA_KERNELS_COMMON(CORA_DECLARE)
@@ -269,6 +309,7 @@ CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
 namespace avx512 {
 CORA_KERNELS_COMMON(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
+CORA_KERNELS_FROM_AVX512(CORA_DECLARE)
 }  // namespace avx512
 namespace amx {
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
@@ -289,9 +330,16 @@ CORA_KERNELS_AMX(CORA_DECLARE)
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(nullptr, nullptr, nullptr, amx::name)};
 #define CORA_TABLE_UP_TO_AVX2(Fn, name) \
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, nullptr)};
+#if CORA_X86
+#define CORA_TABLE_FROM_AVX512(Fn, name) \
+  inline constexpr KernelTable<Fn> k_##name{#name, {nullptr, nullptr, avx512::name, nullptr}};
+#else
+#define CORA_TABLE_FROM_AVX512(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {}};
+#endif
 CORA_KERNELS_COMMON(CORA_TABLE)
 CORA_KERNELS_UP_TO_AMX(CORA_TABLE_UP_TO_AMX)
 CORA_KERNELS_AMX(CORA_TABLE_AMX)
 CORA_KERNELS_UP_TO_AVX2(CORA_TABLE_UP_TO_AVX2)
+CORA_KERNELS_FROM_AVX512(CORA_TABLE_FROM_AVX512)
 
 }  // namespace cora::cpu

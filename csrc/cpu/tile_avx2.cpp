@@ -343,57 +343,6 @@ void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_p
   });
 }
 
-void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y) {
-  for (int64_t c = 0; c < channels; c += 8) {
-    const __m256i mask = lane_mask(channels - c < 8 ? static_cast<int>(channels - c) : 8);
-    __m256 sum = _mm256_setzero_ps();
-    for (int64_t t = 0; t < taps; ++t)
-      sum = _mm256_fmadd_ps(_mm256_maskload_ps(w + t * channels + c, mask), _mm256_maskload_ps(rows[t] + c, mask), sum);
-    _mm256_maskstore_ps(y + c, mask, sum);
-  }
-}
-
-void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
-                  int64_t taps, int64_t channels, float* y) {
-  const __m256i z = _mm256_set1_epi32(zx);
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    __m256i sum = _mm256_setzero_si256(), xsum = _mm256_setzero_si256();
-    for (int64_t t = 0; t < taps; ++t) {
-      const __m128i x8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(rows[t] + c));
-      const __m128i q8 = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(w + t * channels + c));
-      const __m256i x = _mm256_sub_epi32(_mm256_cvtepu8_epi32(x8), z);
-      // Both fit 16 bits and the high halves of the codes are 0: madd is a 32-bit product.
-      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_cvtepu8_epi32(q8)));
-      xsum = _mm256_add_epi32(xsum, x);
-    }
-    sum = _mm256_sub_epi32(sum, _mm256_mullo_epi32(load(zw + c), xsum));
-    const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_loadu_ps(scale + c));
-    _mm256_storeu_ps(y + c, _mm256_add_ps(_mm256_loadu_ps(y + c), part));
-  }
-  for (; c < channels; ++c) {
-    int32_t sum = 0, xsum = 0;
-    for (int64_t t = 0; t < taps; ++t) {
-      sum += (rows[t][c] - zx) * w[t * channels + c];
-      xsum += rows[t][c] - zx;
-    }
-    const uint32_t s = static_cast<uint32_t>(sum) - static_cast<uint32_t>(zw[c]) * static_cast<uint32_t>(xsum);
-    y[c] += static_cast<float>(static_cast<int32_t>(s)) * scale[c];
-  }
-}
-
-void depthwise_finish(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels) {
-  int64_t c = 0;
-  for (; c + 8 <= channels; c += 8) {
-    __m256 v = _mm256_mul_ps(_mm256_loadu_ps(y + c), _mm256_set1_ps(sx));
-    if (u != nullptr) v = _mm256_fmadd_ps(_mm256_loadu_ps(u + c), _mm256_loadu_ps(b + c), v);
-    if (bias != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(bias + c));
-    _mm256_storeu_ps(y + c, v);
-  }
-  scalar::depthwise_finish(y + c, sx, u ? u + c : nullptr, b ? b + c : nullptr, bias ? bias + c : nullptr,
-                           channels - c);
-}
-
 void transpose(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo) {
   int64_t r = 0;
   for (; r + 8 <= rows; r += 8) {

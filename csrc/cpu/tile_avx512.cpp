@@ -410,45 +410,6 @@ void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_p
   });
 }
 
-void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y) {
-  for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = mask16(channels - c);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t t = 0; t < taps; ++t)
-      sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, w + t * channels + c), _mm512_maskz_loadu_ps(mask, rows[t] + c),
-                            sum);
-    _mm512_mask_storeu_ps(y + c, mask, sum);
-  }
-}
-
-void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
-                  int64_t taps, int64_t channels, float* y) {
-  const __m512i z = _mm512_set1_epi32(zx);
-  for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = mask16(channels - c);
-    __m512i sum = _mm512_setzero_si512(), xsum = _mm512_setzero_si512();
-    for (int64_t t = 0; t < taps; ++t) {
-      const __m512i x = _mm512_sub_epi32(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, rows[t] + c)), z);
-      const __m512i q = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w + t * channels + c));
-      sum = _mm512_add_epi32(sum, _mm512_madd_epi16(x, q));  // both fit 16 bits, the high halves of q are 0
-      xsum = _mm512_add_epi32(xsum, x);
-    }
-    sum = _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, zw + c), xsum));
-    const __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_maskz_loadu_ps(mask, scale + c));
-    _mm512_mask_storeu_ps(y + c, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, y + c), part));
-  }
-}
-
-void depthwise_finish(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels) {
-  for (int64_t c = 0; c < channels; c += 16) {
-    const __mmask16 mask = mask16(channels - c);
-    __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, y + c), _mm512_set1_ps(sx));
-    if (u != nullptr) v = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, u + c), _mm512_maskz_loadu_ps(mask, b + c), v);
-    if (bias != nullptr) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, bias + c));
-    _mm512_mask_storeu_ps(y + c, mask, v);
-  }
-}
-
 void transpose(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo) {
   for (int64_t r = 0; r < rows; r += 16)
     for (int64_t c = 0; c < cols; c += 16) {

@@ -147,37 +147,6 @@ void gemv_f32(const uint8_t* packed, int bits, int64_t rows, const float* zero_p
   }
 }
 
-void depthwise_f32(const float* const* rows, const float* w, int64_t taps, int64_t channels, float* y) {
-  for (int64_t c = 0; c < channels; ++c) {
-    float sum = 0;
-    for (int64_t t = 0; t < taps; ++t) sum = std::fma(w[t * channels + c], rows[t][c], sum);
-    y[c] = sum;
-  }
-}
-
-void depthwise_s8(const uint8_t* const* rows, int32_t zx, const uint8_t* w, const int32_t* zw, const float* scale,
-                  int64_t taps, int64_t channels, float* y) {
-  for (int64_t c = 0; c < channels; ++c) {
-    int32_t sum = 0, xsum = 0;
-    for (int64_t t = 0; t < taps; ++t) {
-      const int32_t x = rows[t][c] - zx;
-      sum += x * w[t * channels + c];
-      xsum += x;
-    }
-    const uint32_t s = static_cast<uint32_t>(sum) - static_cast<uint32_t>(zw[c]) * static_cast<uint32_t>(xsum);
-    y[c] += static_cast<float>(static_cast<int32_t>(s)) * scale[c];
-  }
-}
-
-void depthwise_finish(float* y, float sx, const float* u, const float* b, const float* bias, int64_t channels) {
-  for (int64_t c = 0; c < channels; ++c) {
-    float v = y[c] * sx;
-    if (u != nullptr) v = std::fma(u[c], b[c], v);
-    if (bias != nullptr) v += bias[c];
-    y[c] = v;
-  }
-}
-
 void transpose(const float* in, int64_t ldi, int64_t rows, int64_t cols, float* out, int64_t ldo) {
   constexpr int64_t kBlock = 16;  // both sides of a block stay in L1
   for (int64_t r0 = 0; r0 < rows; r0 += kBlock)

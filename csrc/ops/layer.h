@@ -54,6 +54,7 @@ struct LayerInput {
   int planes = 1;              // Bf16
   int64_t plane = 0;           // stride of planes
   bool in_range = true;        // Bf16: products of every element are those of floats
+  int64_t absent[2] = {0, 0};  // the padding is not there: x is the first pixel (depthwise, floats)
 };
 
 /// The channels-last destination: element (image, y, x, channel 0) and what happens on the way there.
@@ -78,7 +79,7 @@ template <typename X>
 void run_depthwise(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);
 
 struct LayerSource;
-void plan_depthwise(LayerHeader& header);
+void plan_depthwise(LayerHeader& header, const LayerSource& source);
 void fill_depthwise(const LayerHeader& header, const LayerSource& source, uint8_t* blob);
 
 /// Raw pointers to what a layer is prepared from.

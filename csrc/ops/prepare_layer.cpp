@@ -258,7 +258,7 @@ Tensor prepare_layer(const LayerArgs& args, const Window& window) {
   const int64_t widest = widest_weight(source, h.bits);
   h.narrow = widest * 255 * source.q.group_size <= INT32_MAX;
   h.bf16 = widest <= cpu::kExactBf16;
-  h.depthwise ? plan_depthwise(h) : plan_arrays(h);
+  h.depthwise ? plan_depthwise(h, source) : plan_arrays(h);
 
   Tensor blob = empty({h.bytes}, ScalarType::Byte);
   uint8_t* out = mutable_data<uint8_t>(blob);

@@ -53,8 +53,9 @@ struct LayerHeader {
   AdapterKind adapter;
   bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
   bool bf16;                                      // code - zero_point is exact in bfloat16
-  // Offsets of the arrays below, in bytes.
-  int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b;
+  int64_t planes;                                 // of a depthwise layer: int8 values whose sum is a weight
+  // Offsets of the arrays below, in bytes; depthwise.cpp says which it has.
+  int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b, merged;
 };
 
 /// Views into a prepared layer. Weight lanes that do not exist have scale 0.
