@@ -8,6 +8,7 @@ namespace cora {
 namespace {
 
 constexpr int64_t kShortestPlaneRun = 16;  // of 32 elements of K that bfloat16 multiplications take
+constexpr int64_t kFewestPlaneUses = 48;   // products an element must take part in for splitting it to pay
 
 Tensor channels_last(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
@@ -129,6 +130,10 @@ bool run_planes(const Tensor& x, ScalarType dtype, const Layer& layer, const Win
   if (cpu::active_isa() != cpu::Isa::kAmx || !h.bf16 || h.adapter == AdapterKind::kFloat || h.depthwise ||
       few_rows(h, w) || layer.segment_run() < kShortestPlaneRun)
     return false;
+  // Lines that are copied together are split and copied for every use; a transposition splits on its way.
+  const bool copied = h.walk == Walk::kCopied;
+  const int64_t kernels = copied ? 1 : h.kernel[0] * h.kernel[1], strides = copied ? 1 : h.stride[0] * h.stride[1];
+  if (!h.linear && (copied || !nchw) && h.n / h.groups * kernels / strides < kFewestPlaneUses) return false;
   // Bits of the significand, eight a plane.
   const int planes = dtype == ScalarType::BFloat16 ? 1 : dtype == ScalarType::Half ? 2 : 3;
   const LayerInput<cpu::Bf16> input = prepare_planes(x, layer, w, planes, nchw);
