@@ -247,9 +247,16 @@ TARGETS = (
 )
 
 
+DISTURBED = 0.25  # cores that others may keep busy while a case is timed
+
+
+def disturbed(record: Record) -> bool:
+    return bool(record.get("others", 0.0) > DISTURBED)
+
+
 def verdicts(records: Iterable[Record], peaks: Mapping[str, Mapping[str, float]]) -> list[Verdict]:
-    """Every target at every number of threads it was measured at."""
-    records = list(records)
+    """Every target at every number of threads it was measured at, by the cases that were not disturbed."""
+    records = [record for record in records if not disturbed(record)]
     found = []
     for target in TARGETS:
         for threads in sorted({r["threads"] for r in records}):
@@ -317,7 +324,8 @@ def _row_table(records: Sequence[Record], peaks: Mapping[str, Mapping[str, float
             share = f", {100 * rate / peak['amx_int8']:.0f} % of AMX" if "amx_int8" in peak else ""
             speed.append(f"{rate:.0f} GOP/s{share}")
         cells = [duration(times[name]) if name in times else "" for name in names]
-        rows.append([record["name"], str(record["threads"]), *cells, *speed])
+        mark = " (*)" if disturbed(record) else ""
+        rows.append([record["name"] + mark, str(record["threads"]), *cells, *speed])
     head = ["work", "threads", *names, *(["cora reaches"] if any(map(len, rows)) else [])]
     width = max(map(len, rows))
     return markdown(head[:width], [row + [""] * (width - len(row)) for row in rows])
@@ -379,6 +387,8 @@ def page(results: Mapping[str, Any], notes: str = "") -> str:
         parts.append(
             f"{stale} of {len(records)} cases were measured with an earlier build of cora."
         )
+    if any(map(disturbed, records)):
+        parts.append("(*) Other processes took part of the machine: not counted in the targets.")
     absent = {name: why for r in records for name, why in r["absent"].items()}
     absent |= results.get("absent", {})
     lines = [f"- {name}: {why}" for name, why in absent.items()] or ["None."]

@@ -201,6 +201,12 @@ def test_a_verdict_says_how_many_cases_reach_it() -> None:
     assert "1 of 2" in verdicts._target_table(found)
 
 
+def test_a_disturbed_case_has_no_verdict() -> None:
+    seconds = {"cora": 1.0, "OpenVINO int8": 2.0}
+    calm, busy = record("network", seconds, others=0.1), record("network", seconds, others=0.5)
+    assert len(verdict(verdicts.verdicts([calm, busy], {}), "OpenVINO int8").values) == 1
+
+
 def test_an_adapter_may_cost_eight_percent() -> None:
     seconds = {"cora W4A8 rank 3": 1.08, "cora no adapter": 1.0}
     found = verdicts.verdicts([record("conv3x3-codes", seconds)], {})
