@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, log
@@ -382,10 +383,11 @@ def page(results: Mapping[str, Any], notes: str = "") -> str:
             parts.append(_memory_text(members[0]))
         else:
             parts.append(_row_table(members, peaks))
-    stale = sum(r.get("core") != records[-1].get("core") for r in records)
+    builds = Counter(r.get("core") for r in records)
+    stale = len(records) - max(builds.values())
     if stale:
         parts.append(
-            f"{stale} of {len(records)} cases were measured with an earlier build of cora."
+            f"{stale} of {len(records)} cases were measured with another build of cora than the rest."
         )
     if any(map(disturbed, records)):
         parts.append("(*) Other processes took part of the machine: not counted in the targets.")
