@@ -52,9 +52,10 @@ $(VENV)/.demo: $(VENV)/.tools $(BUILD)
 	$(PIP) --no-build-isolation -e '.[demo]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+# With the demo's packages: one build serves both.
+$(VENV)/.test: $(VENV)/.tools $(BUILD)
 	$(PIP) --no-build-isolation -e '.[test,demo]'
-	touch $@
+	touch $(VENV)/.demo $@
 
 $(VENV)/.peers: $(VENV)/.test
 	$(PIP) --no-build-isolation -e '.[test,demo,peers]'
