@@ -748,11 +748,9 @@ def linear_lowrank(
     With ``x_bits`` > 0 the input is quantised first and weight and adapter see the same codes:
     static with x_scale and x_zero_point (codes ``clamp(rint(x / x_scale) + x_zero_point, 0,
     2**x_bits - 1)``), dynamic without (each row from its range min(x, 0)..max(x, 0)). Sums of codes
-    are then exact integers within a scale group, and with an int8 adapter (or none) the result is
-    the same bit for bit on every CPU level and thread count. The float steps are, in this order:
-    each group's integer times its weight scale, summed over groups in order; times x_scale; plus
-    each rank's contribution in order, fused multiply-add (an int8 adapter's hidden value is
-    ``(integer * adapter_scale) * x_scale``); plus bias.
+    are then exact integers within a scale group. :func:`run_layer`, which this is on a layer
+    prepared for the call, says in which order the float steps follow and where results agree bit
+    for bit.
 
     Args:
         x: float32, float16 or bfloat16 [..., K].
@@ -1106,10 +1104,11 @@ def run_layer(
     W + 2 halo]. A border at least as wide as the layer's padding is read in place.
 
     Sums of codes are exact integers within a scale group on every CPU level and thread count. The
-    float steps are, in this order: the integer times (weight scale * x_scale), scale groups added
-    up in order; plus the adapter; plus bias; plus add; clamped; and for codes times 1 / out_scale,
-    rounded to even. The adapter's hidden values are exact integers too; on AMX its second product
-    is done with them split into two bfloat16.
+    float steps are, in this order: the integer times (weight scale * x_scale) plus bias, fused (scale
+    groups are added up in order first); plus the adapter; plus add; clamped; and for codes times
+    1 / out_scale, rounded to even. An int8 adapter's hidden values are exact integers too; on AMX its
+    second product is done with them split into two bfloat16. So results agree bit for bit over
+    thread counts, and over levels without an adapter or with an int8 one below AMX.
 
     Args:
         x: float32, float16 or bfloat16, or uint8 codes; [..., K] (linear) or [batch, channels, H, W].

@@ -104,4 +104,26 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+std::vector<int64_t> packed_shape(const char* op, const Tensor& codes, int64_t bits) {
+  check_bits(op, bits);
+  check_dtype(op, "codes", codes, ScalarType::Byte);
+  CORA_CHECK(op, codes.dim() >= 1, "codes must have at least 1 dimension, got shape []");
+  std::vector<int64_t> shape = sizes_of(codes);
+  shape.back() = row_bytes(shape.back(), static_cast<int>(bits));
+  return shape;
+}
+
+std::vector<int64_t> unpacked_shape(const char* op, const Tensor& packed, int64_t bits, int64_t k) {
+  check_bits(op, bits);
+  check_dtype(op, "packed", packed, ScalarType::Byte);
+  CORA_CHECK(op, k >= 0, "k must be >= 0, got ", k);
+  CORA_CHECK(op, packed.dim() >= 1, "packed must have at least 1 dimension, got shape []");
+  const int64_t bytes = row_bytes(k, static_cast<int>(bits));
+  std::vector<int64_t> shape = sizes_of(packed);
+  CORA_CHECK(op, shape.back() == bytes, "packed must have last dimension ", bytes, " for k = ", k, " and ", bits,
+             " bits, got shape ", shape_text(packed));
+  shape.back() = k;
+  return shape;
+}
+
 }  // namespace cora

@@ -62,6 +62,17 @@ QParamShape check_packed(const char* op, const char* name, const Tensor& packed,
 /// An image [batch, channels, H, W], dense and channels last; sizes of 1 may have any stride.
 bool is_channels_last(const Tensor& t);
 
+/// The shape of codes uint8 [..., k] when packed, and of packed bytes when unpacked.
+std::vector<int64_t> packed_shape(const char* op, const Tensor& codes, int64_t bits);
+std::vector<int64_t> unpacked_shape(const char* op, const Tensor& packed, int64_t bits, int64_t k);
+
+/// The product of all sizes but the last.
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return rows;
+}
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);

@@ -75,7 +75,7 @@ class TileSession {
  private:
   const Isa isa_;
 };
-inline TileShape tile_shape(Isa isa) { 
+inline TileShape tile_shape(Isa isa) {
   return isa == Isa::kAmx ? TileShape{16, 2, 64, true} : TileShape{12, 1, kQuad, false};
 }
 
@@ -113,7 +113,6 @@ using UpProjectFn = void(const void* u, int m, int block, int64_t rank, const vo
 /// Up to here the epilogue does it, with u and b as floats.
 constexpr int kInlineRank = 8;
 
-
 /// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
 ///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or alpha[n] or 1, bias[n])
 ///   v = fma(u[i][j], b[j][n], v) for j < rank; v += up; v += add's row; v = min(max(v, low), high), a NaN giving low
@@ -134,6 +133,13 @@ struct Epilogue {
   bool codes;
   float inverse_scale;
   int32_t zero_point;
+
+  /// Moves the destination by `to` elements and the operand of the addition, if there is one, by `from`.
+  void advance(int64_t to, int64_t from) {
+    y = static_cast<char*>(y) + to * (codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    if (add != nullptr)
+      add = static_cast<const char*>(add) + from * (add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
+  }
 
   /// The bounds of v * inverse_scale that keep a code within the clamp and 0..255.
   float code_low() const {

@@ -28,8 +28,7 @@ constexpr int64_t kSpan = 28, kBand = 8;
 constexpr int64_t kTasks = 64;  // bands are lower rather than there being fewer tasks
 constexpr int64_t kFarTaps = 32768;  // so many taps of nine-bit weights by eight-bit codes fit int32
 
-constexpr int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-int64_t blocks_of(const LayerHeader& h) { return (h.channels + kLanes - 1) / kLanes; }
+int64_t blocks_of(const LayerHeader& h) { return ceil_div(h.channels, kLanes); }
 int64_t filter_bytes(const LayerHeader& h) { return h.kernel[1] * ((h.kernel[0] + kQuad - 1) / kQuad) * kQuadRow; }
 /// Integer filters of a block.
 int64_t sets_bytes(const LayerHeader& h) {
@@ -63,23 +62,18 @@ void plan_depthwise(LayerHeader& h, const LayerSource& source) {
   }
   h.far = low < -256 || high > 254 || h.taps > kFarTaps;
   h.planes = !h.far && (low < -128 || high > 127) ? 2 : 1;
-  int64_t at = round_up(sizeof(LayerHeader), 64);
-  const auto take = [&](int64_t bytes) {
-    const int64_t from = at;
-    at = round_up(at + bytes, 64);
-    return from;
-  };
+  Arrays arrays;
   const int64_t blocks = blocks_of(h), lanes = blocks * kLanes * 4;
-  h.codes = take(blocks * sets_bytes(h));
-  h.scale = take(h.segments * lanes);
-  h.wsum = take(h.segments * lanes);
-  h.far_zero = take(h.far ? h.segments * lanes : 0);
-  h.bias = take(h.has_bias ? lanes : 0);
-  h.a = take(h.rank * blocks * a_bytes(h));
-  h.a_sum = take(h.rank * lanes);
-  h.b = take(h.rank * lanes);
-  h.merged = take(h.taps * lanes);
-  h.bytes = at;
+  h.codes = arrays.take(blocks * sets_bytes(h));
+  h.scale = arrays.take(h.segments * lanes);
+  h.wsum = arrays.take(h.segments * lanes);
+  h.far_zero = arrays.take(h.far ? h.segments * lanes : 0);
+  h.bias = arrays.take(h.has_bias ? lanes : 0);
+  h.a = arrays.take(h.rank * blocks * a_bytes(h));
+  h.a_sum = arrays.take(h.rank * lanes);
+  h.b = arrays.take(h.rank * lanes);
+  h.merged = arrays.take(h.taps * lanes);
+  h.bytes = arrays.end();
 }
 
 void fill_depthwise(const LayerHeader& h, const LayerSource& source, uint8_t* blob) {
@@ -271,11 +265,7 @@ class Depthwise {
     e.c = s.c.get();
     e.bias = h_.has_bias ? layer_.at<float>(h_.bias) + channel : nullptr;
     const int64_t to = place.image * out_.image + place.y * out_.line + place.x * out_.pixel + channel;
-    e.y = static_cast<char*>(e.y) + to * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    if (e.add != nullptr) {
-      const int64_t from = place.image * out_.add_image + place.y * out_.add_line + place.x * out_.add_pixel + channel;
-      e.add = static_cast<const char*>(e.add) + from * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    }
+    e.advance(to, place.image * out_.add_image + place.y * out_.add_line + place.x * out_.add_pixel + channel);
     if constexpr (kInt) {
       const X* x = in_.x + place.image * in_.image + place.y * h_.stride[0] * in_.line +
                    place.x * h_.stride[1] * in_.pixel + channel;

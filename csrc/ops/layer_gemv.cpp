@@ -148,9 +148,7 @@ class Gemv {
     }
     e.bias = layer_.bias(p);
     const int64_t channel = p * kLanes;
-    e.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    if (e.add != nullptr)
-      e.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    e.advance(channel, channel);
     cpu::k_epilogue.at(isa_)(e, m_, static_cast<int>(std::min<int64_t>(kLanes, h_.n - channel)), at_, add_at_);
   }
 };

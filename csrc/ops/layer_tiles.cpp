@@ -24,7 +24,6 @@ using cpu::kQuad;
 using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
-
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 16 * 1024, kMaxBlockTiles = 8;
 
 /// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
@@ -113,9 +112,6 @@ class Tiles {
   std::vector<int64_t> gathered_tap_;
   Grid grid_;
   int64_t tiles_;
-
-  static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-  static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
   std::vector<int64_t> tap_offsets() const {
     std::vector<int64_t> offsets;
@@ -336,14 +332,13 @@ class Tiles {
     Buffer<float> up_weights;                  // B as the level multiplies it
     Buffer<float> alpha, a_alpha;              // [panels][32], [chunks][32]: weight scale times x's
     Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum
-    Buffer<float> hidden, real;            // [tiles][chunks][kHiddenChunk]
+    Buffer<float> hidden, real;                // [tiles][chunks][kHiddenChunk]
   };
 
   void expand_panel(Scratch& s, int64_t p, int64_t index) const {
-    static constexpr int32_t kNear[kLanes] = {};
     for (int64_t seg = 0; seg < h_.segments; ++seg) {
       Panel* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
-      const int32_t* far = h_.far ? layer_.far(p, seg) : kNear;
+      const int32_t* far = layer_.far(p, seg);
       if constexpr (kInt)
         expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
       else if constexpr (kPlanes)
@@ -505,9 +500,7 @@ class Tiles {
     }
     e.bias = layer_.bias(p);
     const int64_t channel = p / h_.panels * layer_.group_n() + first;
-    e.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    if (e.add != nullptr)
-      e.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    e.advance(channel, channel);
     s.pending.e = e;
     s.pending.m = rows.m;
     s.pending.lanes = lanes;
@@ -524,14 +517,13 @@ class Tiles {
 
   /// c (+)= a segment's exact integers times their scale.
   void requantize(Rows& rows, int64_t p, int64_t seg, const int32_t* acc, float* c) const {
-    static constexpr int32_t kNear[kLanes] = {};
     int32_t xsum[kMaxTileM] = {};
     if (h_.far) {
       cpu::k_row_sums.at(isa_)(segment(rows, seg), rows.tap, h_.taps, layer_.segment_run(), rows.m, xsum);
       for (int i = 0; i < rows.m; ++i)
         xsum[i] -= rows.zx[i] * static_cast<int32_t>(h_.taps * layer_.segment_run());
     }
-    const int32_t *wsum = layer_.wsum(p, seg), *far = h_.far ? layer_.far(p, seg) : kNear;
+    const int32_t *wsum = layer_.wsum(p, seg), *far = layer_.far(p, seg);
     const float* scale = layer_.scale(p, seg);
     if (h_.narrow) return cpu::k_requantize.at(isa_)(acc, rows.m, rows.zx, wsum, far, xsum, scale, seg > 0, c);
     for (int i = 0; i < rows.m; ++i)  // far zero-points: the same in 64 bits
@@ -555,6 +547,8 @@ class Tiles {
         panel_bytes <= kL1Panel
             ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * pixel_bytes), 1, kMaxBlockTiles)
             : 1;
+    // Hidden values are kept for the group's next block of panels, if there is one.
+    const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
     Scratch s;
     s.rows.reset(new Rows[static_cast<size_t>(2 * block_tiles)]);
     for (int i = 0; i < 2; ++i) {
@@ -571,15 +565,13 @@ class Tiles {
       s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
       s.a_correction = Buffer<int32_t>(kInt ? h_.chunks * kLanes : 0);
       s.up_weights = Buffer<float>(h_.adapter == AdapterKind::kInt8 ? block_panels * h_.chunks * kHiddenChunk : 0);
-      // Kept for the group's next block of panels, if there is one.
-      const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
       s.hidden = Buffer<float>((keep ? tiles : block_tiles) * h_.chunks * kHiddenChunk);
     }
     int64_t group = -1;
     for (int64_t p = p_begin; p < p_end;) {
       const int64_t g = p / h_.panels, group_end = std::min(p_end, (g + 1) * h_.panels);
       const int64_t block_end = std::min(group_end, p + block_panels);
-      const bool first = g != group, keep = block_panels < std::min(p_end - p_begin, h_.panels);
+      const bool first = g != group;
       if (first && h_.rank > 0) expand_chunks(s, g);
       for (int64_t i = p; i < block_end; ++i) expand_panel(s, i, i - p);
       for (int64_t t = t_begin, turn = 0; t < t_end; t += block_tiles, turn ^= block_tiles) {

@@ -10,23 +10,13 @@ namespace cora {
 
 namespace {
 
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-  return rows;
-}
-
 int64_t grain(int64_t k) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k)); }
 
 Tensor pack_bits_cpu(Tensor codes, int64_t bits) {
   const char* op = "pack_bits";
-  check_bits(op, bits);
-  check_dtype(op, "codes", codes, ScalarType::Byte);
-  CORA_CHECK(op, codes.dim() >= 1, "codes must have at least 1 dimension, got shape []");
+  const std::vector<int64_t> shape = packed_shape(op, codes, bits);
   const Tensor source = as_contiguous(codes);
-  std::vector<int64_t> shape = sizes_of(codes);
-  const int64_t k = shape.back(), bytes = row_bytes(k, static_cast<int>(bits));
-  shape.back() = bytes;
+  const int64_t k = codes.size(codes.dim() - 1), bytes = shape.back();
   Tensor packed = empty(shape, ScalarType::Byte);
   const auto kernel = cpu::k_pack_row();
   const uint8_t* from = data<uint8_t>(source);
@@ -42,15 +32,8 @@ Tensor pack_bits_cpu(Tensor codes, int64_t bits) {
 
 Tensor unpack_bits_cpu(Tensor packed, int64_t bits, int64_t k) {
   const char* op = "unpack_bits";
-  check_bits(op, bits);
-  check_dtype(op, "packed", packed, ScalarType::Byte);
-  CORA_CHECK(op, k >= 0, "k must be >= 0, got ", k);
-  CORA_CHECK(op, packed.dim() >= 1, "packed must have at least 1 dimension, got shape []");
-  const int64_t bytes = row_bytes(k, static_cast<int>(bits));
-  std::vector<int64_t> shape = sizes_of(packed);
-  CORA_CHECK(op, shape.back() == bytes, "packed must have last dimension ", bytes, " for k = ", k, " and ", bits,
-             " bits, got shape ", shape_text(packed));
-  shape.back() = k;
+  const std::vector<int64_t> shape = unpacked_shape(op, packed, bits, k);
+  const int64_t bytes = packed.size(packed.dim() - 1);
   const Tensor source = as_contiguous(packed);
   Tensor codes = empty(shape, ScalarType::Byte);
   const auto kernel = cpu::k_unpack_row();

@@ -17,8 +17,6 @@ using cpu::kQuadRow;
 
 constexpr uint64_t kMagic = 0x31726579616c6163;  // "calayer1"
 
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
 void plan_walk(LayerHeader& h, int64_t scale_groups) {
   const int64_t taps = h.kernel[0] * h.kernel[1], cg = h.channels / h.groups;
   h.segments = scale_groups;
@@ -58,26 +56,21 @@ int64_t natural_index(const LayerHeader& h, int64_t t, int64_t k) {
 /// Lays the arrays out behind the header.
 void plan_arrays(LayerHeader& h) {
   const int64_t lanes = h.groups * h.panels * kLanes, grouped = lanes * h.segments;
-  int64_t at = round_up(sizeof(LayerHeader), 64);
-  const auto take = [&](int64_t bytes) {
-    const int64_t from = at;
-    at = round_up(at + bytes, 64);
-    return from;
-  };
+  Arrays arrays;
   const Layer view{&h};
-  h.codes = take(h.groups * h.panels * h.segments * view.segment_bytes() + kSlack);
-  h.offset = take(grouped);
-  h.scale = take(grouped * 4);
-  h.zero_point = take(grouped * 4);
-  h.wsum = take(grouped * 4);
-  h.far_zero = take(h.far ? grouped * 4 : 0);
-  h.bias = take(h.has_bias ? lanes * 4 : 0);
+  h.codes = arrays.take(h.groups * h.panels * h.segments * view.segment_bytes() + kSlack);
+  h.offset = arrays.take(grouped);
+  h.scale = arrays.take(grouped * 4);
+  h.zero_point = arrays.take(grouped * 4);
+  h.wsum = arrays.take(grouped * 4);
+  h.far_zero = arrays.take(h.far ? grouped * 4 : 0);
+  h.bias = arrays.take(h.has_bias ? lanes * 4 : 0);
   const int64_t chunks = h.groups * h.chunks;
-  h.a = take(chunks * (h.rank > 0 ? view.a_size() : 0) + kSlack);
-  h.a_scale = take(chunks * kLanes * 4);
-  h.a_sum = take(chunks * kLanes * 4);
-  h.b = take(lanes * h.rank * (h.adapter == AdapterKind::kInt8 ? 1 : 4));
-  h.bytes = at;
+  h.a = arrays.take(chunks * (h.rank > 0 ? view.a_size() : 0) + kSlack);
+  h.a_scale = arrays.take(chunks * kLanes * 4);
+  h.a_sum = arrays.take(chunks * kLanes * 4);
+  h.b = arrays.take(lanes * h.rank * (h.adapter == AdapterKind::kInt8 ? 1 : 4));
+  h.bytes = arrays.end();
 }
 
 /// The part of a zero-point that an int8 weight can carry: code - offset fits for every code.

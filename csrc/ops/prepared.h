@@ -58,6 +58,24 @@ struct LayerHeader {
   int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b, merged;
 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+/// Lays arrays out behind the header, each at a cache line's start.
+class Arrays {
+ public:
+  /// The offset of the next `bytes` bytes.
+  int64_t take(int64_t bytes) {
+    const int64_t from = end_;
+    end_ = round_up(end_ + bytes, 64);
+    return from;
+  }
+  int64_t end() const { return end_; }
+
+ private:
+  int64_t end_ = round_up(sizeof(LayerHeader), 64);
+};
+
 /// Views into a prepared layer. Weight lanes that do not exist have scale 0.
 struct Layer {
   const LayerHeader* h;
@@ -81,7 +99,10 @@ struct Layer {
   const float* scale(int64_t p, int64_t s) const { return lanes<float>(h->scale, p, s); }
   const int32_t* zero_point(int64_t p, int64_t s) const { return lanes<int32_t>(h->zero_point, p, s); }
   /// zero_point - offset: what of a zero-point does not fit the int8 weights.
-  const int32_t* far(int64_t p, int64_t s) const { return lanes<int32_t>(h->far_zero, p, s); }
+  const int32_t* far(int64_t p, int64_t s) const {
+    static constexpr int32_t kNear[cpu::kLanes] = {};
+    return h->far ? lanes<int32_t>(h->far_zero, p, s) : kNear;
+  }
   /// Sum of code - offset.
   const int32_t* wsum(int64_t p, int64_t s) const { return lanes<int32_t>(h->wsum, p, s); }
   const float* bias(int64_t p) const {
