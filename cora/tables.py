@@ -8,11 +8,15 @@ from typing import Any
 __all__ = ["comparison_table", "format_metric", "kib", "metrics_of", "text_table"]
 
 _PERCENT = frozenset(
-    {"agreement", "char_accuracy", "f1", "precision", "recall", "top1", "top5", "word_accuracy"}
+    {
+        *("word_accuracy", "char_accuracy", "top1", "top5", "f1", "precision", "recall"),
+        *("sentiment", "retrieval", "agreement"),
+    }
 )
 _ORDER = (
     *("word_accuracy", "char_accuracy", "top1", "top5", "f1", "precision", "recall"),
-    *("kl", "relative_error", "agreement"),
+    *("sentiment", "retrieval"),
+    *("kl", "similarity", "relative_error", "agreement"),
 )
 _NOT_METRICS = frozenset({"row", "bits_per_weight", "total_bits", "samples", "seconds"})
 

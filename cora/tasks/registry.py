@@ -11,6 +11,7 @@ from torch import nn
 
 from cora.tasks.base import Task
 from cora.tasks.cifar import Cifar10
+from cora.tasks.embedding import TextEmbedding
 from cora.tasks.fashion import FashionMnist
 from cora.tasks.imagenet import Imagenet
 from cora.tasks.ocr_detection import OcrDetection
@@ -28,6 +29,7 @@ _BUILT_IN: dict[str, Callable[[Data], Task]] = {
     "cifar10-resnet32": lambda data: Cifar10(32, data),
     "imagenet": lambda data: Imagenet(data=data),
     "fashion-mnist": lambda data: FashionMnist(data),
+    "text-embedding": lambda data: TextEmbedding(data),
 }
 
 
