@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from .calibration import Calibration
 from .compare import compare
 from .convert import dequantize, quantize
+from .diagnosis import Diagnosis, diagnose
 from .fuse import FusedModel, fuse
 from .modules import (
     QuantConv1d,
@@ -26,6 +27,7 @@ from .serialization import load, save
 
 __all__ = [
     "Calibration",
+    "Diagnosis",
     "FusedModel",
     "QuantConv1d",
     "QuantConv2d",
@@ -40,6 +42,7 @@ __all__ = [
     "SearchConfig",
     "compare",
     "dequantize",
+    "diagnose",
     "fuse",
     "load",
     "quantize",
