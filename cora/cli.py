@@ -30,6 +30,7 @@ from cora.report import float_state_bits, versions
 from cora.serialization import read_header
 from cora.tables import comparison_table, kib, text_table
 from cora.tasks import Task, UserTask, available_tasks, load_object, resolve_task
+from cora.tasks.corruptions import robustness, robustness_table
 
 __all__ = ["main"]
 
@@ -143,10 +144,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("file", type=_existing, metavar="FILE")
     command.add_argument("--limit", type=_positive, metavar="N", help="validation samples")
     command.add_argument("--fuse", action="store_true", help=_FUSE_HELP)
-    command = add("inspect", _inspect, "what a packed file holds", data)
-    command.add_argument("file", type=_existing, metavar="FILE")
-    command.add_argument("--model", help=f"also check that the file fits: {_MODEL_HELP}")
-    command.add_argument("--html", type=_page, metavar="PAGE", help="write the report as a page")
+    command.add_argument(
+        "--corruptions",
+        action="store_true",
+        help="also on images with noise, blur and less contrast, at five severities",
+    )
+    about = "what a packed file holds, or where quantization would hurt a model and what helps"
+    _inspect_arguments(add("inspect", _inspect, about, data))
     command = add("bench", _bench, "time a packed file against its float model", data)
     _model_arguments(command)
     command.add_argument("file", type=_existing, metavar="FILE")
@@ -171,6 +175,34 @@ def _model_arguments(command: Any) -> None:
             metavar="SPEC",
             help="file.py:object or module:object: batches, or a function",
         )
+
+
+def _inspect_arguments(command: Any) -> None:
+    add = command.add_argument
+    add("target", metavar="MODEL_OR_FILE", help=f"*.safetensors, or a model: {_MODEL_HELP}")
+    add("--html", type=_page, metavar="PAGE", help="write the report as a page")
+    add = command.add_argument_group("of a packed file").add_argument
+    add("--model", help=f"also check that the file fits: {_MODEL_HELP}")
+    # Their defaults are set in _diagnose: a packed file must be able to refuse them.
+    add = command.add_argument_group("of a model").add_argument
+    add("--bits", type=int, choices=range(2, 9), help="default 3")
+    add("--granularity", choices=("per_tensor", "per_channel", "per_group"))
+    add("--group-size", type=_positive, metavar="N", help="weights a scale; implies per_group")
+    add("--clip", choices=("minmax", "ksigma", "mse"), help="default mse")
+    add("--adapter-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32), help="default 4")
+    add("--samples", type=_positive, metavar="N", help="calibration samples")
+    add("--seed", type=int, help="default 0")
+    add(
+        "--calibration",
+        metavar="SPEC",
+        help="file.py:object or module:object: batches, or a function",
+    )
+
+
+_OF_A_MODEL = (
+    *("bits", "granularity", "group_size", "clip", "adapter_bits", "samples", "seed"),
+    "calibration",
+)
 
 
 def _quantize_arguments(command: Any) -> None:
@@ -376,10 +408,28 @@ def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     text = text_table(*comparison_table(rows))
     if "samples" in rows[0]:
         text += f"\n{rows[0]['samples']:.0f} validation samples"
-    return {"model": args.model, "file": str(args.file), "fused": args.fuse, "rows": rows}, text
+    corrupted = None
+    if args.corruptions:
+        models = {"float": model, "packed": qmodel}
+        corrupted = robustness(task, models, args.limit, progress=args.progress)
+        text += f"\n\n{text_table(*robustness_table(corrupted))}"
+    values = {"model": args.model, "file": str(args.file), "fused": args.fuse, "rows": rows}
+    return {**values, "corruptions": corrupted}, text
 
 
 def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    target = Path(args.target)
+    packed = target.suffix == ".safetensors" or (target.is_file() and target.suffix != ".py")
+    for option in ("model",) if not packed else _OF_A_MODEL:
+        if getattr(args, option) is not None:
+            kind, other = ("packed file", "model") if packed else ("model", "packed file")
+            name = f"--{option.replace('_', '-')}"
+            raise ValueError(f"{name} goes with a {other}, {args.target} is a {kind}")
+    if not packed:
+        return _diagnose(args)
+    if not target.is_file():
+        raise ValueError(f"there is no file {args.target!r}")
+    args.file = target
     header = read_header(args.file)
     size = args.file.stat().st_size
     report = cora.Report.from_dict(header["report"]) if header["report"] else None
@@ -413,6 +463,27 @@ def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "report": header["report"],
     }
     return values, "\n".join(text)
+
+
+def _diagnose(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What `inspect` says of a model."""
+    granularity: Any = args.granularity or ("per_group" if args.group_size else "per_channel")
+    spec = QuantSpec(args.bits or 3, granularity, args.group_size, clip=args.clip or "mse")
+    args.model = args.target
+    task = _task(args)
+    samples, seed = args.samples or task.default_samples, args.seed or 0
+    model = task.model()
+    batches = task.calibration(samples, seed)
+    calibration = Calibration(
+        model, batches, samples, seed, logits=task.output_logits, progress=args.progress
+    )
+    diagnosis = cora.diagnose(model, calibration, spec, args.adapter_bits or 4, args.progress)
+    text = [str(diagnosis)]
+    if args.html:
+        diagnosis.to_html(args.html)
+        text += ["", f"{args.html}: the diagnosis"]
+    values = {"model": args.model, "html": str(args.html) if args.html else None}
+    return {**values, "diagnosis": diagnosis.to_dict()}, "\n".join(text)
 
 
 def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -155,12 +155,89 @@ def test_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "stored" in capsys.readouterr().out
 
 
+def test_inspect_a_file_that_is_no_packed_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "text").write_text("no tensors")
+    assert "not a whole safetensors file" in fails(capsys, "inspect", "text")
+
+
 def test_inspect_a_file_without_report(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = cora.QuantLinear.from_float(torch.nn.Linear(8, 4), cora.QuantSpec(bits=4), rank=1)
     cora.save(torch.nn.Sequential(layer), "bare.safetensors")
     assert run(capsys, "inspect", "bare.safetensors")["report"] is None
     assert cli.main(["inspect", "bare.safetensors"]) == 0
     assert "Linear" in capsys.readouterr().out
+
+
+DIAGNOSE = ("--samples", "16", "--no-progress")
+
+
+def test_inspect_a_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = run(capsys, "inspect", "whole.py", *DIAGNOSE)
+    found = values["diagnosis"]
+    assert values["model"] == "whole.py" and [la["name"] for la in found["layers"]] == list("025")
+    assert found["settings"]["weight"]["bits"] == 3 and found["settings"]["adapter_bits"] == 4
+    assert found["settings"]["calibration_samples"] == 16
+    given = ("parts.py:build", "--calibration", "parts.py:batches")
+    assert run(capsys, "inspect", *given, *DIAGNOSE)["diagnosis"] == found
+    assert run(capsys, "inspect", "whole.py", "--seed", "1", *DIAGNOSE)["diagnosis"] != found
+    fields = ("--bits", "2", "--group-size", "1", "--clip", "minmax", "--adapter-bits", "8")
+    other = run(capsys, "inspect", "whole.py", *fields, *DIAGNOSE)["diagnosis"]["settings"]
+    weight = other["weight"]
+    assert (weight["bits"], weight["granularity"], weight["group_size"]) == (2, "per_group", 1)
+    assert weight["clip"] == "minmax" and other["adapter_bits"] == 8
+
+
+def test_inspect_a_model_as_text_and_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["inspect", "whole.py", "--html", "d.html", *DIAGNOSE]) == 0
+    out = capsys.readouterr().out
+    for part in ("stable rank", "predicted loss", "d.html: the diagnosis"):
+        assert part in out
+    assert "diagnosis" in (folder / "d.html").read_text()
+
+
+def test_inspect_refuses_the_other_kind_s_options(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(packed(folder))
+    capsys.readouterr()
+    for option, value in (("--bits", "3"), ("--group-size", "3"), ("--calibration", "x.py:y")):
+        assert f"{option} goes with a model" in fails(capsys, "inspect", path, option, value)
+    line = fails(capsys, "inspect", "whole.py", "--model", "parts.py:build")
+    assert "--model goes with a packed file" in line
+
+
+def test_evaluate_corruptions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(packed(folder))
+    capsys.readouterr()
+    argv = ("evaluate", "whole.py", path, "--limit", "16", "--corruptions")
+    values = run(capsys, *argv)
+    rows = values["corruptions"]
+    assert len(rows) == 17 and rows[0]["corruption"] == "clean"
+    for row, name in zip(values["rows"], ("float", "packed"), strict=True):
+        for key in ("top1", "kl", "agreement"):
+            assert rows[0]["models"][name][key] == pytest.approx(row[key])
+    assert run(capsys, *argv)["corruptions"] == rows
+    assert run(capsys, *argv[:-1])["corruptions"] is None
+    assert cli.main([*argv, "--fuse"]) == 0
+    out = capsys.readouterr().out
+    assert "bits/weight" in out and "gaussian blur" in out and "packed drop" in out
+
+
+def test_evaluate_corruptions_of_what_is_no_image(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "flat.py").write_text(
+        "import torch\ndef build(): return torch.nn.Linear(8, 3)\n"
+        "def calibration(): return [torch.ones(4, 8)]\nvalidation = calibration\n"
+    )
+    quick = ("-o", "f.safetensors", "--rank-budget", "0", "--no-compare", *QUICK)
+    assert cli.main(["quantize", "flat.py", *quick]) == 0
+    capsys.readouterr()
+    line = fails(capsys, "evaluate", "flat.py", "f.safetensors", "--corruptions")
+    assert "corruptions need images" in line and "[4, 8]" in line
 
 
 def test_bench(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +302,16 @@ BAD = {
     ),
     "data folder": (["info", "--data", "none"], "none"),
     "no packed file": (["inspect", "none.safetensors"], "none.safetensors"),
-    "no packed file at all": (["inspect", "parts.py"], "not a whole safetensors file"),
+    "no packed file at all": (["inspect", "whole.safetensors"], "there is no file"),
+    "neither a model nor a file": (["inspect", "nothing"], "nothing"),
+    "a model without data": (["inspect", "parts.py:build"], "--calibration"),
+    "bits of a diagnosis": (["inspect", "whole.py", "--bits", "1"], "--bits"),
+    "groups of a diagnosis": (["inspect", "whole.py", "--group-size", "7"], "group_size"),
+    "granularity of a diagnosis": (
+        ["inspect", "whole.py", "--granularity", "per_group"],
+        "group_size",
+    ),
+    "page of a diagnosis": (["inspect", "whole.py", "--html", "none/p"], "the folder 'none'"),
 }
 
 
