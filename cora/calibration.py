@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,15 +16,15 @@ from tqdm.auto import tqdm
 
 from .batches import Batch, divergence, float_tensors, output_logits, required_inputs
 from .fold import fold_batch_norms, fold_pairs
-from .lowrank import FloatLayer, LayerShape
+from .lowrank import FloatLayer, LayerShape, unfold
 from .modules import QUANT_LAYERS, QuantLayer
+from .moments import add_products, draw, input_rows, output_energy, symmetric
 
 __all__ = [
     "ActivationRange",
     "Calibration",
     "activation_qparams",
     "correct_biases",
-    "input_rows",
     "quantizable_layers",
 ]
 
@@ -62,120 +63,6 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[st
         elif any(True for _ in module.parameters(recurse=False)):
             kept[name] = f"{type(module).__name__}: not a weight matrix of a kind that is quantized"
     return layers, kept
-
-
-# --- A layer's input as rows of a matrix ---------------------------------------------------------
-
-
-def _reach(layer: FloatLayer, size: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """Along each dimension, what output position o sees at kernel position k of an input of `size`.
-
-    Returns:
-        index int64 [outputs, kernel], within the input, and bool: False where it sees a zero instead.
-    """
-    found = []
-    for d, n in enumerate(size):
-        kernel, stride, padding = layer.kernel_size[d], layer.stride[d], layer.padding
-        tap = torch.arange(kernel) * layer.dilation[d]
-        if layer.transposed:  # input i lands on output o = i * stride + tap - padding
-            outputs = (n - 1) * stride - 2 * padding[d] + int(tap[-1]) + layer.output_padding[d] + 1
-            index = torch.arange(outputs)[:, None] + padding[d] - tap
-            inside = (index >= 0) & (index < n * stride) & (index % stride == 0)
-            index = index.div(stride, rounding_mode="floor")
-        else:
-            left, right = layer._reversed_padding_repeated_twice[2 * (len(size) - 1 - d) :][:2]
-            outputs = (n + left + right - int(tap[-1]) - 1) // stride + 1
-            index = torch.arange(outputs)[:, None] * stride + tap - left
-            inside = (index >= 0) & (index < n)
-            if layer.padding_mode == "circular":
-                index %= n
-            elif layer.padding_mode == "reflect":
-                index = (n - 1) - ((n - 1) - index.abs()).abs()
-            if layer.padding_mode != "zeros":
-                inside = torch.ones_like(inside)
-        found.append((index.clamp(0, n - 1), inside))
-    return found
-
-
-def input_rows(
-    layer: FloatLayer, x: Tensor, limit: int | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """What each output position of a layer sees, as rows that meet the rows of its weight matrix.
-
-    Args:
-        layer: a Linear or (transposed) convolution.
-        x: its input.
-        limit: keep about this many positions, drawn with `generator`; None keeps all.
-
-    Returns:
-        float32 [groups, positions, K].
-    """
-    x = x.detach().float()
-    if isinstance(layer, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1])
-        return rows[_draw(len(rows), limit, generator)].unsqueeze(0)
-    dims = len(layer.kernel_size)
-    if x.dim() == dims + 1:
-        x = x.unsqueeze(0)
-    reach = _reach(layer, x.shape[2:])
-    sizes = (len(x), *(len(index) for index, _ in reach))
-    image, *place = torch.unravel_index(_draw(math.prod(sizes), limit, generator), sizes)
-    # Only what the drawn positions see is read: x is neither padded nor unfolded.
-    where, inside = [image.reshape(-1, *[1] * dims)], torch.ones(1, dtype=torch.bool)
-    for d, (index, valid) in enumerate(reach):
-        shape = [-1 if axis in (0, 1 + d) else 1 for axis in range(1 + dims)]
-        shape[0] = len(image)
-        where.append(index[place[d]].reshape(shape))
-        inside = inside & valid[place[d]].reshape(shape)
-    rows = x.movedim(1, -1)[tuple(where)]  # [positions, *kernel, Cin]
-    if not inside.all():
-        rows.masked_fill_(~inside.unsqueeze(-1).to(rows.device), 0)
-    return rows.movedim(-1, 1).reshape(len(image), layer.groups, -1).transpose(0, 1)
-
-
-def _draw(count: int, limit: int | None, generator: torch.Generator | None) -> Tensor:
-    if limit is None or count <= limit:
-        return torch.arange(count)
-    if count <= 4 * limit:
-        return torch.randperm(count, generator=generator)[:limit]
-    return torch.randint(count, (limit,), generator=generator)
-
-
-_BLOCKS = 8  # of rows: with 8, the lower triangle takes 9/16 of the square's products
-
-
-def _by_blocks(total: Tensor) -> bool:
-    return len(total) == 1 and total.shape[1] >= 256
-
-
-def _add_products(total: Tensor, rows: Tensor, weight: float) -> None:
-    """total += weight * rows^T rows, at least its lower triangle.
-
-    Args:
-        total: [groups, K, K].
-        rows: [groups, positions, K].
-    """
-    if not _by_blocks(total):
-        total.baddbmm_(rows.transpose(1, 2), rows, alpha=weight)
-        return
-    columns = total.shape[1]
-    step = -(-columns // _BLOCKS)
-    for start in range(0, columns, step):
-        end = min(start + step, columns)
-        left, right = rows[0, :, start:end].T, rows[0, :, :end]
-        total[0, start:end, :end].addmm_(left, right, alpha=weight)
-
-
-def _symmetric(total: Tensor) -> Tensor:
-    """What `_add_products` made, whole; in its place."""
-    if _by_blocks(total):
-        matrix, step = total[0], -(-total.shape[1] // _BLOCKS)
-        for start in range(0, len(matrix), step):
-            end = start + step
-            block = matrix[start:end, start:end]
-            block.copy_(block.tril() + block.tril(-1).T)
-            matrix[:start, start:end] = matrix[start:end, :start].T
-    return total
 
 
 # --- The calibration set -------------------------------------------------------------------------
@@ -241,6 +128,8 @@ class Calibration:
                 self.kept_float.pop(norm, None)
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
+        self._seen: dict[str, float] = {}  # layer -> positions a sample
+        self._order: list[str] | None = None
         self._sensitivity: dict[str, float] | None = None
         self._activations: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
 
@@ -388,13 +277,130 @@ class Calibration:
             chunk.append(other)
         return chunk
 
+    def output_size(self, name: str) -> float:
+        """Root mean square of a layer's output (without its bias) over positions and channels."""
+        layer = self.layers[name]
+        shape = LayerShape.of(layer)
+        transposed = getattr(layer, "transposed", False)
+        matrix = unfold(layer.weight.detach().float(), transposed, shape.groups)
+        energy = output_energy(matrix, shape, self.moment(name))
+        return (energy / (shape.rows * max(self._seen[name], 1.0))) ** 0.5
+
+    @property
+    def order(self) -> list[str]:
+        """The layers' names in the order in which they first run; those that never run come last."""
+        if self._order is None:
+            seen: dict[str, None] = {}
+            with torch.no_grad(), self.watch(self.layers, lambda name, _x, _y: seen.setdefault(name)):
+                self.run(self.batches[0][:1])
+            self._order = list(dict.fromkeys([*seen, *self.layers]))
+        return self._order
+
+    def drift(
+        self, names: Sequence[str], model: nn.Module, samples: int = 512
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """What the named layers see in a model that differs from the float one in earlier layers.
+
+        Args:
+            names: layers, whose modules in `model` see their inputs as it has them.
+            model: the other model, of the same structure.
+            samples: calibration samples that are run, at most; each run ends with the last of `names`.
+
+        Returns:
+            For each layer that ran: the second moment of its inputs there, and their products with the
+            inputs here, sum x_here x_there^T, both float32 [groups, K, K].
+        """
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        count = 0
+        for index, batch in enumerate(self.batches):
+            if count >= samples:
+                break
+            part = batch[: samples - count]
+            count += len(part)
+            limits = {n: self._positions(n) * len(part) // min(samples, self.samples) for n in names}
+            here, there = (
+                _inputs(network, names, part, limits, self.seed + index, self.layers)
+                for network in (self.model, model)
+            )
+            for name in here.keys() & there.keys():
+                own, other = here[name], there[name]
+                if name not in sums:
+                    empty = other.new_zeros(len(other), other.shape[2], other.shape[2])
+                    sums[name] = empty, empty.clone()
+                sums[name][0].baddbmm_(other.mT, other)
+                sums[name][1].baddbmm_(own.mT, other)
+        return sums
+
+    def _positions(self, name: str) -> int:
+        """Positions of a layer's input drawn for its second moment, over all samples."""
+        return max(16384, 4 * LayerShape.of(self.layers[name]).columns)
+
+    def curvature(
+        self, errors: Mapping[str, Sequence[Tensor]], samples: int = 64
+    ) -> dict[str, list[float]]:
+        """Predicted divergence from the float model if one layer's weight were off by an error.
+
+        To second order it is 1/2 E[<g, dW>^2] over samples, g the gradient of a random projection of the
+        output whose covariance is the divergence's Hessian: sqrt(p) eps - p (sqrt(p) eps) for
+        probabilities p and normal eps. Nothing is assumed of how errors at different positions relate.
+
+        Args:
+            errors: layer -> errors of its weight, each in the weight's shape.
+            samples: backward passes, of one sample each.
+        """
+        names = list(errors)
+        weights = [self.layers[name].weight for name in names]
+        stacks = [torch.stack([e.flatten() for e in errors[name]]).float() for name in names]
+        total = [torch.zeros(len(stack), dtype=torch.float64) for stack in stacks]
+        generator = torch.Generator().manual_seed(self.seed)
+        index = [(i, j) for i, batch in enumerate(self.batches) for j in range(len(batch))]
+        drawn = torch.randperm(len(index), generator=generator)[:samples].tolist()
+        for weight in weights:
+            weight.requires_grad_(True)
+        try:
+            for k in self.bar(drawn, "curvature"):
+                batch, sample = index[k]
+                output = self.run(self.batches[batch][sample : sample + 1])
+                projected = self._projection(output, generator)
+                if not projected.requires_grad:  # the model runs its layers without gradients
+                    break
+                gradients = torch.autograd.grad(projected, weights, allow_unused=True)
+                for n, gradient in enumerate(gradients):
+                    if gradient is not None:
+                        along = (stacks[n] @ gradient.flatten().float()).double().cpu()
+                        total[n] += along.square()
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        return {n: (t / (2 * len(drawn))).tolist() for n, t in zip(names, total, strict=True)}
+
+    def _projection(self, output: Any, generator: torch.Generator) -> Tensor:
+        """A random number whose gradient's covariance is the Hessian of a sample's divergence."""
+
+        def noise(like: Tensor) -> Tensor:
+            return torch.randn(like.shape, generator=generator).to(like.device)
+
+        logits = self.logits(output)
+        if logits is not None:
+            flat = logits.float().reshape(-1, logits.shape[-1])
+            p = flat.detach().softmax(-1)
+            drawn = p.sqrt() * noise(p)
+            drawn = drawn - p * drawn.sum(-1, keepdim=True)  # covariance diag(p) - p p^T
+            finite = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
+            return (finite * drawn).sum() / len(flat) ** 0.5
+        parts = []
+        for tensor in float_tensors(output):
+            energy = tensor.detach().float().square().mean().clamp(min=1e-12)
+            parts.append((tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt())
+        return torch.stack(parts).sum() / len(parts) ** 0.5
+
     def _collect_moments(self, names: list[str]) -> None:
         self._moments = {}
         sums: dict[str, Tensor] = {}
         limits, generators = {}, {}
+        counts: dict[str, int] = {}
         for name in names:
-            columns = LayerShape.of(self.layers[name]).columns
-            limits[name] = -(-max(16384, 4 * columns) // len(self.batches))
+            limits[name] = -(-self._positions(name) // len(self.batches))
             # A layer's own generator: its moment does not depend on which others share the pass.
             generators[name] = torch.Generator().manual_seed(self.seed)
 
@@ -402,21 +408,23 @@ class Calibration:
             layer = self.layers[name]
             rows = input_rows(layer, x, limits[name], generators[name])
             positions = output.numel() // LayerShape.of(layer).rows
+            counts[name] = counts.get(name, 0) + positions
             if name not in sums:
                 sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
-            _add_products(sums[name], rows, positions / max(rows.shape[1], 1))
+            add_products(sums[name], rows, positions / max(rows.shape[1], 1))
 
         self._pass(names, see, "second moments")
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
-                moment = _symmetric(sums[name]).div_(self.samples)
+                moment = symmetric(sums[name]).div_(self.samples)
             else:  # the layer never ran on the calibration data
                 moment = torch.zeros(shape.groups, shape.columns, shape.columns)
             diagonal = moment.diagonal(dim1=-2, dim2=-1)
             ridge = 1e-3 * diagonal.mean(-1, keepdim=True)
             diagonal.add_(torch.where(ridge > 0, ridge, torch.ones_like(ridge)))
             self._moments[name] = moment
+            self._seen[name] = counts.get(name, 0) / self.samples
 
     def sensitivity(self) -> dict[str, float]:
         """Mean squared gradient of the loss with respect to each layer's outputs.
@@ -508,7 +516,7 @@ class Calibration:
                 # Each its own generator: layers that read one tensor choose one range for it.
                 if key not in generators:
                     generators[key] = torch.Generator().manual_seed(self.seed)
-                kept.setdefault(key, []).append(values[_draw(len(values), limit, generators[key])])
+                kept.setdefault(key, []).append(values[draw(len(values), limit, generators[key])])
 
         self._pass(self.layers, see, "activation ranges")
         return {
@@ -518,6 +526,44 @@ class Calibration:
             for name in self.layers
             for side in ("input", "output")
         }
+
+
+class _Seen(BaseException):
+    """All layers of interest have run; not an Exception, which a model may catch."""
+
+
+def _inputs(
+    model: nn.Module,
+    names: Sequence[str],
+    batch: Batch,
+    limits: Mapping[str, int],
+    seed: int,
+    layers: Mapping[str, FloatLayer],
+) -> dict[str, Tensor]:
+    """Rows of what the named layers see when they first run; the same positions at the same seed."""
+    found: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        if name not in found:
+            generator = torch.Generator().manual_seed(seed)
+            found[name] = input_rows(layers[name], x, max(limits[name], 1), generator)
+        if len(found) == len(names):
+            raise _Seen
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, args, kwargs, _y, name=name: see(name, (*args, *kwargs.values())[0]),
+            with_kwargs=True,
+        )
+        for name in names
+    ]
+    try:
+        with torch.no_grad(), contextlib.suppress(_Seen):
+            batch.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def activation_qparams(

@@ -20,18 +20,29 @@ from .calibration import (
     Calibration,
     correct_biases,
 )
+from .evaluation import Evaluator
 from .fold import FoldedBatchNorm
-from .lowrank import ADAPTER_BITS, LayerShape, factors, quantize_adapter, truncate, unfold
+from .lowrank import (
+    ADAPTER_BITS,
+    Adapter,
+    LayerShape,
+    factors,
+    fold,
+    quantize_adapter,
+    truncate,
+    unfold,
+)
 from .modules import (
     QUANT_LAYERS,
     QuantLayer,
     QuantWeight,
     check_activation_bits,
     fake_quantize_dynamic,
-    quantize_matrix,
     replace_layers,
 )
-from .quantizer import QParams, QuantSpec
+from .moments import output_energy
+from .planning import Ladders, PlanResult, cheapest_plan, search_plan
+from .quantizer import QuantSpec, weight_bits
 from .report import (
     LayerReport,
     Report,
@@ -41,7 +52,10 @@ from .report import (
     totals_of,
     versions,
 )
-from .search import SearchConfig, SearchResult, search_ranks
+from .rounding import Feedback, Rounded, quantize_matrix
+from .search import SearchConfig, search_ranks
+from .tuning import TuneConfig
+from .tuning import tune as tune_layers
 
 __all__ = ["dequantize", "quantize"]
 
@@ -51,13 +65,24 @@ Fit = Literal["weighted", "plain"]
 _SPECTRUM_POINTS = 64
 
 
+_DEFAULT_TARGET = 3.5  # stored bits a weight, where no quantizer is given
+_STAGES = 16  # passes over the calibration data in which layers make up for those before them
+_RIDGE = 0.1  # of the mean second moment: how hard a layer is held to its own weights while it does
+_FITS = 3  # rounds in which codes and adapter are fitted to each other
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Quantized:
-    """A layer after quantization, before its rank is known."""
+    """A layer after quantization.
+
+    Args:
+        spec: its quantizer.
+        rounded: codes and their values.
+        fit: the same as a weight, with the factors of its residual.
+    """
 
     spec: QuantSpec
-    codes: Tensor
-    qparams: QParams
+    rounded: Rounded
     fit: LayerFit
 
 
@@ -67,11 +92,15 @@ def quantize(
     weight: QuantSpec | Mapping[str, QuantSpec] | None = None,
     activation_bits: int | None = None,
     rank_budget: float = 0.05,
-    adapter_bits: int = 8,
+    adapter_bits: int = 4,
     search: SearchConfig | None = SearchConfig(),  # noqa: B008  # frozen
     skip: Iterable[str] = (),
     progress: bool = True,
     *,
+    target_bits: float | None = None,
+    max_drop: float | None = None,
+    tune: TuneConfig | None = TuneConfig(),  # noqa: B008  # frozen
+    propagate: bool = True,
     fit: Fit = "weighted",
     first_last: FirstLast = "same",
     activation: Literal["static", "dynamic"] = "static",
@@ -86,14 +115,24 @@ def quantize(
             are quantized, everything else stays float and is named in the report.
         calibration: iterable of batches, each a tensor, a tuple (inputs, labels) or a dict, with or
             without labels; or a `Calibration` of this model.
-        weight: the weight quantizer, `QuantSpec()` by default; or a dict from name patterns (fnmatch, the
-            first that matches) to quantizers, layers that match none staying float.
+        weight: one quantizer for all layers; or a dict from name patterns (fnmatch, the first that
+            matches) to quantizers, layers that match none staying float. Without it each layer's bits,
+            groups and rank are chosen together for `target_bits`. With it and a `target_bits` or
+            `max_drop`, one quantizer says what they share: clip, symmetry and rounding.
         activation_bits: also quantize the inputs of quantized layers to 2..8 bits.
-        rank_budget: stored adapter bits allowed, as a share of the stored bits of the float weights of
-            the quantized layers: 0.05 of float32 weights are 1.6 bits a weight. 0 is plain quantization.
+        rank_budget: with one quantizer, the stored adapter bits allowed, as a share of the stored bits of
+            the float weights of the quantized layers: 0.05 of float32 weights are 1.6 bits a weight. 0:
+            no adapters, here and where bits are chosen.
         adapter_bits: bits of an adapter's element: 2..8, 16 or 32.
         search: how ranks are chosen; None gives every layer the same share of its full rank.
         skip: names or patterns of layers that stay float.
+        target_bits: stored bits a weight of the quantized layers, with scales, zero-points and adapters
+            (3.5 if neither a quantizer nor `max_drop` is given).
+        max_drop: instead, the fewest bits at which at most so many points (0.5: half a percent) of the
+            held-out calibration samples change their answer.
+        tune: how scales, biases and adapters are tuned at the end; None: not at all.
+        propagate: quantize layers in their order, each fitted to the inputs that the quantized layers
+            before it give (and to its quantized activations).
         progress: show progress bars.
         fit: "weighted" fits adapters to the error at a layer's output (residual weighted by the second
             moment of its input), "plain" to the error of its weights (the paper's SVD).
@@ -120,9 +159,12 @@ def quantize(
 
     Source: CoRa, arXiv 2408.00923; the weighted fit for k x k convolutions is this project's.
     """
+    joint = weight is None or target_bits is not None or max_drop is not None
+    _check_target(weight, target_bits, max_drop)
     weight = QuantSpec() if weight is None else weight
     skip = sorted({skip} if isinstance(skip, str) else set(skip))
     search = SearchConfig(method="uniform") if search is None else search
+    tune = TuneConfig(iterations=0) if tune is None else tune
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
     if isinstance(calibration, Calibration):
         calibration.check(model)
@@ -134,41 +176,87 @@ def quantize(
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
     float_bits = float_weight_bits(calibration.layers[name] for name in specs)
     budget = Budget.of(shapes, rank_budget, float_bits, adapter_bits)
-
-    quantized = {
-        name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
-        for name, spec in specs.items()
-    }
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
     if activation_bits and activation == "static":
         ranges = calibration.activation_qparams(activation_bits, activation_range)
         outputs = calibration.activation_qparams(activation_bits, activation_range, "output")
-    plain_bits = sum(
-        QuantWeight(
-            q.codes, q.qparams, quantize_adapter(q.fit.a[:0], q.fit.b[:, :0], 8), shapes[n]
-        ).stored_bits()["weight"]
-        for n, q in quantized.items()
-    )
-    weights = sum(s.rows * s.columns for s in shapes.values())
-    result = search_ranks(
-        {name: q.fit for name, q in quantized.items()},
-        budget,
-        calibration,
-        search,
-        adapter_bits,
-        _activation_simulator(activation_bits, set(specs), ranges, activation),
-        lambda adapter: (plain_bits + adapter) / weights,
-        progress,
-    )
+        ranges = {name: ranges[name] for name in specs}
+    simulate = _activation_simulator(activation_bits, set(specs), ranges, activation)
+
+    def evaluator(offset: int = 0) -> Evaluator:
+        return Evaluator(
+            calibration,
+            search.samples,
+            search.batch_size,
+            search.holdout,
+            search.seed + offset,
+            simulate,
+            search.loss,
+            search.label_loss,
+        )
+
+    found: dict[str, Any]
+    if joint:
+        fixed = [name for name, spec in specs.items() if spec.bits != weight.bits]  # type: ignore[union-attr]
+        ladders = Ladders(
+            calibration, specs, fixed, adapter_bits if rank_budget else None, fit, progress
+        )
+        planned = _plan(ladders, target_bits, max_drop, search, evaluator(), progress)
+        specs = {name: choice.spec for name, choice in planned.plan.choices.items()}
+        ranks = {name: choice.rank for name, choice in planned.plan.choices.items()}
+        found = {
+            "method": "joint" if search.method == "gate" else "joint, closed form",
+            "target_bits": ladders.bits(planned.budget),
+            "front": [
+                {"bits_per_weight": ladders.bits(plan.stored), "predicted": plan.loss}
+                for plan in planned.front
+            ],
+        }
+        quantized = {
+            name: _quantize_layer(name, calibration, spec, fit if ranks[name] else None)
+            for name, spec in specs.items()
+        }
+        interrupted, candidates = planned.interrupted, planned.candidates
+        history = planned.history
+        del ladders
+    else:
+        quantized = {
+            name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
+            for name, spec in specs.items()
+        }
+        plain_bits = sum(
+            weight_bits(shapes[n].rows, shapes[n].columns, q.rounded.qparams)
+            for n, q in quantized.items()
+        )
+        weights = sum(s.rows * s.columns for s in shapes.values())
+        result = search_ranks(
+            {name: q.fit for name, q in quantized.items()},
+            budget,
+            calibration,
+            search,
+            adapter_bits,
+            simulate,
+            lambda adapter: (plain_bits + adapter) / weights,
+            progress,
+        )
+        ranks, found = result.ranks, {"method": result.method}
+        interrupted, candidates, history = result.interrupted, result.candidates, result.history
+
+    adapters = {n: _adapter(q.fit, ranks[n], adapter_bits) for n, q in quantized.items()}
+    propagated = False
+    if propagate:
+        again = _propagate(calibration, specs, ranks, adapter_bits, fit, simulate, progress)
+        propagated = _closer(evaluator(), again, quantized, adapters)
+        if propagated:
+            quantized = {n: again[n][0] for n in specs}
+            adapters = {n: again[n][1] for n in specs}
 
     qmodel: Any = copy.deepcopy(model).eval()
     layers: dict[str, QuantLayer] = {}
     for name, q in quantized.items():
         float_layer = calibration.layers[name]
-        packed = QuantWeight(
-            q.codes, q.qparams, _adapter(q.fit, result, name, adapter_bits), shapes[name]
-        )
+        packed = QuantWeight(q.rounded.packed(), q.rounded.qparams, adapters[name], shapes[name])
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
@@ -178,8 +266,13 @@ def quantize(
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
     qmodel = replace_layers(qmodel, {**layers, **places}).eval()
     corrected = bias_correction and correct_biases(qmodel, layers, calibration)
+    # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
+    tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
+    tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)
     settings = {
         "weight": _spec_settings(weight),
+        "target_bits": target_bits if not joint else found["target_bits"],
+        "max_drop": max_drop,
         "activation_bits": activation_bits,
         "activation": activation if activation_bits else None,
         "activation_range": activation_range if ranges else None,
@@ -189,8 +282,11 @@ def quantize(
         "first_last": first_last,
         "fold_bn": calibration.fold_bn,
         "folded": folded,
+        "propagate": propagate,
+        "propagated": propagated,
         "bias_correction": bias_correction,
         "biases_corrected": corrected,
+        "tune": dataclasses.asdict(tune),
         "search": {
             key: value for key, value in dataclasses.asdict(search).items() if key != "label_loss"
         },
@@ -198,10 +294,40 @@ def quantize(
         "calibration_samples": calibration.samples,
         "versions": versions(),
     }
+    found |= {
+        "ranks": ranks,
+        "interrupted": interrupted or tuned.interrupted,
+        "candidates": candidates,
+        "history": history,
+        "tuning": dataclasses.asdict(tuned),
+    }
     qmodel.report = _report(
-        qmodel, model, calibration, quantized, layers, result, reasons, settings
+        qmodel, model, calibration, quantized, layers, found, reasons, settings
     )
     return qmodel
+
+
+def _plan(
+    ladders: Ladders,
+    target_bits: float | None,
+    max_drop: float | None,
+    search: SearchConfig,
+    evaluator: Evaluator,
+    progress: bool,
+) -> PlanResult:
+    """The plan for so many bits a weight, or the cheapest that changes few enough answers."""
+    if max_drop is None:
+        target = _DEFAULT_TARGET if target_bits is None else target_bits
+        if target * ladders.weights < ladders.least:
+            raise ValueError(
+                f"target_bits must be at least {ladders.bits(ladders.least):.2f} (2-bit codes, their "
+                f"scales and zero-points, and layers with bits of their own), got {target}"
+            )
+        budget = target * ladders.weights
+    else:
+        budget = cheapest_plan(ladders, max_drop / 100, evaluator, progress).stored
+    iterations = search.iterations if search.method == "gate" else 0
+    return search_plan(ladders, budget, evaluator, iterations, progress)
 
 
 def dequantize(qmodel: nn.Module) -> nn.Module:
@@ -219,6 +345,19 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
         if report is not None:
             qmodel.report = report
     return replace_layers(model, layers)
+
+
+def _check_target(weight: Any, target_bits: Any, max_drop: Any) -> None:
+    for name, value in (("target_bits", target_bits), ("max_drop", max_drop)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name} must be a positive number or None, got {value!r}")
+    if target_bits is not None and max_drop is not None:
+        raise ValueError("target_bits and max_drop: give one of them, got both")
+    if isinstance(weight, Mapping) and (target_bits is not None or max_drop is not None):
+        raise ValueError(
+            "weight must be one QuantSpec or None where target_bits or max_drop is given, got a dict"
+        )
 
 
 def _check_arguments(
@@ -300,28 +439,151 @@ def _quantize_layer(
     name: str, calibration: Calibration, spec: QuantSpec, fit: Fit | None
 ) -> _Quantized:
     """Codes of a layer and the factors of its residual, none where no adapter is wanted (fit=None)."""
+    matrix = _matrix(calibration, name)
+    moment = calibration.moment(name) if fit == "weighted" or spec.rounding == "gptq" else None
+    feedback = Feedback.of(moment) if moment is not None and spec.rounding == "gptq" else None
+    rounded = quantize_matrix(matrix, spec, name, feedback)
+    weighted = moment if fit == "weighted" else None
+    return _fitted(name, calibration, spec, rounded, matrix, bool(fit), weighted)
+
+
+def _fitted(
+    name: str,
+    calibration: Calibration,
+    spec: QuantSpec,
+    rounded: Rounded,
+    matrix: Tensor,
+    adapted: bool,
+    moment: Tensor | None,
+) -> _Quantized:
+    """With the factors of the residual weighted by `moment`, if there is to be an adapter."""
     layer = calibration.layers[name]
     shape = LayerShape.of(layer)
-    transposed = getattr(layer, "transposed", False)
-    matrix = unfold(layer.weight.detach().float(), transposed, shape.groups).contiguous()
-    qparams, packed, dequantized, residual = quantize_matrix(matrix, spec, name)
-    if fit is None:
+    if not adapted:
         a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
         singular_values = matrix.new_zeros(shape.groups, 0)
     else:
-        moment = calibration.moment(name) if fit == "weighted" else None
-        a, b, singular_values = factors(residual, shape.groups, moment)
-    return _Quantized(
-        spec,
-        packed,
-        qparams,
-        LayerFit(dequantized, a, b, singular_values, shape, layer.weight.shape, transposed),
+        a, b, singular_values = factors(matrix - rounded.dequantized, shape.groups, moment)
+    transposed = getattr(layer, "transposed", False)
+    fitted = LayerFit(
+        rounded.dequantized, a, b, singular_values, shape, layer.weight.shape, transposed
     )
+    return _Quantized(spec, rounded, fitted)
 
 
-def _adapter(fit: LayerFit, result: SearchResult, name: str, bits: int) -> Any:
-    a, b = truncate(fit.a, fit.b, result.ranks[name], fit.shape.groups)
+def _matrix(calibration: Calibration, name: str) -> Tensor:
+    layer = calibration.layers[name]
+    transposed, groups = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
+    return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
+
+
+def _adapter(fit: LayerFit, rank: int, bits: int) -> Adapter:
+    a, b = truncate(fit.a, fit.b, rank, fit.shape.groups)
     return quantize_adapter(a, b, bits, fit.shape.groups)
+
+
+def _propagate(
+    calibration: Calibration,
+    specs: Mapping[str, QuantSpec],
+    ranks: Mapping[str, int],
+    adapter_bits: int,
+    fit: Fit,
+    simulate: Callable[[nn.Module], Any],
+    progress: bool,
+) -> dict[str, tuple[_Quantized, Adapter]]:
+    """Quantize the layers once more, in the order they run, each fitted to what it will really see.
+
+    With x the float inputs and y those that the quantized layers before give, the weight that brings
+    V y closest to W x is V = W (E[x y^T] + ridge) (E[y y^T] + ridge)^-1; V is quantized with the second
+    moment of y. Codes and adapter are fitted to each other in turns.
+
+    Source: the target of GPTAQ, arXiv 2504.02692, in one closed form a layer; with adapters and for
+    k x k convolutions it is this project's.
+    """
+    model = copy.deepcopy(calibration.model)
+    order = [name for name in calibration.order if name in specs]
+    size = -(-len(order) // _STAGES)
+    stages = [order[i : i + size] for i in range(0, len(order), size)]
+    done: dict[str, tuple[_Quantized, Adapter]] = {}
+    for stage in calibration.bar(stages, "fitting layers in order") if progress else stages:
+        with simulate(model):
+            drift = calibration.drift(stage, model)
+        for name in stage:
+            matrix, moment = _matrix(calibration, name), calibration.moment(name)
+            target = matrix
+            if name in drift:
+                moment, cross = drift.pop(name)
+                target = _towards(matrix, moment, cross)
+            done[name] = _fit_together(
+                name, calibration, specs[name], target, moment, ranks[name], adapter_bits, fit
+            )
+            quantized, adapter = done[name]
+            layer = model.get_submodule(name)
+            weight = quantized.fit.weight(quantized.rounded.dequantized + adapter.matrix())
+            layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
+    return done
+
+
+def _towards(matrix: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
+    """The weight that makes up for the difference of the inputs: [N, K], see `_propagate`."""
+    groups = len(moment)
+    ridge = _RIDGE * moment.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
+    eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
+    eye = eye * ridge[:, None, None]
+    rows = matrix.double().reshape(groups, -1, matrix.shape[1])
+    aim = rows @ (cross.double() + eye)
+    found = torch.linalg.solve(moment.double() + eye, aim.mT).mT
+    return found.float().reshape(matrix.shape).contiguous()
+
+
+def _fit_together(
+    name: str,
+    calibration: Calibration,
+    spec: QuantSpec,
+    target: Tensor,
+    moment: Tensor,
+    rank: int,
+    adapter_bits: int,
+    fit: Fit,
+) -> tuple[_Quantized, Adapter]:
+    """Codes for what the adapter leaves, an adapter for what the codes leave; the best round is kept."""
+    shape = LayerShape.of(calibration.layers[name])
+    ridged = moment.clone()
+    ridged.diagonal(dim1=-2, dim2=-1).add_(
+        1e-3 * moment.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-20
+    )
+    weighted = ridged if fit == "weighted" else None
+    product = torch.zeros_like(target)
+    best: tuple[float, _Quantized, Adapter] | None = None
+    feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
+    for _ in range(_FITS if rank else 1):
+        rounded = quantize_matrix(target - product, spec, name, feedback)
+        quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
+        adapter = _adapter(quantized.fit, rank, adapter_bits)
+        product = adapter.matrix()
+        error = output_energy(target - rounded.dequantized - product, shape, ridged)
+        if best is None or error < best[0]:
+            best = error, quantized, adapter
+    assert best is not None
+    return best[1], best[2]
+
+
+def _closer(
+    evaluator: Evaluator,
+    again: Mapping[str, tuple[_Quantized, Adapter]],
+    before: Mapping[str, _Quantized],
+    adapters: Mapping[str, Adapter],
+) -> bool:
+    """Whether the layers fitted in order bring the held-out outputs closer to the float model's."""
+
+    def loss(found: Iterable[tuple[str, _Quantized, Adapter]]) -> float:
+        weights = {n: q.fit.weight(q.rounded.dequantized + a.matrix()) for n, q, a in found}
+        return float(evaluator.score(evaluator.weights(weights)).mean())
+
+    return loss((n, q, a) for n, (q, a) in again.items()) < loss(
+        (n, q, adapters[n]) for n, q in before.items()
+    )
 
 
 def _activation_simulator(
@@ -381,7 +643,7 @@ def _report(
     calibration: Calibration,
     quantized: Mapping[str, _Quantized],
     layers: Mapping[str, QuantLayer],
-    result: SearchResult,
+    found: dict[str, Any],
     reasons: dict[str, str],
     settings: dict[str, Any],
 ) -> Report:
@@ -391,10 +653,10 @@ def _report(
         shape = q.fit.shape
         original = unfold(float_layer.weight.detach().float(), q.fit.transposed, shape.groups)
         moment = calibration.moment(name)
-        signal = _output_energy(original, shape, moment) if original.any() else 1.0
-        before = _output_energy(original - q.fit.dequantized, shape, moment)
-        after = _output_energy(original - packed.matrix(), shape, moment)
-        singular = q.fit.energies().sqrt()
+        signal = output_energy(original, shape, moment) if original.any() else 1.0
+        before = output_energy(original - q.fit.dequantized, shape, moment)
+        after = output_energy(original - packed.matrix(), shape, moment)
+        singular = q.fit.energies().sqrt()  # none where no adapter was wanted
         spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
         step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
         rows.append(
@@ -424,21 +686,8 @@ def _report(
         float_entries=entries,
         totals=totals_of(rows, entries, float_bits, float_state_bits(model)),
         settings=settings,
-        search={
-            "method": result.method,
-            "ranks": result.ranks,
-            "interrupted": result.interrupted,
-            "candidates": result.candidates,
-            "history": result.history,
-        },
+        search=found,
     )
-
-
-def _output_energy(matrix: Tensor, shape: LayerShape, moment: Tensor) -> float:
-    """Mean energy of a weight's output on the calibration inputs: trace(W Sxx W^T), at least tiny."""
-    grouped = matrix.reshape(shape.groups, -1, shape.columns)
-    energy = float(((grouped @ moment) * grouped).sum(dtype=torch.float64))
-    return max(energy, 0.0) or 1e-30
 
 
 def _relative_error(original: Tensor, dequantized: Tensor) -> float:

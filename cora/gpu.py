@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "error_feedback",
     "lowrank_factors",
     "max_pool2d_codes",
     "mean_codes",
     "quantization_error",
 ]
+
+_COLUMNS = 128  # rounded between two products of error_feedback
 
 
 def _root(moment: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,6 +87,35 @@ def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) 
         error = (grouped - s[:, :, None] * (q - z[:, :, None])).double().square().sum(2)
         errors.append(error if s.shape[0] == n else error.sum(0, keepdim=True))
     return torch.stack(errors) if errors else scale.new_zeros(scale.shape, dtype=torch.float64)
+
+
+def error_feedback(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, factor: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By blocks of columns, all groups at once: a block's errors reach the columns after it in one
+    product."""
+    n, k = x.shape
+    groups = len(factor)
+
+    def in_order(values: Tensor) -> Tensor:
+        grouped = values.expand(n, k).reshape(groups, n // groups, k)
+        return grouped.gather(2, order[:, None].expand(grouped.shape))
+
+    w = in_order(x).clone()
+    run = k // scale.shape[1]
+    s = in_order(scale.repeat_interleave(run, 1))
+    z = in_order(zero_point.to(x.dtype).repeat_interleave(run, 1))
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for start in range(0, k, _COLUMNS):
+        end = min(start + _COLUMNS, k)
+        for i in range(start, end):
+            q = ((w[..., i] / s[..., i]).round() + z[..., i]).clamp(0, 2**bits - 1)
+            error = (w[..., i] - s[..., i] * (q - z[..., i])) / factor[:, i, i, None]
+            w[..., i + 1 : end] -= error[..., None] * factor[:, None, i, i + 1 : end]
+            codes[..., i], errors[..., i] = q, error
+        w[..., end:] -= errors[..., start:end] @ factor[:, start:end, end:]
+    result = torch.empty_like(codes).scatter_(2, order[:, None].expand(codes.shape), codes)
+    return result.reshape(n, k).to(torch.uint8), errors.double().square().sum(2).reshape(n)
 
 
 def _inner(codes: Tensor, halo: int) -> Tensor:

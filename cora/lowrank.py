@@ -19,6 +19,7 @@ __all__ = [
     "fold",
     "quantize_adapter",
     "rank_bits",
+    "rounded_factors",
     "truncate",
     "unfold",
 ]
@@ -146,12 +147,10 @@ def quantize_adapter(a: Tensor, b: Tensor, bits: int, groups: int = 1) -> Adapte
         kind = {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)
         scale = a.new_zeros(0) if bits <= 8 else None
         return Adapter(a.to(kind).contiguous(), b.to(kind).contiguous(), scale, bits)
-    rows = b.shape[0] // groups
-    grouped_b = b.reshape(groups, rows, rank)
-    largest_a, largest_b = a.abs().amax(1), grouped_b.abs().amax(1)
     if bits == 16:
         # A power of two a rank brings both factors to one magnitude, far from float16's limits.
-        ratio = largest_b.reshape(-1) / largest_a
+        grouped_b = b.reshape(groups, -1, rank)
+        ratio = grouped_b.abs().amax(1).reshape(-1) / a.abs().amax(1)
         shift = (
             torch.where((ratio > 0) & torch.isfinite(ratio), ratio, 1.0)
             .log2()
@@ -161,11 +160,31 @@ def quantize_adapter(a: Tensor, b: Tensor, bits: int, groups: int = 1) -> Adapte
         )
         a, grouped_b = a * shift[:, None], grouped_b / shift.reshape(groups, 1, rank)
         return Adapter(a.half(), grouped_b.reshape(b.shape).half(), None, bits)
+    codes_a, step_a, codes_b, step_b = _factor_codes(a, b, bits, groups)
+    scale = step_a * step_b.reshape(-1)
+    return Adapter(codes_a.to(torch.int8), codes_b.reshape(b.shape).to(torch.int8), scale, bits)
+
+
+def rounded_factors(a: Tensor, b: Tensor, bits: int, groups: int = 1) -> tuple[Tensor, Tensor]:
+    """The factors that `quantize_adapter` stores, as float32 of the same magnitudes as given."""
+    if bits == 32:
+        return a, b
+    if bits == 16:
+        return a.half().float(), b.half().float()
+    codes_a, step_a, codes_b, step_b = _factor_codes(a, b, bits, groups)
+    return codes_a * step_a[:, None], (codes_b * step_b[:, None]).reshape(b.shape)
+
+
+def _factor_codes(
+    a: Tensor, b: Tensor, bits: int, groups: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes of A [groups * r, K] with steps [groups * r], of B [groups, N/groups, r] with [groups, r]."""
+    grouped_b = b.reshape(groups, -1, b.shape[1])
     largest = 2 ** (bits - 1) - 1
-    step_a, step_b = _step(largest_a, largest), _step(largest_b, largest)
-    codes_a = torch.round(a / step_a[:, None]).clamp_(-largest, largest).to(torch.int8)
-    codes_b = torch.round(grouped_b / step_b[:, None]).clamp_(-largest, largest).to(torch.int8)
-    return Adapter(codes_a, codes_b.reshape(b.shape), step_a * step_b.reshape(-1), bits)
+    step_a, step_b = _step(a.abs().amax(1), largest), _step(grouped_b.abs().amax(1), largest)
+    codes_a = torch.round(a / step_a[:, None]).clamp_(-largest, largest)
+    codes_b = torch.round(grouped_b / step_b[:, None]).clamp_(-largest, largest)
+    return codes_a, step_a, codes_b, step_b
 
 
 def _step(largest_magnitude: Tensor, largest_code: int) -> Tensor:

@@ -26,7 +26,8 @@ from .lowrank import (
     truncate,
     unfold,
 )
-from .quantizer import SUPPORTED_BITS, QParams, QuantSpec, choose_qparams, weight_bits
+from .quantizer import SUPPORTED_BITS, QParams, QuantSpec, weight_bits
+from .rounding import Feedback, quantize_matrix
 
 __all__ = [
     "QUANT_LAYERS",
@@ -41,7 +42,6 @@ __all__ = [
     "QuantWeight",
     "check_activation_bits",
     "fake_quantize_dynamic",
-    "quantize_matrix",
     "quantize_weight",
     "replace_layers",
 ]
@@ -80,24 +80,6 @@ class QuantWeight:
         }
 
 
-def quantize_matrix(
-    matrix: Tensor, spec: QuantSpec, layer: str = "weight"
-) -> tuple[QParams, Tensor, Tensor, Tensor]:
-    """Quantize a weight matrix float32 [N, K].
-
-    Returns:
-        Its quantizer, packed codes, the dequantized matrix and the residual.
-
-    Raises:
-        ValueError: non-finite weight, group_size that does not divide K.
-    """
-    qparams = choose_qparams(matrix, spec, layer)
-    dequantized, residual, codes = ops.fake_quantize(
-        matrix, qparams.scale, qparams.zero_point, spec.bits, residual=True, codes=True
-    )
-    return qparams, ops.pack_bits(codes, spec.bits), dequantized, residual
-
-
 def quantize_weight(
     matrix: Tensor,
     shape: LayerShape,
@@ -118,13 +100,15 @@ def quantize_weight(
     """
     if not 0 <= rank <= shape.full_rank:
         raise ValueError(f"{layer}: rank must be 0..{shape.full_rank}, got {rank}")
-    qparams, packed, _, residual = quantize_matrix(matrix, spec, layer)
+    feedback = None if moment is None else Feedback.of(moment)
+    rounded = quantize_matrix(matrix, spec, layer, feedback)
     a = matrix.new_zeros(0, shape.columns)
     b = matrix.new_zeros(shape.rows, 0)
     if rank:
-        full_a, full_b, _ = factors(residual, shape.groups, moment)
+        full_a, full_b, _ = factors(matrix - rounded.dequantized, shape.groups, moment)
         a, b = truncate(full_a, full_b, rank, shape.groups)
-    return QuantWeight(packed, qparams, quantize_adapter(a, b, adapter_bits, shape.groups), shape)
+    adapter = quantize_adapter(a, b, adapter_bits, shape.groups)
+    return QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
 
 
 def check_activation_bits(bits: int | None) -> None:

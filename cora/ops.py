@@ -25,6 +25,7 @@ __all__ = [
     "conv2d_lowrank",
     "dequantize_activation",
     "dequantize_packed",
+    "error_feedback",
     "fake_quantize",
     "fake_quantize_out",
     "isa",
@@ -354,6 +355,53 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     _check(fits, op, what)
     _check_shape(op, "zero_point", zero_point, shape)
     return scale.new_empty(scale.shape, dtype=torch.float64)
+
+
+def error_feedback(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, factor: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Round a weight column by column, passing each column's error on to those not yet rounded.
+
+    With H the second moment of the layer's input, its columns in `order`, and ``H^-1 = U^T U``: ``e_k =
+    (w_k - round(w_k)) / U_kk``, then ``w_j -= e_k U_kj`` for all later j. Products and differences are
+    rounded apart, so every CPU level and number of threads gives the same codes.
+
+    Args:
+        x: float32 [N, K].
+        scale: float32 [R, G].
+        zero_point: int32 [R, G].
+        bits: 2..8.
+        factor: float32 [groups, K, K], the upper triangle U for each N/groups rows; its diagonal > 0,
+            below it nothing is read.
+        order: int64 [groups, K], the columns in the order they are rounded; row and column i of
+            `factor` are column ``order[i]`` of x.
+
+    Returns:
+        codes uint8 [N, K], and float64 [N]: the output error ``e H e^T`` of each row.
+
+    Source: GPTQ, arXiv 2210.17323.
+    """
+    return _ops.error_feedback.default(x, scale, zero_point, bits, factor, order)
+
+
+@torch.library.register_fake("cora::error_feedback")
+def _(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, factor: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    op = "error_feedback"
+    _check_bits(op, bits)
+    _check_dtype(op, "x", x, torch.float32)
+    _check(x.dim() == 2, op, f"x must have 2 dimensions, got shape {list(x.shape)}")
+    n, k = x.shape
+    _check_qparams(op, scale, zero_point, n, k)
+    _check_dtype(op, "factor", factor, torch.float32)
+    shape = list(factor.shape)
+    fits = len(shape) == 3 and shape[0] > 0 and n % shape[0] == 0 and shape[1:] == [k, k]
+    what = f"factor must have shape [groups, {k}, {k}] with groups a divisor of {n}, got {shape}"
+    _check(fits, op, what)
+    _check_dtype(op, "order", order, torch.int64)
+    _check_shape(op, "order", order, [shape[0], k])
+    return x.new_empty((n, k), dtype=torch.uint8), x.new_empty((n,), dtype=torch.float64)
 
 
 # --- Activations ---------------------------------------------------------------------------------
@@ -1249,6 +1297,7 @@ for _name, _kernel in (
     ("lowrank_factors", _lowrank_factors_cuda),
     ("residual_svd_init", _residual_svd_init_cuda),
     ("quantization_error", gpu.quantization_error),
+    ("error_feedback", gpu.error_feedback),
     ("max_pool2d_codes", gpu.max_pool2d_codes),
     ("mean_codes", gpu.mean_codes),
 ):

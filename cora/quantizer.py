@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,10 @@ __all__ = [
     "SUPPORTED_BITS",
     "QParams",
     "QuantSpec",
+    "better_of",
+    "candidate_qparams",
     "choose_qparams",
+    "make_qparams",
     "packed_bytes",
     "weight_bits",
     "zero_point_bits",
@@ -25,6 +29,7 @@ SUPPORTED_BITS = range(2, 9)
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Clip = Literal["minmax", "ksigma", "mse"]
+Rounding = Literal["gptq", "nearest"]
 
 # A zero-point beyond 2**24 is not an exact float32 integer, so the kernels could not subtract it exactly.
 _MAX_ZERO_POINT = 2**23
@@ -50,6 +55,9 @@ class QuantSpec:
         clip: how the range is found: "minmax", "ksigma" (mean -+ k standard deviations, never wider
             than min and max), or "mse" (the share of the range with the least squared error).
         k: standard deviations for clip="ksigma".
+        rounding: "gptq" rounds column by column and passes each column's error on to the next, for the
+            least error at the layer's output (needs the second moment of the layer's input, else it is
+            "nearest"); clip="mse" is then the range with the least such error.
 
     Raises:
         ValueError: a field out of range, naming the field, what was expected and what came.
@@ -64,6 +72,7 @@ class QuantSpec:
     symmetric: bool = False
     clip: Clip = "mse"
     k: float = 3.0
+    rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
         if (
@@ -72,7 +81,11 @@ class QuantSpec:
             or self.bits not in SUPPORTED_BITS
         ):
             raise ValueError(f"QuantSpec: bits must be an integer 2..8, got {self.bits!r}")
-        for field, names in (("granularity", Granularity), ("clip", Clip)):
+        for field, names in (
+            ("granularity", Granularity),
+            ("clip", Clip),
+            ("rounding", Rounding),
+        ):
             value, allowed = getattr(self, field), get_args(names)
             if value not in allowed:
                 raise ValueError(
@@ -171,7 +184,6 @@ def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]
 
 def _squared_errors(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Squared error of each group under each candidate [candidates, R, G], float64."""
-    zero = zero.to(torch.int32)
     if matrix.device.type == "cpu":
         return ops.quantization_error(matrix, scale, zero, bits)
     errors = []
@@ -182,8 +194,77 @@ def _squared_errors(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> T
     return torch.stack(errors).double()
 
 
+def _checked(weight: Tensor, layer: str) -> Tensor:
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"{layer}: weight must be a non-empty matrix, got shape {list(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{layer}: weight must be finite, got NaN or inf")
+    weight = weight.float().contiguous()
+    if float(weight.abs().max()) > _MAX_MAGNITUDE:
+        raise ValueError(
+            f"{layer}: weight must be at most {_MAX_MAGNITUDE:g} in magnitude, "
+            f"got {float(weight.abs().max()):g}"
+        )
+    return weight
+
+
+def candidate_qparams(
+    weight: Tensor, spec: QuantSpec, shares: Sequence[float], layer: str = "weight"
+) -> tuple[Tensor, Tensor]:
+    """Quantizers whose range is a share of a weight's, shrunk towards its mean.
+
+    Args:
+        weight: float32 [N, K].
+        shares: of the full range, in (0, 1].
+
+    Returns:
+        Scales float32 and zero-points int32, both [shares, R, G]; a constant group has the same
+        exact one at every share.
+
+    Raises:
+        ValueError: as `choose_qparams`.
+    """
+    groups = _grouped(_checked(weight, layer), spec, layer)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    value, constant = low.clone(), low == high
+    if spec.clip == "ksigma":
+        mean, std = groups.mean(-1, keepdim=True), groups.std(-1, correction=0, keepdim=True)
+        low = torch.maximum(low, mean - spec.k * std)
+        high = torch.minimum(high, mean + spec.k * std)
+    # Towards the mean, so that a range without 0 shrinks sensibly too.
+    mean = torch.zeros_like(low) if spec.symmetric else groups.mean(-1, keepdim=True)
+    scales, zeros = [], []
+    for share in shares:
+        ends = (low, high) if share == 1 else (mean + share * (end - mean) for end in (low, high))
+        scale, zero = _finish(*ends, spec)
+        # A constant c is one step away from zero: scale |c| makes it exact, and 0 is exact with any.
+        one = torch.ones_like(value)
+        scale = torch.where(constant, torch.where(value == 0, one, value.abs()), scale)
+        if not spec.symmetric:
+            zero = torch.where(constant, (value < 0).float(), zero)
+        scales.append(scale.squeeze(-1))
+        zeros.append(zero.squeeze(-1).to(torch.int32))
+    return torch.stack(scales), torch.stack(zeros)
+
+
+def make_qparams(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> QParams:
+    """Chosen scales and zero-points [R, G] with the type they are stored in."""
+    exact = (
+        bool((scale == scale.half().float()).all()) and float(scale.min()) >= _FLOAT16_MIN_NORMAL
+    )
+    return QParams(
+        scale.contiguous(),
+        zero_point.contiguous(),
+        spec.bits,
+        torch.float16 if exact else torch.float32,
+        spec.symmetric,
+    )
+
+
 def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QParams:
-    """Scale and zero-point of a weight.
+    """Scale and zero-point of a weight that is rounded to nearest.
 
     A range need not hold 0, constant groups (all zero ones too) are represented exactly, and the
     scale is rounded to its stored precision before the zero-point is taken, so that what is stored
@@ -197,60 +278,27 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
     Raises:
         ValueError: the weight is not finite, is empty, or group_size does not divide K.
     """
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(
-            f"{layer}: weight must be a non-empty matrix, got shape {list(weight.shape)}"
+    weight = _checked(weight, layer)
+    if spec.clip != "mse":
+        scales, zeros = candidate_qparams(weight, spec, [1.0], layer)
+        return make_qparams(scales[0], zeros[0], spec)
+    count = _grouped(weight, spec, layer)[..., 0].numel()
+    at_once = max(1, _BLOCK // count)
+    best: tuple[Tensor, ...] | None = None
+    for start in range(0, len(_MSE_SHARES), at_once):
+        scales, zeros = candidate_qparams(
+            weight, spec, _MSE_SHARES[start : start + at_once], layer
         )
-    if not torch.isfinite(weight).all():
-        raise ValueError(f"{layer}: weight must be finite, got NaN or inf")
-    weight = weight.float().contiguous()
-    if float(weight.abs().max()) > _MAX_MAGNITUDE:
-        raise ValueError(
-            f"{layer}: weight must be at most {_MAX_MAGNITUDE:g} in magnitude, "
-            f"got {float(weight.abs().max()):g}"
-        )
-    groups = _grouped(weight, spec, layer)
-    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-    constant = low == high
-    value = low.clone()
-    if spec.clip == "ksigma":
-        mean, std = groups.mean(-1, keepdim=True), groups.std(-1, correction=0, keepdim=True)
-        low = torch.maximum(low, mean - spec.k * std)
-        high = torch.minimum(high, mean + spec.k * std)
-    scale, zero = _finish(low, high, spec)
-    if spec.clip == "mse":
-        # Shrink towards the mean, so that a range without 0 shrinks sensibly too.
-        mean = torch.zeros_like(low) if spec.symmetric else groups.mean(-1, keepdim=True)
-        best = torch.full_like(low, float("inf"), dtype=torch.float64)
-        at_once = max(1, _BLOCK // low.numel())
-        for start in range(0, len(_MSE_SHARES), at_once):
-            candidates = [
-                _finish(mean + share * (low - mean), mean + share * (high - mean), spec)
-                for share in _MSE_SHARES[start : start + at_once]
-            ]
-            scales, zeros = (torch.stack(part) for part in zip(*candidates, strict=True))
-            errors = _squared_errors(weight, scales.squeeze(-1), zeros.squeeze(-1), spec.bits)
-            for i, error in enumerate(errors.unsqueeze(-1)):
-                better = error < best
-                best = torch.where(better, error, best)
-                scale = torch.where(better, scales[i], scale)
-                zero = torch.where(better, zeros[i], zero)
-    # A constant c is one step away from zero: scale |c| makes it exact, and 0 is exact with any scale.
-    one = torch.ones_like(value)
-    scale = torch.where(constant, torch.where(value == 0, one, value.abs()), scale)
-    if not spec.symmetric:
-        zero = torch.where(constant, (value < 0).float(), zero)
-    scale, zero = scale.squeeze(-1), zero.squeeze(-1)
-    exact = (
-        bool((scale == scale.half().float()).all()) and float(scale.min()) >= _FLOAT16_MIN_NORMAL
-    )
-    return QParams(
-        scale.contiguous(),
-        zero.to(torch.int32).contiguous(),
-        spec.bits,
-        torch.float16 if exact else torch.float32,
-        spec.symmetric,
-    )
+        for found in zip(_squared_errors(weight, scales, zeros, spec.bits), scales, zeros, strict=True):
+            best = found if best is None else better_of(found, best)
+    assert best is not None
+    return make_qparams(best[1], best[2], spec)
+
+
+def better_of(found: tuple[Tensor, ...], best: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Element by element the one with the smaller first tensor; of equal ones the best so far."""
+    better = found[0] < best[0]  # broadcasts: one error may stand for a whole row
+    return tuple(torch.where(better, a, b) for a, b in zip(found, best, strict=True))
 
 
 def packed_bytes(rows: int, columns: int, bits: int) -> int:

@@ -17,6 +17,7 @@ __all__ = [
     "conv2d_lowrank",
     "dequantize_activation",
     "dequantize_packed",
+    "error_feedback",
     "fake_quantize",
     "linear_lowrank",
     "lowrank_factors",
@@ -75,6 +76,27 @@ def quantization_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) 
         by_row = residual.square().reshape(x.shape[0], s.shape[1], -1).sum(-1)
         errors.append(by_row if s.shape[0] > 1 else by_row.sum(0, keepdim=True))
     return torch.stack(errors)
+
+
+def error_feedback(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, factor: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One column after the other, all later columns corrected at once."""
+    n, k = x.shape
+    groups = len(factor)
+    codes, error = torch.empty(n, k), torch.zeros(n, dtype=torch.float64)
+    s, z = (_expand(p, n, k) for p in (scale, zero_point))
+    for g in range(groups):
+        rows = slice(g * n // groups, (g + 1) * n // groups)
+        w = x[rows, order[g]].clone()
+        for i, column in enumerate(order[g].tolist()):
+            step, zero = s[rows, column], z[rows, column]
+            q = ((w[:, i] / step).round() + zero).clamp(0, 2**bits - 1)
+            e = (w[:, i] - step * (q - zero)) / factor[g, i, i]
+            w[:, i + 1 :] -= e[:, None] * factor[g, i, i + 1 :]
+            codes[rows, column] = q
+            error[rows] += e.double().square()
+    return codes.to(torch.uint8), error
 
 
 def quantize_activation(

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from .allocation import ALLOCATORS, Budget, LayerFit, allocate
-from .batches import Batch, divergences, take
 from .calibration import Calibration
+from .evaluation import Evaluator, is_better
 
 __all__ = [
     "SearchConfig",
@@ -110,8 +108,8 @@ class SearchResult:
     steps: int = 0
 
 
-class _Evaluator:
-    """The quantized network as a function of its weights, against the float one."""
+class _Ranks(Evaluator):
+    """The quantized network as a function of its ranks."""
 
     def __init__(
         self,
@@ -121,70 +119,22 @@ class _Evaluator:
         simulate: Callable[[torch.nn.Module], Any],
         adapter_bits: int,
     ) -> None:
-        self.calibration, self.fits, self.config = calibration, fits, config
-        self.adapter_bits = adapter_bits
-        self.simulate = simulate
-        generator = torch.Generator().manual_seed(config.seed)
-        index = [(i, j) for i, batch in enumerate(calibration.batches) for j in range(len(batch))]
-        order = torch.randperm(len(index), generator=generator)[: config.samples].tolist()
-        held = max(1, min(config.holdout, len(order) // 2))
-        self.train = [index[i] for i in (order[held:] or order)]
-        held_out: dict[int, list[int]] = {}
-        for i in order[:held]:
-            held_out.setdefault(index[i][0], []).append(index[i][1])
-        self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
-        self.generator = generator
-        self._queue: list[tuple[int, list[int]]] = []
+        super().__init__(
+            calibration,
+            config.samples,
+            config.batch_size,
+            config.holdout,
+            config.seed,
+            simulate,
+            config.loss,
+            config.label_loss,
+        )
+        self.fits, self.adapter_bits = fits, adapter_bits
         self._truncated: dict[str, tuple[int, Tensor]] = {}
-
-    def _losses(self, weights: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
-        """Loss of each sample; a label_loss that gives one number stands for all of them."""
-        model = self.calibration.model
-        parameters = {
-            f"{name}.weight" if name else "weight": w.to(self.calibration.layers[name].weight.dtype)
-            for name, w in weights.items()
-        }
-        with self.simulate(model):  # untied: a float module that shares a weight keeps its own
-            output = functional_call(model, parameters, batch.args, batch.kwargs, tie_weights=False)
-        if self.config.loss == "kl":
-            return divergences(output, teacher, self.calibration.logits)
-        if batch.labels is None:
-            raise ValueError("SearchConfig: loss='labels' needs calibration batches with labels")
-        if self.config.label_loss is not None:
-            return self.config.label_loss(output, batch.labels).mean().expand(len(batch))
-        logits = self.calibration.logits(output)
-        if logits is None:
-            raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
-        labels = batch.labels.flatten().to(logits.device)
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
-        return losses.reshape(len(batch), -1).mean(1)
-
-    def next_batch(self) -> tuple[Batch, Any]:
-        """Samples of one calibration batch (inputs of different batches may differ in shape)."""
-        if not self._queue:
-            by_batch: dict[int, list[int]] = {}
-            for i, j in self.train:
-                by_batch.setdefault(i, []).append(j)
-            chunks = []
-            for i, rows in sorted(by_batch.items()):
-                order = torch.randperm(len(rows), generator=self.generator).tolist()
-                size = self.config.batch_size
-                chunks += [
-                    (i, [rows[k] for k in order[s : s + size]]) for s in range(0, len(rows), size)
-                ]
-            order = torch.randperm(len(chunks), generator=self.generator).tolist()
-            self._queue = [chunks[k] for k in order]
-        index, rows = self._queue.pop()
-        return self._part(index, torch.tensor(sorted(rows)))
-
-    def _part(self, index: int, rows: Tensor) -> tuple[Batch, Any]:
-        batch = self.calibration.batches[index]
-        teacher = self.calibration.teacher()[index]
-        return batch[rows], take(teacher, rows, len(batch))
 
     def step_loss(self, gains: Mapping[str, Tensor]) -> Tensor:
         weights = {name: fit.gated(gains[name]) for name, fit in self.fits.items()}
-        return self._losses(weights, *self.next_batch()).mean()
+        return self.losses(self.weights(weights), *self.next_batch()).mean()
 
     def _weight(self, name: str, rank: int) -> Tensor:
         """The truncated weight; candidates differ in few layers, so each layer's last one is kept."""
@@ -194,13 +144,9 @@ class _Evaluator:
             self._truncated[name] = kept
         return kept[1]
 
-    def score(self, ranks: Mapping[str, int]) -> Tensor:
+    def score_ranks(self, ranks: Mapping[str, int]) -> Tensor:
         """Loss of each held-out sample under the network as it would be stored: float32 [n]."""
-        weights = {name: self._weight(name, ranks[name]) for name in self.fits}
-        with torch.no_grad():
-            return torch.cat(
-                [self._losses(weights, *self._part(index, rows)) for index, rows in self.held_out]
-            )
+        return self.score(self.weights({name: self._weight(name, ranks[name]) for name in ranks}))
 
 
 def search_ranks(
@@ -230,19 +176,17 @@ def search_ranks(
         method = config.method if config.method != "gate" else "uniform"
         return SearchResult(allocate(method, fits, budget, calibration), method)
     result = SearchResult({}, "gate")
-    evaluator = _Evaluator(calibration, fits, config, simulate, adapter_bits)
+    evaluator = _Ranks(calibration, fits, config, simulate, adapter_bits)
     best: Tensor | None = None
     bar = tqdm(total=config.iterations, desc="rank search", disable=not progress, leave=False)
 
     def consider(label: str, ranks: dict[str, int]) -> bool:
         nonlocal best
-        losses = evaluator.score(ranks)
+        losses = evaluator.score_ranks(ranks)
         loss, used = float(losses.mean()), budget.used(ranks)
         accepted = best is None
         if best is not None:
-            gain = best - losses
-            doubt = 0.0 if label in ALLOCATORS else float(gain.std(correction=0)) / len(gain) ** 0.5
-            accepted = float(gain.mean()) > doubt
+            accepted = is_better(best - losses, doubtful=label not in ALLOCATORS)
         if accepted:
             best, result.ranks, result.loss = losses, dict(ranks), loss
         result.history.append(
@@ -277,7 +221,7 @@ def search_ranks(
 
 
 def _descend(
-    evaluator: _Evaluator,
+    evaluator: _Ranks,
     budget: Budget,
     config: SearchConfig,
     steps: int,
@@ -338,7 +282,7 @@ def _descend(
 
 
 def _exchange(
-    evaluator: _Evaluator,
+    evaluator: _Ranks,
     budget: Budget,
     steps: int,
     consider: Callable[[str, dict[str, int]], bool],

@@ -13,6 +13,9 @@ STABLE_TORCH_LIBRARY(cora, m) {
       "fake_quantize_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int bits)"
       " -> (Tensor grad_x, Tensor grad_scale)");
   m.def("quantization_error(Tensor x, Tensor scale, Tensor zero_point, int bits) -> Tensor");
+  m.def(
+      "error_feedback(Tensor x, Tensor scale, Tensor zero_point, int bits, Tensor factor, Tensor order)"
+      " -> (Tensor codes, Tensor error)");
   m.def("quantize_activation(Tensor x, float scale, int zero_point, int bits, int halo) -> Tensor");
   m.def("dequantize_activation(Tensor codes, float scale, int zero_point, int halo) -> Tensor");
   m.def(

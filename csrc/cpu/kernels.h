@@ -30,6 +30,20 @@ using FakeQuantizeBackwardFn = double(const float* grad, const float* x, RunPara
 /// Sum of (x - scale * (q - zero_point))^2 in float64. Ties may round either way: their error is the same.
 using SquaredErrorFn = double(const float* x, RunParams p, int64_t count);
 
+// Rounding with error feedback (ops/error_feedback.cpp): rows (two vectors of the widest level) and columns worked on
+// at once.
+constexpr int kFeedbackRows = 32;
+constexpr int kFeedbackBlock = 32;
+
+/// `width` columns of `rows` rows, one after the other; then what they owe to the `rest` columns after them:
+///   q = clamp(rint(w / scale) + zero_point, 0, top);  e = (w - scale * (q - zero_point)) / u[k][k];
+///   w[j] = w[j] - e * u[k][j] for j > k, product and difference rounded apart, k ascending.
+/// Columns hold their rows side by side, w [width + rest][kFeedbackRows], scale, zero_point, q and e
+/// [width][kFeedbackRows]: rows are the lanes, since they do not wait for each other. What is in the lanes after `rows`
+/// may change. u [width][ldu] starts at the diagonal.
+using FeedbackFn = void(float* w, int rows, const float* u, int64_t ldu, int width, int64_t rest, const float* scale,
+                        const float* zero_point, float top, float* q, float* e);
+
 /// codes[i] = q; a NaN gives code 0.
 using QuantizeU8Fn = void(const float* x, RunParams p, int64_t count, uint8_t* codes);
 
@@ -265,6 +279,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(FakeQuantizeFn, fake_quantize)                  \
   _(FakeQuantizeBackwardFn, fake_quantize_backward) \
   _(SquaredErrorFn, squared_error)                  \
+  _(FeedbackFn, feedback)                           \
   _(QuantizeU8Fn, quantize_u8)                      \
   _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \

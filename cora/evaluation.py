@@ -1,0 +1,150 @@
+"""A network as a function of its quantized weights, against the float one: what every search measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call
+
+from .batches import Batch, divergences, take
+from .calibration import Calibration
+
+__all__ = ["Evaluator", "is_better"]
+
+
+class Evaluator:
+    """Losses of a float model with other weights, on training and on held-out calibration samples.
+
+    Args:
+        calibration: model and samples.
+        samples: calibration samples used, at most.
+        batch_size: samples a gradient step.
+        holdout: samples that take no part in gradients; at most half of all.
+        seed: of the split and of the order.
+        loss: "kl" (to the float model, no labels; squared error for a regression) or "labels".
+        label_loss: function (output, labels) -> loss for loss="labels"; cross-entropy by default.
+        simulate: context manager that makes a model quantize its activations.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        samples: int,
+        batch_size: int,
+        holdout: int,
+        seed: int,
+        simulate: Callable[[torch.nn.Module], Any],
+        loss: Literal["kl", "labels"] = "kl",
+        label_loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> None:
+        self.calibration, self.simulate = calibration, simulate
+        self.batch_size, self.loss, self.label_loss = batch_size, loss, label_loss
+        generator = torch.Generator().manual_seed(seed)
+        index = [(i, j) for i, batch in enumerate(calibration.batches) for j in range(len(batch))]
+        order = torch.randperm(len(index), generator=generator)[:samples].tolist()
+        held = max(1, min(holdout, len(order) // 2))
+        self.train = [index[i] for i in (order[held:] or order)]
+        held_out: dict[int, list[int]] = {}
+        for i in order[:held]:
+            held_out.setdefault(index[i][0], []).append(index[i][1])
+        self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
+        self.generator = generator
+        self._queue: list[tuple[int, list[int]]] = []
+
+    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
+        """The model's output with some parameters replaced, by name."""
+        model = self.calibration.model
+        with self.simulate(model):  # untied: a float module that shares a weight keeps its own
+            return functional_call(
+                model, dict(parameters), batch.args, batch.kwargs, tie_weights=False
+            )
+
+    def losses(self, parameters: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
+        """Loss of each sample; a label_loss that gives one number stands for all of them."""
+        output = self.outputs(parameters, batch)
+        if self.loss == "kl":
+            return divergences(output, teacher, self.calibration.logits)
+        if batch.labels is None:
+            raise ValueError("SearchConfig: loss='labels' needs calibration batches with labels")
+        if self.label_loss is not None:
+            return self.label_loss(output, batch.labels).mean().expand(len(batch))
+        logits = self.calibration.logits(output)
+        if logits is None:
+            raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
+        labels = batch.labels.flatten().to(logits.device)
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
+        return losses.reshape(len(batch), -1).mean(1)
+
+    def weights(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layers' weights as parameters of the model."""
+        layers = self.calibration.layers
+        return {
+            f"{name}.weight" if name else "weight": w.to(layers[name].weight.dtype)
+            for name, w in matrices.items()
+        }
+
+    def next_batch(self) -> tuple[Batch, Any]:
+        """Samples of one calibration batch (inputs of different batches may differ in shape)."""
+        if not self._queue:
+            by_batch: dict[int, list[int]] = {}
+            for i, j in self.train:
+                by_batch.setdefault(i, []).append(j)
+            chunks = []
+            for i, rows in sorted(by_batch.items()):
+                order = torch.randperm(len(rows), generator=self.generator).tolist()
+                size = self.batch_size
+                chunks += [
+                    (i, [rows[k] for k in order[s : s + size]]) for s in range(0, len(rows), size)
+                ]
+            order = torch.randperm(len(chunks), generator=self.generator).tolist()
+            self._queue = [chunks[k] for k in order]
+        index, rows = self._queue.pop()
+        return self.part(index, torch.tensor(sorted(rows)))
+
+    def part(self, index: int, rows: Tensor) -> tuple[Batch, Any]:
+        """Samples of a calibration batch with the float model's output on them."""
+        batch = self.calibration.batches[index]
+        teacher = self.calibration.teacher()[index]
+        return batch[rows], take(teacher, rows, len(batch))
+
+    def score(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Loss of each held-out sample: float32 [n]."""
+        with torch.no_grad():
+            return torch.cat(
+                [
+                    self.losses(parameters, *self.part(index, rows))
+                    for index, rows in self.held_out
+                ]
+            )
+
+    def changed(self, parameters: Mapping[str, Tensor]) -> float:
+        """Share of the held-out answers (most likely classes) that are not the float model's.
+
+        Raises:
+            ValueError: the output has no classes.
+        """
+        logits = self.calibration.logits
+        changed = answers = 0
+        with torch.no_grad():
+            for index, rows in self.held_out:
+                batch, teacher = self.part(index, rows)
+                expected, got = logits(teacher), logits(self.outputs(parameters, batch))
+                if expected is None or got is None:
+                    raise ValueError("max_drop needs a model whose output holds logits of classes")
+                differ = expected.argmax(-1) != got.argmax(-1)
+                changed, answers = changed + int(differ.sum()), answers + differ.numel()
+        return changed / answers
+
+
+def is_better(gain: Tensor, doubtful: bool = True) -> bool:
+    """Whether paired gains of held-out samples are positive by more than their standard error.
+
+    The losses have heavy tails and many proposals are tried: without doubt the search would fit the
+    held-out samples.
+    """
+    error = float(gain.std(correction=0)) / len(gain) ** 0.5 if doubtful else 0.0
+    return float(gain.mean()) > error

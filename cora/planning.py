@@ -1,0 +1,477 @@
+"""One choice a layer of bits, groups and rank, under a budget of stored bits: the joint search.
+
+Each layer has a ladder of ways to store it, dearer ones closer to float. Their predicted losses add up, so the
+best plan for any budget takes from every ladder the step where a bit buys the same loss: a front of plans, in
+closed form. The search then measures what the prediction cannot know, on held-out samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .calibration import Calibration
+from .evaluation import Evaluator, is_better
+from .lowrank import LayerShape, factors, fold, quantize_adapter, rank_bits, truncate, unfold
+from .moments import output_energy
+from .quantizer import QuantSpec, weight_bits
+from .rounding import Feedback, Rounded, quantize_matrix
+
+__all__ = ["Choice", "Ladders", "Plan", "search_plan"]
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUPS = (None, 128, 64, 32)  # weights a scale; None: a row
+_ADAPTED_BITS = 4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
+_ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
+_FRONT = 24  # plans of the front that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One way to store a layer.
+
+    Args:
+        spec: its quantizer.
+        rank: of its adapter.
+        stored: bits of codes, scales, zero-points and adapter.
+        loss: predicted divergence from the float model, nats.
+    """
+
+    spec: QuantSpec
+    rank: int
+    stored: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A choice for every layer."""
+
+    choices: Mapping[str, Choice]
+
+    @property
+    def stored(self) -> int:
+        return sum(choice.stored for choice in self.choices.values())
+
+    @property
+    def loss(self) -> float:
+        return sum(choice.loss for choice in self.choices.values())
+
+
+def group_sizes(columns: int) -> list[int | None]:
+    """Divisors of a row nearest below the sizes of groups that are tried."""
+    sizes: list[int | None] = []
+    for group in _GROUPS:
+        size = group and next(n for n in range(min(group, columns), 0, -1) if columns % n == 0)
+        if size is None or (16 <= size < columns and size not in sizes):
+            sizes.append(size)
+    return sizes
+
+
+class Ladders:
+    """For each layer the ways to store it that no mixture of others beats, cheapest first.
+
+    Args:
+        calibration: the float model and its data.
+        specs: layer -> quantizer whose clip, symmetry and rounding every choice shares; a layer whose
+            `fixed` is set keeps bits and granularity too.
+        fixed: layers with one choice.
+        adapter_bits: width of adapters; None: no adapters.
+        fit: "weighted" or "plain", as in `cora.quantize`.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        specs: Mapping[str, QuantSpec],
+        fixed: Iterable[str] = (),
+        adapter_bits: int | None = 4,
+        fit: str = "weighted",
+        progress: bool = True,
+    ) -> None:
+        self.calibration, self.adapter_bits, self.fit = calibration, adapter_bits, fit
+        self.fixed = set(fixed)
+        self.shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
+        self.weights = sum(shape.rows * shape.columns for shape in self.shapes.values())
+        self._kept: dict[str, tuple[tuple[QuantSpec, int], Tensor]] = {}
+        energies: dict[str, list[tuple[QuantSpec, int, int, float]]] = {}
+        probes: dict[str, list[Tensor]] = {}
+        probed: dict[str, float] = {}
+        names = list(specs)
+        for name in tqdm(names, desc="ways to store", leave=False, disable=not progress):
+            energies[name], probes[name], probed[name] = self._measure(name, specs[name])
+        curvature = calibration.curvature(probes)
+        # A layer whose gradient never reached the output still costs something.
+        factors_ = {n: sum(curvature[n]) / max(probed[n], 1e-30) for n in names}
+        least = min((f for f in factors_.values() if f > 0), default=1.0)
+        self.steps: dict[str, list[Choice]] = {}
+        for name in names:
+            factor = max(factors_[name], 1e-3 * least)
+            self.steps[name] = _hull(
+                Choice(spec, rank, stored, factor * energy)
+                for spec, rank, stored, energy in energies[name]
+            )
+
+    def _measure(
+        self, name: str, base: QuantSpec
+    ) -> tuple[list[tuple[QuantSpec, int, int, float]], list[Tensor], float]:
+        """(quantizer, rank, stored bits, output error) of every way; errors to learn the layer's
+        curvature from, and the sum of their output errors."""
+        shape, moment = self.shapes[name], self.calibration.moment(name)
+        matrix = self._matrix(name)
+        found: list[tuple[QuantSpec, int, int, float]] = []
+        probes: list[Tensor] = []
+        probed = 0.0
+        feedback = Feedback.of(moment) if base.rounding == "gptq" else None
+        for spec in self._specs(name, base):
+            rounded = quantize_matrix(matrix, spec, name, feedback)
+            stored = weight_bits(shape.rows, shape.columns, rounded.qparams)
+            residual = matrix - rounded.dequantized
+            energy = output_energy(residual, shape, moment)
+            found.append((spec, 0, stored, energy))
+            if spec.group_size is None and (spec.bits in (2, 4) or name in self.fixed):
+                probes.append(self._folded(name, residual))
+                probed += energy
+            if self.adapter_bits and spec.bits <= _ADAPTED_BITS and name not in self.fixed:
+                found += self._adapted(name, spec, rounded, residual, stored, moment)
+        return found, probes, probed
+
+    def _specs(self, name: str, base: QuantSpec) -> list[QuantSpec]:
+        if name in self.fixed:
+            return [base]
+        found = []
+        for bits in _BITS:
+            for size in group_sizes(self.shapes[name].columns):
+                granularity = "per_group" if size else "per_channel"
+                found.append(base.replace(bits=bits, granularity=granularity, group_size=size))
+        return found
+
+    def _adapted(
+        self,
+        name: str,
+        spec: QuantSpec,
+        rounded: Rounded,
+        residual: Tensor,
+        stored: int,
+        moment: Tensor,
+    ) -> list[tuple[QuantSpec, int, int, float]]:
+        assert self.adapter_bits is not None
+        shape = self.shapes[name]
+        unit = rank_bits(shape, self.adapter_bits)
+        most = min(shape.full_rank, int(_ADAPTER_SHARE * shape.rows * shape.columns / unit))
+        if spec.group_size is not None or most < 1:
+            return []
+        a, b, _ = factors(residual, shape.groups, moment if self.fit == "weighted" else None)
+        found = []
+        rank = 1
+        while rank <= most:
+            part = truncate(a, b, rank, shape.groups)
+            adapter = quantize_adapter(*part, self.adapter_bits, shape.groups).matrix()
+            energy = output_energy(residual - adapter, shape, moment)
+            found.append((spec, rank, stored + rank * unit, energy))
+            rank = max(rank + 1, round(rank * 1.6))
+        return found
+
+    def _matrix(self, name: str) -> Tensor:
+        layer = self.calibration.layers[name]
+        transposed = getattr(layer, "transposed", False)
+        groups = self.shapes[name].groups
+        return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
+
+    def _folded(self, name: str, matrix: Tensor) -> Tensor:
+        layer = self.calibration.layers[name]
+        transposed = getattr(layer, "transposed", False)
+        return fold(matrix, layer.weight.shape, transposed, self.shapes[name].groups)
+
+    def weight(self, name: str, choice: Choice) -> Tensor:
+        """The layer's weight as a choice stores it; the last one of each layer is kept."""
+        key = (choice.spec, choice.rank)
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != key:
+            shape, moment = self.shapes[name], self.calibration.moment(name)
+            matrix = self._matrix(name)
+            feedback = Feedback.of(moment)
+            effective = quantize_matrix(matrix, choice.spec, name, feedback).dequantized
+            if choice.rank:
+                assert self.adapter_bits is not None
+                weighted = moment if self.fit == "weighted" else None
+                a, b, _ = factors(matrix - effective, shape.groups, weighted)
+                part = truncate(a, b, choice.rank, shape.groups)
+                adapter = quantize_adapter(*part, self.adapter_bits, shape.groups)
+                effective = effective + adapter.matrix()
+            self._kept[name] = kept = (key, self._folded(name, effective))
+        return kept[1]
+
+    def parameters(self, plan: Plan, evaluator: Evaluator) -> dict[str, Tensor]:
+        return evaluator.weights({n: self.weight(n, c) for n, c in plan.choices.items()})
+
+    def bits(self, stored: float) -> float:
+        """Stored bits of a whole plan as bits a weight."""
+        return stored / self.weights
+
+    @property
+    def least(self) -> int:
+        """Stored bits of the cheapest plan."""
+        return sum(steps[0].stored for steps in self.steps.values())
+
+    def best(self, budget: float, scale: Mapping[str, float] | None = None) -> Plan:
+        """The plan of least predicted loss within a budget of stored bits.
+
+        Args:
+            scale: corrections of the layers' predicted losses.
+        """
+        factor = scale or {}
+
+        def at(price: float) -> dict[str, int]:
+            return {
+                name: min(
+                    range(len(steps)),
+                    key=lambda i: factor.get(name, 1.0) * steps[i].loss + price * steps[i].stored,
+                )
+                for name, steps in self.steps.items()
+            }
+
+        def stored(levels: Mapping[str, int]) -> int:
+            return sum(self.steps[n][i].stored for n, i in levels.items())
+
+        low, high = -60.0, 40.0  # of the price's logarithm: nats a bit
+        for _ in range(80):
+            middle = (low + high) / 2
+            low, high = (
+                (middle, high) if stored(at(math.exp(middle))) > budget else (low, middle)
+            )
+        return self.filled(at(math.exp(high)), budget, factor)
+
+    def filled(
+        self, levels: dict[str, int], budget: float, scale: Mapping[str, float]
+    ) -> Plan:
+        """Spend what is left on the steps that win most a bit."""
+        left = budget - sum(self.steps[n][i].stored for n, i in levels.items())
+        while True:
+            gains = []
+            for name, i in levels.items():
+                for j in range(i + 1, len(self.steps[name])):
+                    cost = self.steps[name][j].stored - self.steps[name][i].stored
+                    if cost <= left:
+                        gain = self.steps[name][i].loss - self.steps[name][j].loss
+                        gains.append((scale.get(name, 1.0) * gain / cost, name, j))
+            if not gains:
+                return Plan({name: self.steps[name][i] for name, i in levels.items()})
+            _, name, j = max(gains)
+            left -= self.steps[name][j].stored - self.steps[name][levels[name]].stored
+            levels[name] = j
+
+    def front(self, count: int = _FRONT) -> list[Plan]:
+        """Plans from the cheapest to the best, evenly spaced in stored bits."""
+        most = sum(steps[-1].stored for steps in self.steps.values())
+        least = self.least
+        budgets = [least + (most - least) * i / (count - 1) for i in range(count)]
+        plans: dict[int, Plan] = {}
+        for budget in budgets:
+            plan = self.best(budget)
+            plans[plan.stored] = plan
+        return list(plans.values())
+
+
+def _hull(choices: Iterable[Choice]) -> list[Choice]:
+    """The lower convex hull of loss over stored bits: from each step to the next a bit buys less."""
+    hull: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.stored, c.loss)):
+        if hull and choice.loss >= hull[-1].loss:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], choice):
+            hull.pop()
+        if hull and hull[-1].stored == choice.stored:
+            hull.pop()
+        hull.append(choice)
+    return hull
+
+
+def _slope(cheap: Choice, dear: Choice) -> float:
+    return (cheap.loss - dear.loss) / max(dear.stored - cheap.stored, 1)
+
+
+@dataclass(slots=True)
+class PlanResult:
+    """The plan found, what led to it, and the front it lies on.
+
+    Args:
+        plan: the best measured one.
+        budget: stored bits allowed.
+        loss: its loss on held-out samples; nan without a search.
+        front: closed-form plans, cheapest first.
+        history: one entry a proposal: step, kind, loss, stored bits, accepted.
+    """
+
+    plan: Plan
+    budget: float
+    loss: float = math.nan
+    front: Sequence[Plan] = ()
+    history: list[dict[str, Any]] = field(default_factory=list)
+    candidates: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
+    steps: int = 0
+
+
+def search_plan(
+    ladders: Ladders,
+    budget: float,
+    evaluator: Evaluator,
+    iterations: int,
+    progress: bool = True,
+) -> PlanResult:
+    """Improve the closed-form plan on held-out samples; Ctrl-C ends with the best plan so far.
+
+    First each layer in turn takes one step down its ladder, and what that costs corrects its predicted
+    losses for the next closed-form plan. Then bits move between pairs of layers. A proposal
+    replaces the best plan if it is better by more than the standard error.
+
+    Args:
+        budget: stored bits allowed.
+        iterations: measurements on the held-out samples.
+    """
+    result = PlanResult(ladders.best(budget), budget, front=ladders.front())
+    if iterations < 1:
+        return result
+    names = [name for name in ladders.steps if len(ladders.steps[name]) > 1]
+    bar = tqdm(total=iterations, desc="plan search", disable=not progress, leave=False)
+
+    def measure(plan: Plan) -> Tensor:
+        result.steps += 1
+        bar.update()
+        return evaluator.score(ladders.parameters(plan, evaluator))
+
+    def consider(label: str, plan: Plan) -> bool:
+        nonlocal best
+        losses = measure(plan)
+        # The prediction stands beside the measurement: it saw all samples, and samples that the float
+        # model was trained on, as calibration samples often are, flatter what fits them.
+        gain = best - losses + (result.plan.loss - plan.loss)
+        accepted = is_better(gain)
+        if accepted:
+            best, result.plan, result.loss = losses, plan, float(losses.mean())
+        loss = float(losses.mean())
+        result.history.append(
+            {
+                "step": result.steps,
+                "kind": label,
+                "loss": loss,
+                "stored_bits": plan.stored,
+                "accepted": accepted,
+            }
+        )
+        result.candidates[label] = min(loss, result.candidates.get(label, math.inf))
+        bar.set_postfix_str(f"loss {result.loss:.4f}, {ladders.bits(plan.stored):.2f} bits")
+        return accepted
+
+    def level(plan: Plan, name: str) -> int:
+        return ladders.steps[name].index(plan.choices[name])
+
+    try:
+        best = measure(result.plan)
+        result.loss = float(best.mean())
+        result.candidates["closed form"] = result.loss
+        result.history.append(
+            {
+                "step": result.steps,
+                "kind": "closed form",
+                "loss": result.loss,
+                "stored_bits": result.plan.stored,
+                "accepted": True,
+            }
+        )
+        scale = dict.fromkeys(ladders.steps, 1.0)
+        if 2 * len(names) <= iterations:
+            base, start = result.plan, best
+            for name in names:
+                i = level(base, name)
+                other = ladders.steps[name][i - 1 if i else i + 1]
+                changed = measure(Plan({**base.choices, name: other}))
+                predicted = other.loss - base.choices[name].loss
+                measured = float((changed - start).mean()) / predicted
+                scale[name] = min(max(measured, 0.1), 10.0)
+            for trust in (1.0, 0.5):
+                corrected = {n: s**trust for n, s in scale.items()}
+                consider("corrected", ladders.best(budget, corrected))
+        _exchange(ladders, budget, iterations, evaluator.generator, consider, result, scale)
+    except KeyboardInterrupt:
+        result.interrupted = True
+    finally:
+        bar.close()
+    return result
+
+
+def _exchange(
+    ladders: Ladders,
+    budget: float,
+    iterations: int,
+    generator: torch.Generator,
+    consider: Callable[[str, Plan], bool],
+    result: PlanResult,
+    scale: Mapping[str, float],
+) -> None:
+    """One layer steps down, and what it saves goes to another."""
+    tried: set[tuple[int, ...]] = set()
+    idle = 0
+    while result.steps < iterations and idle < 200:
+        levels = {n: ladders.steps[n].index(c) for n, c in result.plan.choices.items()}
+        donors = [n for n, i in levels.items() if i > 0]
+        receivers = [n for n, i in levels.items() if i + 1 < len(ladders.steps[n])]
+        if not donors or not receivers:
+            return
+        pick = torch.rand(2, generator=generator)
+        donor = donors[int(pick[0] * len(donors))]
+        receiver = receivers[int(pick[1] * len(receivers))]
+        idle += 1
+        if donor == receiver:
+            continue
+        levels[donor] -= 1
+        left = budget - sum(ladders.steps[n][i].stored for n, i in levels.items())
+        before = ladders.steps[receiver][levels[receiver]].stored
+        up = [
+            j
+            for j in range(levels[receiver] + 1, len(ladders.steps[receiver]))
+            if ladders.steps[receiver][j].stored - before <= left
+        ]
+        if not up:
+            continue
+        levels[receiver] = up[0]
+        key = tuple(levels.values())
+        if key in tried:
+            continue
+        tried.add(key)
+        idle = 0
+        consider("exchange", ladders.filled(levels, budget, scale))
+
+
+def cheapest_plan(
+    ladders: Ladders, most_changed: float, evaluator: Evaluator, progress: bool = True
+) -> Plan:
+    """The closed-form plan of fewest bits that changes at most a share of the held-out answers.
+
+    Raises:
+        ValueError: the model's output has no answers, or every plan changes more.
+    """
+    plans = ladders.front()
+    low, high = 0, len(plans) - 1
+    bar = tqdm(desc="fewest bits", disable=not progress, leave=False)
+    with bar:
+        worst = evaluator.changed(ladders.parameters(plans[high], evaluator))
+        if worst > most_changed:
+            raise ValueError(
+                f"max_drop must be at least {100 * worst:.2f} points, what 8 bits change, got "
+                f"{100 * most_changed:g}"
+            )
+        while low < high:
+            middle = (low + high) // 2
+            changed = evaluator.changed(ladders.parameters(plans[middle], evaluator))
+            bar.update()
+            bar.set_postfix_str(f"{ladders.bits(plans[middle].stored):.2f} bits: {changed:.2%}")
+            low, high = (low, middle) if changed <= most_changed else (middle + 1, high)
+    return plans[high]

@@ -1,0 +1,145 @@
+"""From a weight matrix to codes: which quantizer, and each weight up or down.
+
+Rounding to nearest has the least error of the weights; with the second moment of the layer's input, error
+feedback has the least error that a left-to-right pass finds at the layer's output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .quantizer import (
+    SUPPORTED_BITS,
+    QParams,
+    QuantSpec,
+    better_of,
+    candidate_qparams,
+    choose_qparams,
+    make_qparams,
+)
+
+__all__ = ["Feedback", "Rounded", "quantize_matrix"]
+
+# Shares of the full range tried with clip="mse": coarser than for nearest rounding, whose errors are exact,
+# because the later columns' corrections make up for a step that is a little too wide or narrow.
+# The fewer the levels, the more of the range may go.
+_SHARES = {bits: [1.0 - 0.05 * i for i in range(max(5, 17 - 2 * bits))] for bits in SUPPORTED_BITS}
+_DAMPING = 0.01  # of the mean diagonal, so that weakly seen columns do not take unbounded corrections
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """A quantized weight matrix [N, K].
+
+    Args:
+        qparams: its quantizer.
+        codes: uint8 [N, K], not packed.
+        dequantized: float32 [N, K].
+    """
+
+    qparams: QParams
+    codes: Tensor
+    dequantized: Tensor
+
+    def packed(self) -> Tensor:
+        """The codes as stored: uint8 [N, ceil(K * bits / 8)]."""
+        return ops.pack_bits(self.codes, self.qparams.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What error feedback needs to know of a layer's input, computed once for any number of quantizers.
+
+    Columns are rounded in the order of falling second moment: what is seen most has the most columns
+    left to correct it.
+
+    Args:
+        factor: float32 [groups, K, K], see `ops.error_feedback`.
+        order: int64 [groups, K].
+        seen: mean square of each column's input, [groups, K].
+    """
+
+    factor: Tensor
+    order: Tensor
+    seen: Tensor
+
+    @staticmethod
+    def of(moment: Tensor) -> Feedback:
+        """From the input's second moment [groups, K, K], positive semidefinite."""
+        seen = moment.diagonal(dim1=-2, dim2=-1)
+        order = seen.argsort(dim=-1, descending=True, stable=True)
+        rows = order[:, :, None].expand(moment.shape)
+        ordered = moment.gather(1, rows).gather(2, rows.mT).double()
+        damping = _DAMPING * seen.double().mean(-1)
+        damping = torch.where(damping > 0, damping, torch.ones_like(damping))
+        ordered.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+        # H = L L^T in reversed order gives the Cholesky factor of H^-1 without inverting H itself.
+        lower = torch.linalg.cholesky(ordered.flip(-1, -2))
+        eye = torch.eye(moment.shape[-1], dtype=lower.dtype, device=lower.device)
+        inverse = torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
+        return Feedback(inverse.flip(-1, -2).float().contiguous(), order.contiguous(), seen)
+
+
+def quantize_matrix(
+    matrix: Tensor, spec: QuantSpec, layer: str = "weight", feedback: Feedback | None = None
+) -> Rounded:
+    """Quantize a weight matrix.
+
+    Args:
+        matrix: float32 [N, K].
+        spec: the quantizer.
+        layer: name for error messages.
+        feedback: of the layer's input, for spec.rounding "gptq"; None rounds to nearest.
+
+    Raises:
+        ValueError: non-finite weight, group_size that does not divide K.
+    """
+    if spec.rounding == "nearest" or feedback is None:
+        qparams = choose_qparams(matrix, spec, layer)
+        dequantized, codes = ops.fake_quantize(
+            matrix, qparams.scale, qparams.zero_point, spec.bits, codes=True
+        )
+        return Rounded(qparams, codes, dequantized)
+    matrix = matrix.float().contiguous()
+    scales, zeros = candidate_qparams(
+        matrix, spec, _SHARES[spec.bits] if spec.clip == "mse" else [1.0], layer
+    )
+    if spec.granularity == "per_group" and len(scales) > 1:
+        # A group's error depends on the other groups' choices: each takes its own best first.
+        scales, zeros = _best_by_group(matrix, spec, feedback.seen, scales, zeros)
+    best: tuple[Tensor, ...] | None = None
+    for scale, zero in zip(scales, zeros, strict=True):
+        codes, error = ops.error_feedback(matrix, scale, zero, spec.bits, feedback.factor, feedback.order)
+        if len(scale) == 1:  # all rows share a scale, so they must agree
+            error = error.sum().expand(len(error))
+        rows = len(matrix)
+        found = (error[:, None], codes, scale.expand(rows, -1), zero.expand(rows, -1))
+        best = found if best is None else better_of(found, best)
+    assert best is not None
+    _, codes, scale, zero = best
+    stored = scales.shape[1]
+    qparams = make_qparams(scale[:stored], zero[:stored], spec)
+    run = matrix.shape[1] // scale.shape[1]
+    grouped = codes.reshape(len(matrix), -1, run).float()
+    dequantized = scale[:, :, None] * (grouped - zero[:, :, None].float())
+    return Rounded(qparams, codes, dequantized.reshape(matrix.shape))
+
+
+def _best_by_group(
+    matrix: Tensor, spec: QuantSpec, seen: Tensor, scales: Tensor, zeros: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The candidate of each scale group with the least error of nearest rounding, weights counted by how
+    much their input is seen: both [1, R, G]."""
+    best: tuple[Tensor, ...] | None = None
+    for scale, zero in zip(scales, zeros, strict=True):
+        _, residual = ops.fake_quantize(matrix, scale, zero, spec.bits, residual=True)
+        weighted = residual.square_().reshape(len(seen), -1, matrix.shape[1]) * seen[:, None]
+        error = weighted.reshape(*scale.shape, -1).sum(-1)
+        found = (error, scale, zero)
+        best = found if best is None else better_of(found, best)
+    assert best is not None
+    return best[1][None], best[2][None]
