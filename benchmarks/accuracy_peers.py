@@ -315,6 +315,22 @@ def _aimet_config(folder: Path) -> str:
     return str(path)
 
 
+def _aimet_algorithm(adaround: Any) -> Any:
+    """Its AdaRound, for models that read their layers' attributes too, as EfficientNet its kernel sizes."""
+
+    class Wrapper(adaround.AdaroundWrapper):  # type: ignore[misc, name-defined]
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module_to_wrap"), name)
+
+    class Algorithm(adaround.Adaround):  # type: ignore[misc, name-defined]
+        _get_adaround_wrapper = staticmethod(Wrapper)
+
+    return Algorithm
+
+
 @_quietly
 def _aimet_adaround(
     model: nn.Module, batches: Sequence[Batch], *, bits: int, iterations: int, **_: Any
@@ -328,7 +344,7 @@ def _aimet_adaround(
         forward_fn=_run,
     )
     with tempfile.TemporaryDirectory() as folder:
-        rounded = adaround.Adaround.apply_adaround(
+        rounded = _aimet_algorithm(adaround).apply_adaround(
             _plain(copy.deepcopy(model)),
             _one_sample(batches),
             parameters,
@@ -417,6 +433,7 @@ def _quanto(
         matrix = q.dequantize().detach().float().reshape(len(layer.weight), -1)
         group = getattr(q, "_group_size", None) or matrix.shape[1]
         scale = q._scale.reshape(len(matrix), -1)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # 0 of a constant channel
         if bits == 8:
             zero = torch.full_like(scale, 128)
         elif q._shift.dtype.is_floating_point:  # an offset, not a whole zero-point

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cora
 from cora.calibration import input_rows, quantizable_layers
+from cora.quantizer import choose_qparams
 from cora.report import report_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -28,18 +29,21 @@ PLAIN = {"rank_budget": 0, "bias_correction": False, "progress": False}
 
 
 class Small(nn.Module):
-    """What a peer must get right: a residual, a depthwise and a grouped layer, an activation in place."""
+    """What a peer must get right: a residual, grouped layers, an activation in place, a layer whose own
+    attributes the model reads, a channel of equal weights."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.stem = nn.Conv2d(3, 8, 3)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.grouped = nn.Conv2d(8, 8, 1, groups=2, bias=False)
         self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(8, 5)
+        self.depthwise.weight.data[0] = 0.25
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.stem(x))
+        around = [size // 2 for size in self.stem.kernel_size for _ in range(2)]
+        x = self.relu(self.stem(torch.nn.functional.pad(x, around)))
         x = x + self.grouped(torch.nn.functional.relu6(self.depthwise(x)))
         out: Tensor = self.head(x.mean((2, 3)))
         return out
@@ -190,8 +194,9 @@ def test_nearest_is_as_good_as_cora(model: nn.Module) -> None:
             widest = baselines._nearest(matrix, *wide, bits).matrix
             error, bound = ((w - matrix).square().sum() for w in (own, widest))
             assert error <= bound * (1 + 1e-6)
-            spec = cora.QuantSpec(bits=bits)
-            _, _, decoded, _ = cora.modules.quantize_matrix(matrix, spec)
+            q = choose_qparams(matrix, cora.QuantSpec(bits=bits))
+            codes = ((matrix / q.scale).round() + q.zero_point).clamp(0, 2**bits - 1)
+            decoded = (codes - q.zero_point) * q.scale
             assert error < 2.5 * (decoded - matrix).square().sum()  # its ranges need not hold 0
 
 
@@ -283,17 +288,23 @@ def test_what_is_absent_has_a_reason() -> None:
     assert all(reasons.values())
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
 @pytest.mark.parametrize("peer", accuracy_peers.LIBRARIES, ids=lambda peer: peer.name)
-def test_library(peer: Peer, batches: Any) -> None:
+def test_library(peer: Peer, kind: str, model: nn.Module, batches: Any) -> None:
     reason = accuracy_peers.unavailable().get(peer.name)
     if reason:
         pytest.skip(reason)
-    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
-    data = [torch.randn(32, 64) for _ in range(2)]
-    bits = 4
-    result = peer.run(model, data, bits, 0, iterations=peer.iterations and 20)
+    if kind == "linear":
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+        batches = [torch.randn(32, 64) for _ in range(2)]
+    if not peer.applies(model):
+        pytest.skip(f"{peer.name} quantizes no {kind} layers")
+    result = peer.run(model, batches, 4, 0, iterations=peer.iterations and 20)
     assert result.float_layers == ()
-    assert 4 < result.bits_per_weight - result.adapter_bits / (64 * 74) < 4.8
+    weights = sum(matrix.numel() for matrix in matrices(model).values())
+    most = 4.8 if kind == "linear" else 8  # few weights share a scale in the small layers
+    assert 4 < result.bits_per_weight - result.adapter_bits / weights < most
+    x = batches[0] if kind == "linear" else batches[0][0]
     with torch.no_grad():
-        y, expected = (m(data[0]) for m in (result.model, model))
+        y, expected = (m(x) for m in (result.model, model))
     assert float((y - expected).square().mean() / expected.var()) < 0.1
