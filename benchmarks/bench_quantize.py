@@ -1,4 +1,5 @@
-"""fake_quantize against torch's own and against the chain of torch ops; packing at each width."""
+"""fake_quantize against torch's own and against the chain of torch ops; error feedback; packing at each
+width."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from rows import Case, quantization_cases
 
-from cora import ops, reference
+from cora import gpu, ops, reference
 
 
 @pytest.mark.parametrize("case", quantization_cases(), ids=str)
@@ -63,6 +64,25 @@ def bench_forward_backward(measure: Any, rows: int, cols: int, way: str) -> None
             return torch.autograd.grad(out, (x, leaf), grad)
 
         measure(f"forward+backward {rows}x{cols}", run, bytes=x.numel() * 20)
+
+
+@pytest.mark.parametrize("way", ["torch", "cora", "cora-avx2", "cora-scalar"])
+@pytest.mark.parametrize("rows,cols", [(256, 2304), (512, 4608)])
+def bench_error_feedback(measure: Any, float_peak: float, rows: int, cols: int, way: str) -> None:
+    """Products and differences are rounded apart: half of the FMA peak is all there is."""
+    scale, zero_point = parameters(rows)
+    factor = torch.randn(1, cols, cols).triu_() * (0.1 / cols**0.5)
+    factor.diagonal(dim1=1, dim2=2).fill_(1)
+    args = (torch.randn(rows, cols), scale, zero_point, 4, factor, torch.randperm(cols)[None])
+    run = gpu.error_feedback if way == "torch" else ops.error_feedback
+    before = ops.isa()["level"]
+    if "-" in way:
+        ops.set_isa(way.removeprefix("cora-"))
+    flop = rows * cols**2
+    measure(
+        f"error feedback {rows}x{cols}", lambda: run(*args), flop=flop, peak=float_peak, rounds=6
+    )
+    ops.set_isa(before)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])

@@ -20,7 +20,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import pytest
 import timing
 import torch
-from machine import describe
+from machine import describe, peaks
 from rows import Case
 
 from cora import ops
@@ -50,21 +50,36 @@ def inference(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def float_peak(request: pytest.FixtureRequest) -> float:
+    """Float32 FMA, GFLOP/s; 0 where it cannot be measured."""
+    threads = request.config.getoption("--threads")
+    return peaks([threads], 64).get(str(threads), {}).get("f32", 0)
+
+
 @pytest.fixture
 def measure(benchmark: Any) -> Callable[..., None]:
     """measure(group, run, flop=..., bytes=...): times run() and notes GFLOP/s and GB/s of the
-    median."""
+    median; of GFLOP/s also the share of `peak`."""
 
     def measured(
-        group: str, run: Callable[[], object], *, flop: float = 0, bytes: float = 0
+        group: str,
+        run: Callable[[], object],
+        *,
+        flop: float = 0,
+        bytes: float = 0,
+        peak: float = 0,
+        rounds: int = 30,
     ) -> None:
         benchmark.group = group
-        benchmark.pedantic(run, rounds=30, iterations=1, warmup_rounds=5)
+        benchmark.pedantic(run, rounds=rounds, iterations=1, warmup_rounds=rounds // 6)
         if not benchmark.stats:
             return
         seconds = benchmark.stats.stats.median
         if flop:
             benchmark.extra_info["gflops"] = round(flop / seconds / 1e9, 1)
+        if peak:
+            benchmark.extra_info["of peak"] = f"{flop / seconds / 1e7 / peak:.0f} %"
         if bytes:
             benchmark.extra_info["gbs"] = round(bytes / seconds / 1e9, 1)
 

@@ -548,6 +548,28 @@ def test_errors_of_candidates_in_plain_torch() -> None:
         assert torch.allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "n,k,groups", [(40, 300, 1), (42, 140, 3), (30, 9, 30), (0, 5, 1), (4, 0, 2)]
+)
+def test_error_feedback_in_plain_torch(n: int, k: int, groups: int) -> None:
+    """Sums in another order: a value between two codes may go to either."""
+    samples = torch.randn(groups, 2 * k + 8, k, dtype=torch.float64)
+    samples[:, :, 1:] += samples[:, :, :-1]
+    order = torch.stack([torch.randperm(k) for _ in range(groups)])
+    moment = samples.mT @ samples
+    ordered = torch.stack([m[o][:, o] for m, o in zip(moment, order, strict=True)])
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+    factor = torch.linalg.cholesky(inverse, upper=True).float()
+    for rows, runs in ((1, 1), (n, 1), (n, max(k, 1)), (1, max(k, 1))):
+        quantizer = qparams(rows, runs, 4)
+        x = torch.randn(n, k)
+        codes, errors = gpu.error_feedback(x, *quantizer, 4, factor, order)
+        want, want_errors = reference.error_feedback(x, *quantizer, 4, factor, order)
+        assert (codes.dtype, codes.shape, errors.dtype) == (want.dtype, want.shape, torch.float64)
+        assert (codes != want).sum() <= 0.01 * want.numel()
+        assert (errors.sum() - want_errors.sum()).abs() <= 0.01 * want_errors.sum()
+
+
 def test_pooling_in_plain_torch() -> None:
     x = quantized_image((2, 5, 9, 8), 1, 3)
     window = ([3, 3], [2, 2], [1, 1], [1, 1], True)

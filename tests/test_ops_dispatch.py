@@ -51,6 +51,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.quantization_error,
             (x, torch.ones(2, 6, 3), torch.zeros(2, 6, 3, dtype=torch.int32), 4),
         ),
+        "error_feedback": (
+            OPS.error_feedback,
+            (x, scale, zero_point, 4, torch.rand(2, 12, 12) + 0.1, torch.arange(12).repeat(2, 1)),
+        ),
         "quantize_activation": (OPS.quantize_activation, (x, 0.1, 3, 4, 0)),
         "quantize_activation-image": (OPS.quantize_activation, (image, 0.1, 3, 8, 1)),
         "dequantize_activation": (

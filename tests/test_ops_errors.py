@@ -50,7 +50,38 @@ def quantization_error(**change: Any) -> Any:
     return lambda: ops.quantization_error(**{**args, "bits": 4, **change})
 
 
+def error_feedback(**change: Any) -> Any:
+    scale, zero_point = qparams(6, 3, 4)
+    args = {"x": torch.randn(6, 12), "scale": scale, "zero_point": zero_point, "bits": 4}
+    given = {"factor": torch.eye(12).expand(2, 12, 12), "order": torch.arange(12).expand(2, 12)}
+    return lambda: ops.error_feedback(**{**args, **given, **change})
+
+
 SHAPE_ERRORS = [
+    (error_feedback(bits=9), "cora::error_feedback: bits must be 2..8, got 9"),
+    (error_feedback(x=torch.zeros(6, 12).half()), "x must have dtype float32, got float16"),
+    (error_feedback(x=torch.zeros(72)), r"x must have 2 dimensions, got shape \[72\]"),
+    (
+        error_feedback(scale=torch.ones(6, 5)),
+        r"scale must have shape \[1 or 6, G\] with G a divisor of 12, got \[6, 5\]",
+    ),
+    (error_feedback(zero_point=torch.ones(6, 3)), "zero_point must have dtype int32, got float32"),
+    (
+        error_feedback(factor=torch.eye(12)[None].double()),
+        "factor must have dtype float32, got float64",
+    ),
+    (
+        error_feedback(factor=torch.ones(4, 12, 12)),
+        r"factor must have shape \[groups, 12, 12\] with groups a divisor of 6, got \[4, 12, 12\]",
+    ),
+    (error_feedback(factor=torch.eye(12)), r"groups a divisor of 6, got \[12, 12\]"),
+    (error_feedback(factor=torch.ones(0, 12, 12)), r"groups a divisor of 6, got \[0, 12, 12\]"),
+    (error_feedback(factor=torch.ones(2, 12, 11)), r"groups a divisor of 6, got \[2, 12, 11\]"),
+    (error_feedback(order=torch.ones(2, 12)), "order must have dtype int64, got float32"),
+    (
+        error_feedback(order=torch.arange(12)),
+        r"order must have shape \[2, 12\], got \[12\]",
+    ),
     (quantization_error(x=torch.zeros(72)), r"x must have 2 dimensions, got shape \[72\]"),
     (
         quantization_error(scale=torch.ones(6, 3)),
@@ -242,6 +273,21 @@ SHAPE_ERRORS = [
 ]
 
 VALUE_ERRORS = [
+    (error_feedback(scale=torch.zeros(6, 3)), "scale must be finite and > 0, got 0 at position 0"),
+    (
+        error_feedback(order=torch.arange(12).expand(2, 12) // 11),
+        "cora::error_feedback: order must hold each of 0..11 once, got 0 at 1",
+    ),
+    (error_feedback(order=torch.arange(1, 13).expand(2, 12)), "0..11 once, got 12 at 11"),
+    (error_feedback(order=torch.arange(-1, 11).expand(2, 12)), "0..11 once, got -1 at 0"),
+    (
+        error_feedback(factor=torch.zeros(2, 12, 12)),
+        "factor must have a diagonal > 0, got 0 at 0",
+    ),
+    (
+        error_feedback(factor=torch.full((2, 12, 12), torch.nan)),
+        "factor must have a diagonal > 0, got nan at 0",
+    ),
     (
         lambda: ops.dequantize_activation(codes(2, 3, 4, 4), 1.0, 0),
         "codes must be channels_last, got another layout",

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "sanitize"
 BUILD = ROOT / "build" / "sanitize"
 # The rest of tests/ reaches the native code through the same ops.
-TESTS = ("activation", "layers", "lowrank", "pooling", "quantize")
+TESTS = ("activation", "feedback", "layers", "lowrank", "pooling", "quantize")
 SANITIZE = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 PROBE = """
 import ctypes, sys, torch
