@@ -296,16 +296,21 @@ class _Arguments:
 
 
 def _aimet_config(folder: Path) -> str:
-    """Its default for scales per channel, with asymmetric weights and float activations."""
+    """Asymmetric weights of layers, a scale a channel; nothing else: ranges of embeddings take it minutes."""
+    weight = {"is_quantized": "True", "is_symmetric": "False"}
     config = {
         "defaults": {
-            "ops": {"is_output_quantized": "True"},
-            "params": {"is_quantized": "True", "is_symmetric": "False"},
+            "ops": {
+                "is_output_quantized": "True"
+            },  # it insists; weights are read out, never outputs
+            "params": {"is_quantized": "False", "is_symmetric": "False"},
             "strict_symmetric": "False",
             "per_channel_quantization": "True",
         },
-        "params": {"bias": {"is_quantized": "False"}},
-        "op_type": {},
+        "params": {},
+        "op_type": {
+            op: {"params": {"weight": weight}} for op in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        },
         "supergroups": [],
         "model_input": {},
         "model_output": {},
