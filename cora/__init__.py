@@ -24,6 +24,7 @@ from .quantizer import QuantSpec
 from .report import Report
 from .search import SearchConfig
 from .serialization import load, save
+from .tuning import TuneConfig
 
 __all__ = [
     "Calibration",
@@ -40,6 +41,7 @@ __all__ = [
     "QuantSpec",
     "Report",
     "SearchConfig",
+    "TuneConfig",
     "compare",
     "dequantize",
     "diagnose",

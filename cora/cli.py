@@ -24,8 +24,9 @@ import torch
 from torch import nn
 
 import cora
-from cora import Calibration, QuantSpec, SearchConfig, ops
+from cora import Calibration, QuantSpec, SearchConfig, TuneConfig, ops
 from cora.bench import bench, in_memory_bytes
+from cora.convert import DEFAULT_TARGET_BITS
 from cora.report import float_state_bits, versions
 from cora.serialization import read_header
 from cora.tables import comparison_table, kib, text_table
@@ -214,12 +215,28 @@ def _quantize_arguments(command: Any) -> None:
     add("--limit", type=_positive, metavar="N", help="validation samples of the comparison")
     weights = command.add_argument_group("weights")
     add = weights.add_argument
-    add("--bits", type=int, default=3, choices=range(2, 9))
+    size = weights.add_mutually_exclusive_group()
+    size.add_argument(
+        "--target-bits",
+        type=float,
+        metavar="BITS",
+        help="stored bits a weight with everything; bits, groups and ranks are chosen (default 3.5)",
+    )
+    size.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="POINTS",
+        help="the fewest bits that change at most so many percent of held-out answers",
+    )
+    size.add_argument("--bits", type=int, choices=range(2, 9), help="the same bits in every layer")
     add("--granularity", choices=("per_tensor", "per_channel", "per_group"))
     add("--group-size", type=_positive, metavar="N", help="weights a scale; implies per_group")
     add("--clip", choices=("minmax", "ksigma", "mse"), default="mse")
     add("--k", type=float, default=3.0, help="standard deviations of --clip ksigma")
     add("--symmetric", action="store_true")
+    add("--rounding", choices=("gptq", "nearest"), default="gptq")
+    add("--no-propagate", action="store_true", help="fit every layer to the float model's inputs")
+    add("--tune", type=int, default=120, metavar="N", help="gradient steps of the last tuning")
     add("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay float")
     add("--first-last", choices=("same", "8bit", "float"), default="same")
     activations = command.add_argument_group("activations")
@@ -231,15 +248,16 @@ def _quantize_arguments(command: Any) -> None:
     add("--no-bias-correction", action="store_true", help="leave biases as they are")
     adapters = command.add_argument_group("adapters")
     add = adapters.add_argument
-    add("--rank-budget", type=float, default=0.05, metavar="SHARE", help="0: no adapters")
-    add("--adapter-bits", type=int, default=8, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
+    add("--rank-budget", type=float, default=0.05, metavar="SHARE", help="with --bits; 0: no adapters")
+    add("--adapter-bits", type=int, default=4, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
     add("--fit", choices=("weighted", "plain"), default="weighted")
     add(
         "--search",
         choices=("gate", "sensitivity", "energy", "uniform", "none"),
         default="gate",
-        help="none: no search, uniform ranks",
+        help="ranks with --bits; none: no search, uniform ranks",
     )
+    add("--plan", choices=("closed_form", "search"), default="closed_form", help="without --bits")
     add("--iterations", type=int, metavar="N", help="steps of the search")
     add("--samples", type=_positive, metavar="N", help="calibration samples")
     add("--seed", type=int, default=0)
@@ -311,8 +329,21 @@ def _example(task: Task) -> Any:
 def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.html is not None and args.html.resolve() == args.output.resolve():
         raise ValueError(f"--html and --output are the same file, {args.output}")
+    if args.bits is None and (args.granularity or args.group_size):
+        raise ValueError("--granularity and --group-size go with --bits: else they are chosen")
     granularity: Any = args.granularity or ("per_group" if args.group_size else "per_channel")
-    spec = QuantSpec(args.bits, granularity, args.group_size, args.symmetric, args.clip, args.k)
+    spec = QuantSpec(
+        args.bits or 4,
+        granularity,
+        args.group_size,
+        args.symmetric,
+        args.clip,
+        args.k,
+        args.rounding,
+    )
+    target = args.target_bits
+    if args.bits is None and target is None and args.max_drop is None:
+        target = DEFAULT_TARGET_BITS
     task = _task(args)
     samples = args.samples or task.default_samples
     options = {} if args.iterations is None else {"iterations": args.iterations}
@@ -322,6 +353,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         seed=args.seed,
         loss=args.loss,
         label_loss=task.label_loss,
+        plan=args.plan,
         **options,
     )
     clock = time.perf_counter()
@@ -345,6 +377,10 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         config,
         args.skip,
         args.progress,
+        target_bits=target,
+        max_drop=args.max_drop,
+        tune=TuneConfig(iterations=args.tune),
+        propagate=not args.no_propagate,
         fit=args.fit,
         first_last=args.first_last,
         activation=args.activation,

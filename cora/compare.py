@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from .convert import quantize
 from .lowrank import FloatLayer, LayerShape, unfold
 from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits
 from .report import Report, float_state_bits, report_of
+from .search import SearchConfig
+from .tuning import TuneConfig
 
 __all__ = ["compare", "same_bits_specs"]
 
@@ -28,14 +31,14 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Put a quantized model beside what the same bits buy otherwise, on the same data.
 
-    The rows: the float model; plain quantization with the same quantizer; the best quantization
-    without adapters that takes no more stored bits (more bits, finer groups); the same adapters with
-    uniform ranks; and `qmodel`.
+    The rows: the float model; rounding to nearest and error feedback with the same bits in every layer (as
+    many as fit, nothing tuned); the best without adapters that takes no more stored bits; with one quantizer
+    also uniform ranks; and `qmodel`.
 
     Args:
         model: the float model.
         calibration: the `Calibration` that qmodel was made with.
-        qmodel: a result of `cora.quantize` with one QuantSpec for all layers.
+        qmodel: a result of `cora.quantize`, but not with a dict of quantizers.
         evaluate: model -> metrics; by default the divergence from the float model on the calibration data.
 
     Returns:
@@ -47,6 +50,7 @@ def compare(
     if "bits" not in settings["weight"]:
         raise ValueError("qmodel: compare needs one QuantSpec for all layers, got several")
     spec = QuantSpec(**settings["weight"])
+    joint = report.search["method"] == "joint"
     evaluate = evaluate or (lambda m: {"kl": calibration.divergence(m)})
     options: dict[str, Any] = {
         key: settings[key]
@@ -58,15 +62,21 @@ def compare(
             "skip",
             "fold_bn",
             "bias_correction",
+            "propagate",
         )
     }
+    options["tune"] = TuneConfig(**settings["tune"])
+    options["search"] = SearchConfig(**settings["search"])
     if settings["activation_bits"]:
         options["activation"] = settings["activation"]
         options["activation_range"] = settings["activation_range"] or "mse"
 
-    def plain(other: QuantSpec | dict[str, QuantSpec]) -> nn.Module:
-        own = options if isinstance(other, QuantSpec) else {**options, "first_last": "same"}
-        return quantize(model, calibration, other, rank_budget=0, progress=progress, **own)
+    def make(weight: QuantSpec | dict[str, QuantSpec], **changes: Any) -> nn.Module:
+        if isinstance(weight, dict):
+            changes["first_last"] = "same"
+        return quantize(
+            model, calibration, weight, progress=progress, **{**options, "rank_budget": 0, **changes}
+        )
 
     rows: list[dict[str, Any]] = [
         {
@@ -88,33 +98,47 @@ def compare(
             }
         )
 
-    add(f"{spec.bits}-bit, no adapters", plain(spec))
-    best, best_loss, best_label = None, float("inf"), ""
-    for label, specs in same_bits_specs(calibration, report, spec):
-        candidate = plain(specs)
-        loss = calibration.divergence(candidate)
-        if loss < best_loss:
-            best, best_loss, best_label = candidate, loss, label
-    if best is not None:
-        add(f"same bits, no adapters ({best_label})", best)
-    if settings["rank_budget"]:
-        uniform = quantize(
-            model,
-            calibration,
-            spec,
-            rank_budget=settings["rank_budget"],
-            search=None,
-            progress=progress,
-            **options,
-        )
-        add(f"{spec.bits}-bit + adapters, uniform ranks", uniform)
-        method = settings["search"]["method"]
-        add(
-            f"{spec.bits}-bit + adapters, {'searched' if method == 'gate' else method} ranks",
-            qmodel,
-        )
+    stored = report.totals["bits_per_weight"]
+    uniform = _uniform(spec, report) if joint else spec
+    plain = {"tune": None, "propagate": False}
+    add(f"{uniform.bits}-bit, nearest", make(uniform.replace(rounding="nearest"), **plain))
+    add(f"{uniform.bits}-bit, error feedback", make(uniform.replace(rounding="gptq"), **plain))
+    if joint:
+        if any(layer.rank for layer in report.layers):
+            add("same bits, no adapters", make(spec, target_bits=stored))
+        add("cora, bits and ranks chosen", qmodel)
+    else:
+        best, best_loss, best_label = None, float("inf"), ""
+        for label, specs in same_bits_specs(calibration, report, spec):
+            loss = calibration.divergence(make(specs, **plain))
+            if loss < best_loss:
+                best, best_loss, best_label = specs, loss, label
+        if best is not None:
+            add(f"same bits, no adapters ({best_label})", make(best))
+        if settings["rank_budget"]:
+            with contextlib.suppress(ValueError):  # fewer bits than the cheapest mixture takes
+                mixed = make(spec, target_bits=stored)
+                add("same bits, no adapters (bits chosen)", mixed)
+            budget = {"rank_budget": settings["rank_budget"], "search": None}
+            add(f"{spec.bits}-bit + adapters, uniform ranks", make(spec, **budget))
+            method = settings["search"]["method"]
+            ranks = "searched" if method == "gate" else method
+            add(f"{spec.bits}-bit + adapters, {ranks} ranks", qmodel)
     report.comparison = rows
     return rows
+
+
+def _uniform(spec: QuantSpec, report: Report) -> QuantSpec:
+    """The most bits a channel-wise quantizer can have in every layer within a report's stored bits."""
+    allowed = sum(row.stored_bits["weight"] + row.stored_bits["adapter"] for row in report.layers)
+    channel = spec.replace(granularity="per_channel", group_size=None)
+    shapes = [LayerShape(row.weight_shape[0], row.weights // row.weight_shape[0], 1) for row in report.layers]
+    fitting = [
+        bits
+        for bits in SUPPORTED_BITS
+        if sum(_least_bits(channel.replace(bits=bits), shape) for shape in shapes) <= allowed
+    ]
+    return channel.replace(bits=max(fitting, default=min(SUPPORTED_BITS)))
 
 
 def same_bits_specs(

@@ -57,7 +57,7 @@ from .search import SearchConfig, search_ranks
 from .tuning import TuneConfig
 from .tuning import tune as tune_layers
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["DEFAULT_TARGET_BITS", "dequantize", "quantize"]
 
 FirstLast = Literal["same", "8bit", "float"]
 Fit = Literal["weighted", "plain"]
@@ -65,7 +65,7 @@ Fit = Literal["weighted", "plain"]
 _SPECTRUM_POINTS = 64
 
 
-_DEFAULT_TARGET = 3.5  # stored bits a weight, where no quantizer is given
+DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
 _STAGES = 16  # passes over the calibration data in which layers make up for those before them
 _RIDGE = 0.1  # of the mean second moment: how hard a layer is held to its own weights while it does
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
@@ -206,7 +206,7 @@ def quantize(
         specs = {name: choice.spec for name, choice in planned.plan.choices.items()}
         ranks = {name: choice.rank for name, choice in planned.plan.choices.items()}
         found = {
-            "method": "joint" if search.method == "gate" else "joint, closed form",
+            "method": "joint",
             "target_bits": ladders.bits(planned.budget),
             "front": [
                 {"bits_per_weight": ladders.bits(plan.stored), "predicted": plan.loss}
@@ -317,7 +317,7 @@ def _plan(
 ) -> PlanResult:
     """The plan for so many bits a weight, or the cheapest that changes few enough answers."""
     if max_drop is None:
-        target = _DEFAULT_TARGET if target_bits is None else target_bits
+        target = DEFAULT_TARGET_BITS if target_bits is None else target_bits
         if target * ladders.weights < ladders.least:
             raise ValueError(
                 f"target_bits must be at least {ladders.bits(ladders.least):.2f} (2-bit codes, their "
@@ -326,7 +326,7 @@ def _plan(
         budget = target * ladders.weights
     else:
         budget = cheapest_plan(ladders, max_drop / 100, evaluator, progress).stored
-    iterations = search.iterations if search.method == "gate" else 0
+    iterations = search.iterations if search.plan == "search" else 0
     return search_plan(ladders, budget, evaluator, iterations, progress)
 
 
@@ -533,7 +533,7 @@ def _towards(matrix: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
     eye = eye * ridge[:, None, None]
     rows = matrix.double().reshape(groups, -1, matrix.shape[1])
     aim = rows @ (cross.double() + eye)
-    found = torch.linalg.solve(moment.double() + eye, aim.mT).mT
+    found = torch.cholesky_solve(aim.mT, torch.linalg.cholesky(moment.double() + eye)).mT
     return found.float().reshape(matrix.shape).contiguous()
 
 

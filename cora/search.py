@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 Method = Literal["gate", "sensitivity", "energy", "uniform"]
+PlanMethod = Literal["closed_form", "search"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class SearchConfig:
             form, then exchanges), or one of the closed forms: "sensitivity" (residual energy at the
             output times the loss' sensitivity to it, greedily by bit), "energy" (global water-filling
             of the singular values), "uniform" (the same share of full rank everywhere).
+        plan: where bits are chosen too, "closed_form" (predicted losses, nothing is drawn) or "search"
+            (which goes on from there, on held-out samples).
         iterations: steps of the search, gradient steps and exchanges together.
         samples: calibration samples used, at most.
         batch_size: samples a gradient step.
@@ -58,11 +61,16 @@ class SearchConfig:
     label_loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
     holdout: int = 256
     seed: int = 0
+    plan: PlanMethod = "closed_form"
 
     def __post_init__(self) -> None:
         if self.method not in Method.__args__:  # type: ignore[attr-defined]
             expected = ", ".join(Method.__args__)  # type: ignore[attr-defined]
             raise ValueError(f"SearchConfig: method must be one of {expected}, got {self.method!r}")
+        if self.plan not in get_args(PlanMethod):
+            raise ValueError(
+                f"SearchConfig: plan must be one of {', '.join(get_args(PlanMethod))}, got {self.plan!r}"
+            )
         if self.loss not in ("kl", "labels"):
             raise ValueError(f"SearchConfig: loss must be 'kl' or 'labels', got {self.loss!r}")
         lowest = {"iterations": 0, "samples": 1, "batch_size": 1, "order": 1, "holdout": 1}
