@@ -1,156 +1,275 @@
-"""Accuracy beside stored bits, over seeds: what the table in docs/results.md is made of.
+"""Accuracy beside stored bits, over seeds, beside other quantizers: what the tables in docs/results.md are made of.
 
-    python benchmarks/accuracy.py --task cifar10-resnet20 ocr-recognition --bits 3 2 --seeds 0 1 2
+    python benchmarks/accuracy.py --task cifar10-resnet20 --target 2.1 2.6 3.1 3.5 4.1 --seeds 0 1 2
+    python benchmarks/accuracy.py --task cifar10-resnet20 --ablation
+    python benchmarks/accuracy.py --task cifar10-resnet20 --peers --bits 2 3 --seeds 0
+    python benchmarks/accuracy.py --table            # prints the tables, draws docs/result.png
 
-Each run is one `cora.compare`: float, plain, same stored bits without adapters, uniform ranks, searched
-ranks, on one calibration draw. Runs already in the output file are not repeated.
+One row a quantizer, task and calibration draw, written as soon as it is measured; rows that are in the output
+already are not measured again. All rows of a task and seed share the float weights (batch norms folded), the
+calibration samples and the treatment of first and last layer (like the others).
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 import cora
-from cora.report import versions
-from cora.tables import metrics_of
-from cora.tasks import resolve_task
+from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
+from cora.html import plot_size
+from cora.report import float_state_bits, versions
+from cora.tables import format_metric, metrics_of
+from cora.tasks import Task, resolve_task
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTED = ("task", "samples", "limit", "seed", "method", "bits")
+
+Row = dict[str, Any]
+Maker = Callable[[], tuple[nn.Module, float, int]]
+"""Gives a model with its bits a weight and all its stored bits."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", nargs="+", default=["cifar10-resnet20", "ocr-recognition"])
-    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2])
-    parser.add_argument("--budget", nargs="+", type=float, default=[0.05])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--adapter-bits", nargs="+", type=int, default=[8])
-    parser.add_argument("--clip", nargs="+", default=["mse"])
-    parser.add_argument("--samples", type=int, default=1024)
-    parser.add_argument(
-        "--limit", type=int, default=None, help="validation samples, all by default"
-    )
-    parser.add_argument("--data", default=None)
-    parser.add_argument("--output", type=Path, default=Path("accuracy.json"))
+    add = parser.add_argument
+    add("--task", nargs="+", default=["cifar10-resnet20", "ocr-recognition"])
+    add("--target", nargs="+", type=float, default=[2.1, 2.6, 3.1, 3.5, 4.1])
+    add("--bits", nargs="+", type=int, default=[2, 3, 4], help="of the rows with the same everywhere")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--samples", type=int, default=1024)
+    add("--limit", type=int, default=None, help="validation samples, all by default")
+    add("--ablation", action="store_true", help="what each step brings, instead of the main rows")
+    add("--peers", action="store_true", help="other libraries, instead of the main rows")
+    add("--only", nargs="+", default=[], help="peers whose names hold one of these")
+    add("--peer-iterations", type=int, default=None, help="of their learned rounding")
+    add("--data", default=None)
+    add("--output", type=Path, default=ROOT / "docs" / "results.json")
+    add("--table", action="store_true", help="print the tables of the output and draw its picture")
     args = parser.parse_args()
-
-    results = json.loads(args.output.read_text()) if args.output.exists() else {"runs": []}
-    results["versions"] = versions()
-    done = {_key(run) for run in results["runs"]}
+    results = _read(args.output)
+    if args.table:
+        print(tables(results["rows"]))
+        draw(results["rows"], ROOT / "docs" / "result.png")
+        return
     for name in args.task:
         task = resolve_task(name, args.data)
-        model = task.model()
-        reference = None
         for seed in args.seeds:
-            calibration = None
-            for bits, budget, adapter_bits, clip in itertools.product(
-                args.bits, args.budget, args.adapter_bits, args.clip
-            ):
-                setting = {
-                    "task": name,
-                    "bits": bits,
-                    "budget": budget,
-                    "adapter_bits": adapter_bits,
-                    "clip": clip,
-                    "seed": seed,
-                    "samples": args.samples,
-                    "limit": args.limit,
-                }
-                if _key(setting) in done:
-                    continue
-                if reference is None:
-                    reference = task.outputs(model, args.limit)
-                if calibration is None:
-                    batches = task.calibration(args.samples, seed)
-                    calibration = cora.Calibration(
-                        model, batches, args.samples, seed, logits=task.output_logits
+            setting = {"task": name, "samples": args.samples, "limit": args.limit, "seed": seed}
+            _measure(task, setting, args)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
+
+
+def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
+    model = task.model()
+    reference = task.outputs(model, args.limit)
+    batches = task.calibration(args.samples, setting["seed"])
+    calibration = Calibration(
+        model, batches, args.samples, setting["seed"], logits=task.output_logits
+    )
+    ways = _peer_ways if args.peers else _ablation_ways if args.ablation else _ways
+    for method, bits, make in ways(model, calibration, batches, setting["seed"], args):
+        key = {**setting, "method": method, "bits": bits}
+        results = _read(args.output)  # anew: several measurements may write one file
+        if any(all(row[k] == key[k] for k in COUNTED) for row in results["rows"]):
+            continue
+        start = time.perf_counter()
+        try:
+            candidate, per_weight, total = make()
+        except Exception as error:
+            if not args.peers:
+                raise
+            print(f"{method} at {bits} bits: {type(error).__name__}: {error}")
+            continue
+        seconds = time.perf_counter() - start
+        metrics = task.evaluate(candidate, args.limit, reference)
+        metrics.pop("samples", None)
+        row = {
+            **key,
+            "seconds": round(seconds, 1),
+            "bits_per_weight": per_weight,
+            "total_bits": total,
+            **metrics,
+            "versions": versions(),
+        }
+        report = getattr(candidate, "report", None)
+        if report is not None:
+            found = report.search
+            row |= {"ranks": found["ranks"], "layer_bits": [la.bits for la in report.layers]}
+            row |= {k: found["tuning"][k] for k in ("before", "after", "train", "step")}
+        results = _read(args.output)
+        results["rows"].append(row)
+        temporary = args.output.with_suffix(".tmp")
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.replace(args.output)
+        print({k: row[k] for k in (*COUNTED, "seconds", *metrics_of([_metrics(row)]))}, flush=True)
+
+
+def _quantized(model: nn.Module, calibration: Calibration, **options: Any) -> Maker:
+    def make() -> tuple[nn.Module, float, int]:
+        qmodel = cora.quantize(model, calibration, progress=False, **options)
+        totals = qmodel.report.totals
+        return qmodel, totals["bits_per_weight"], int(totals["total_bits"])
+
+    return make
+
+
+def _ways(
+    model: nn.Module, calibration: Calibration, _batches: Any, seed: int, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Maker]]:
+    """The float model, uniform bits, and cora with and without adapters."""
+    yield "float", 32, lambda: (model, 32.0, float_state_bits(model))
+    search = SearchConfig(seed=seed, samples=args.samples)
+    plain = {"tune": None, "propagate": False, "rank_budget": 0, "search": search}
+    for bits in args.bits:
+        for rounding in ("nearest", "gptq"):
+            spec = QuantSpec(bits=bits, rounding=rounding)
+            label = "error feedback" if rounding == "gptq" else rounding
+            yield label, bits, _quantized(model, calibration, weight=spec, **plain)
+    for target in args.target:
+        options = {"target_bits": target, "search": search}
+        yield "cora", target, _quantized(model, calibration, **options)
+        yield (
+            "cora, no adapters",
+            target,
+            _quantized(model, calibration, rank_budget=0, **options),
+        )
+
+
+def _ablation_ways(
+    model: nn.Module, calibration: Calibration, _batches: Any, seed: int, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Maker]]:
+    """What each step brings at target bits, and what adapters and their ranks bring at fixed ones."""
+    search = SearchConfig(seed=seed, samples=args.samples)
+    for target in args.target:
+        for label, changes in {
+            "plan only": {"tune": None, "propagate": False},
+            "plan, layers in order": {"tune": None},
+            "plan, tuned": {"propagate": False},
+            "plan searched": {
+                "search": SearchConfig(seed=seed, samples=args.samples, plan="search"),
+                "tune": None,
+                "propagate": False,
+            },
+        }.items():
+            options = {"search": search, **changes}
+            yield label, target, _quantized(model, calibration, target_bits=target, **options)
+    for bits in args.bits:
+        for share in (0.02, 0.05):
+            for method in ("uniform", "energy", "sensitivity", "gate"):
+                for fit, rounding in (("plain", "nearest"), ("weighted", "nearest"), ("weighted", "gptq")):
+                    if (fit, rounding) != ("weighted", "gptq") and method != "uniform":
+                        continue
+                    options = {
+                        "weight": QuantSpec(bits=bits, rounding=rounding),
+                        "rank_budget": share,
+                        "fit": fit,
+                        "search": SearchConfig(method=method, seed=seed, samples=args.samples),
+                        "tune": TuneConfig(iterations=0),
+                        "propagate": False,
+                    }
+                    label = f"{rounding}, {fit} adapters {share:.0%}, ranks {method}"
+                    yield label, bits, _quantized(model, calibration, **options)
+
+
+def _peer_ways(
+    model: nn.Module, calibration: Calibration, batches: Any, seed: int, args: argparse.Namespace
+) -> Iterator[tuple[str, float, Maker]]:
+    from accuracy_peers import peers, unavailable
+
+    for name, reason in unavailable().items():
+        print(f"{name}: not measured: {reason}")
+    for peer in peers():
+        if args.only and not any(part in peer.name for part in args.only):
+            continue
+        for bits in args.bits:
+            if bits in peer.bits and peer.applies(calibration.model):
+
+                def make(peer: Any = peer, bits: int = bits) -> tuple[nn.Module, float, int]:
+                    found = peer.run(
+                        calibration.model, batches, bits, seed, iterations=args.peer_iterations
                     )
-                run = {**setting, **_run(task, model, calibration, reference, setting)}
-                results["runs"].append(run)
-                temporary = args.output.with_suffix(".tmp")
-                temporary.write_text(json.dumps(results, indent=1))
-                temporary.replace(args.output)
-    print(table(results["runs"]))
+                    return found.model, found.bits_per_weight, found.total_bits
+
+                label = peer.name
+                if args.peer_iterations:
+                    label += f" ({args.peer_iterations} steps)"
+                yield label, bits, make
 
 
-_SETTING = ("task", "bits", "budget", "adapter_bits", "clip", "seed", "samples", "limit")
+# --- Tables --------------------------------------------------------------------------------------
+
+_NOT_METRICS = {*COUNTED, "versions", "ranks", "layer_bits", "before", "after", "train", "step"}
+_CURVES = ("nearest", "error feedback", "cora, no adapters", "cora")
 
 
-def _key(run: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(run[key] for key in _SETTING)
+def _metrics(row: Row) -> Row:
+    return {key: value for key, value in row.items() if key not in _NOT_METRICS}
 
 
-def _run(
-    task: Any,
-    model: torch.nn.Module,
-    calibration: cora.Calibration,
-    reference: list[torch.Tensor],
-    setting: dict[str, Any],
-) -> dict[str, Any]:
-    start = time.perf_counter()
-    qmodel = cora.quantize(
-        model,
-        calibration,
-        cora.QuantSpec(bits=setting["bits"], clip=setting["clip"]),
-        rank_budget=setting["budget"],
-        adapter_bits=setting["adapter_bits"],
-        search=cora.SearchConfig(seed=setting["seed"]),
-        progress=False,
-    )
-    seconds = time.perf_counter() - start
-    rows = cora.compare(
-        model,
-        calibration,
-        qmodel,
-        lambda candidate: task.evaluate(candidate, setting["limit"], reference),
-        progress=False,
-    )
-    return {
-        "seconds": round(seconds, 1),
-        "rows": rows,
-        "ranks": qmodel.report.search["ranks"],
-        "candidates": qmodel.report.search["candidates"],
-    }
+def _groups(rows: list[Row]) -> dict[str, dict[tuple[str, float], list[Row]]]:
+    """task -> (method, bits) -> its rows, one a seed."""
+    found: dict[str, dict[tuple[str, float], list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row["task"], {}).setdefault((row["method"], row["bits"]), []).append(row)
+    return found
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: mean and standard deviation over seeds of each row's metrics."""
+def tables(rows: list[Row]) -> str:
+    """Markdown, a table a task: mean and standard deviation over the seeds."""
     lines = []
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault(_key(run)[:5], []).append(run)
-    for (task, bits, budget, adapter_bits, clip), members in sorted(groups.items(), key=str):
-        metrics = metrics_of(members[0]["rows"][-1:])
+    for task, ways in _groups(rows).items():
+        first = next(iter(ways.values()))[0]
+        metrics = metrics_of([_metrics(first)])
+        limit = "all" if first["limit"] is None else first["limit"]
         lines += [
-            f"\n**{task}, {bits} bits, {adapter_bits}-bit adapters at {budget:.2%} of the float weights, "
-            f"clip {clip}, {len(members)} seeds**\n",
-            "| | bits a weight | KiB | " + " | ".join(metrics) + " |",
-            "|---|---|---|" + "---|" * len(metrics),
+            f"\n## {task}\n",
+            f"{first['samples']} calibration samples, {limit} validation samples.\n",
+            "| | bits a weight | KiB | " + " | ".join(metrics) + " | seconds | seeds |",
+            "|---|---|---|" + "---|" * (len(metrics) + 2),
         ]
-        for index in range(len(members[0]["rows"])):
-            rows = [member["rows"][index] for member in members]
-            label = rows[0]["row"]
+        order = sorted(ways.items(), key=lambda way: (way[1][0]["bits_per_weight"], way[0]))
+        for (method, _bits), members in order:
             cells = [
-                f"{statistics.mean(r['bits_per_weight'] for r in rows):.2f}",
-                f"{statistics.mean(r['total_bits'] for r in rows) / 8192:.0f}",
+                f"{statistics.mean(r['bits_per_weight'] for r in members):.2f}",
+                f"{statistics.mean(r['total_bits'] for r in members) / 8192:.0f}",
             ]
             for metric in metrics:
-                values = [r[metric] for r in rows if metric in r]
-                if not values:
-                    cells.append("")
-                elif index == 0:
-                    cells.append(f"{values[0]:.4f}")
-                else:
-                    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                    cells.append(f"{statistics.mean(values):.4f} +- {spread:.4f}")
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+                values = [r[metric] for r in members if metric in r]
+                spread = ""
+                if len(values) > 1 and method != "float":
+                    spread = f" ± {format_metric(metric, statistics.stdev(values))}"
+                value = format_metric(metric, statistics.mean(values)) if values else ""
+                cells.append(value + spread)
+            seconds = statistics.median(r["seconds"] for r in members)
+            lines.append(f"| {method} | {' | '.join(cells)} | {seconds:.0f} | {len(members)} |")
     return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    """Divergence against stored bits of the first task."""
+    ways = next(iter(_groups(rows).values()))
+    series: dict[str, list[tuple[float, float]]] = {}
+    for (method, _bits), members in ways.items():
+        if method in _CURVES or "AdaRound" in method:
+            point = (
+                statistics.mean(r["bits_per_weight"] for r in members),
+                statistics.mean(r["kl"] for r in members),
+            )
+            series.setdefault(method, []).append(point)
+    drawn = plot_size(series, "KL to the float network, nats", size="stored bits a weight")
+    drawn.axes[0].set_yscale("log")
+    drawn.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

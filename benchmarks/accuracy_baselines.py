@@ -23,8 +23,9 @@ from torch.overrides import TorchFunctionMode
 
 import cora
 from cora.batches import Batch, float_tensors, required_inputs
-from cora.calibration import input_rows, quantizable_layers
+from cora.calibration import quantizable_layers
 from cora.lowrank import FloatLayer, LayerShape, fold, rank_bits, unfold
+from cora.moments import input_rows
 from cora.quantizer import QParams, packed_bytes, weight_bits
 from cora.report import float_state_bits
 

@@ -46,9 +46,10 @@ from accuracy_baselines import (
 from torch import Tensor, nn
 
 from cora.batches import Batch
-from cora.calibration import input_rows, quantizable_layers
+from cora.calibration import quantizable_layers
 from cora.fold import FoldedBatchNorm
 from cora.lowrank import FloatLayer, LayerShape, rank_bits, unfold
+from cora.moments import input_rows
 
 __all__ = ["Peer", "PeerResult", "distinct_levels_ok", "peers", "unavailable"]
 

@@ -20,10 +20,12 @@ __all__ = [
     "html_table",
     "image",
     "plot_candidates",
+    "plot_front",
     "plot_ranks",
     "plot_search",
     "plot_size",
     "plot_spectra",
+    "plot_tuning",
     "report_sections",
     "svg",
     "write_html",
@@ -264,6 +266,48 @@ def plot_search(report: Report) -> Any:
     return drawn
 
 
+def plot_front(report: Report) -> Any:
+    """Predicted loss against stored bits of the plans the chosen one lies among; None if bits were given."""
+    front = report.search.get("front")
+    if not front:
+        return None
+    drawn, axes = figure(9, 3.4)
+    bits, losses = zip(*((plan["bits_per_weight"], plan["predicted"]) for plan in front), strict=True)
+    axes.plot(bits, losses, "o-", color=_BLUE, markersize=3, linewidth=1)
+    chosen = report.search["target_bits"]
+    axes.axvline(chosen, color=_ORANGE, linestyle="--", linewidth=1, label=f"{chosen:.2f} bits")
+    axes.set_yscale("log")
+    axes.set_xlabel("stored bits a weight")
+    axes.set_ylabel("predicted divergence, nats")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return drawn
+
+
+def plot_tuning(report: Report) -> Any:
+    """Loss of the tuning's steps and of its held-out samples; None if nothing was tuned."""
+    tuning = report.search.get("tuning") or {}
+    history = tuning.get("history")
+    if not history:
+        return None
+    drawn, axes = figure(9, 3.2)
+    for kind, style, colour in (("gradient", "-", _GREY), ("held out", "o-", _BLUE)):
+        own = [entry for entry in history if entry["kind"] == kind]
+        steps, losses = [entry["step"] for entry in own], [entry["loss"] for entry in own]
+        if kind == "held out":
+            steps, losses = [0, *steps], [tuning["before"], *losses]
+        label = "a batch" if kind == "gradient" else kind
+        axes.plot(steps, losses, style, color=colour, linewidth=1, markersize=4, label=label)
+    axes.axvline(tuning["step"], color=_ORANGE, linestyle="--", linewidth=1, label="kept")
+    if all(entry["loss"] > 0 for entry in history):
+        axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return drawn
+
+
 def plot_candidates(rows: Sequence[Mapping[str, Any]], metric: str) -> Any:
     """One metric of comparison rows, as bars."""
     drawn, axes = figure(9, 0.8 + 0.34 * len(rows))
@@ -352,16 +396,24 @@ def report_sections(report: Report) -> list[Section]:
     sections.append(
         ("Ranks", svg(plot_ranks(report), "Rank of each adapter and what it wins back"))
     )
+    front = plot_front(report)
+    if front is not None:
+        caption = "Plans of bits, groups and ranks, the one for the target among them"
+        sections.append(("Bits", svg(front, caption)))
     spectra = plot_spectra(report)
     if spectra is not None:
         caption = "Singular values of the residuals; a dot marks where an adapter ends"
         sections.append(("Residual spectra", svg(spectra, caption)))
     search = plot_search(report)
     if search is not None:
-        caption = "Loss of the rank search" + (
+        caption = "Loss of the search" + (
             ", interrupted" if report.search.get("interrupted") else ""
         )
         sections.append(("Search", svg(search, caption)))
+    tuning = plot_tuning(report)
+    if tuning is not None:
+        caption = "Tuning of scales, biases and adapters"
+        sections.append(("Tuning", svg(tuning, caption)))
     sections.append(("Layers", _layer_table(report)))
     if report.float_entries:
         sections.append(("Kept float", _float_table(report)))

@@ -18,7 +18,16 @@ from tqdm.auto import tqdm
 
 from .calibration import Calibration
 from .evaluation import Evaluator, is_better
-from .lowrank import LayerShape, factors, fold, quantize_adapter, rank_bits, truncate, unfold
+from .lowrank import (
+    FloatLayer,
+    LayerShape,
+    factors,
+    fold,
+    quantize_adapter,
+    rank_bits,
+    truncate,
+    unfold,
+)
 from .moments import output_energy
 from .quantizer import QuantSpec, weight_bits
 from .rounding import Feedback, Rounded, quantize_matrix
@@ -26,7 +35,7 @@ from .rounding import Feedback, Rounded, quantize_matrix
 __all__ = ["Choice", "Ladders", "Plan", "search_plan"]
 
 _BITS = (2, 3, 4, 5, 6, 8)
-_GROUPS = (None, 128, 64, 32)  # weights a scale; None: a row
+_GROUPS = (128, 64, 32)  # weights a scale, about
 _ADAPTED_BITS = 4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
@@ -64,12 +73,21 @@ class Plan:
         return sum(choice.loss for choice in self.choices.values())
 
 
-def group_sizes(columns: int) -> list[int | None]:
-    """Divisors of a row nearest below the sizes of groups that are tried."""
-    sizes: list[int | None] = []
+def group_sizes(layer: FloatLayer) -> list[int | None]:
+    """Sizes of scale groups that are tried: None for a row, and whole input channels of it.
+
+    Kernels go through a convolution's weight channel by channel: a group that ended within a channel's
+    kernel would send them the slow way.
+    """
+    columns = LayerShape.of(layer).columns
+    taps = math.prod(getattr(layer, "kernel_size", ()))
+    sizes: list[int | None] = [None]
     for group in _GROUPS:
-        size = group and next(n for n in range(min(group, columns), 0, -1) if columns % n == 0)
-        if size is None or (16 <= size < columns and size not in sizes):
+        channels = columns // taps
+        size = taps * next(
+            n for n in range(max(min(group // taps, channels), 1), 0, -1) if channels % n == 0
+        )
+        if 16 <= size < columns and size not in sizes:
             sizes.append(size)
     return sizes
 
@@ -147,7 +165,7 @@ class Ladders:
             return [base]
         found = []
         for bits in _BITS:
-            for size in group_sizes(self.shapes[name].columns):
+            for size in group_sizes(self.calibration.layers[name]):
                 granularity = "per_group" if size else "per_channel"
                 found.append(base.replace(bits=bits, granularity=granularity, group_size=size))
         return found

@@ -104,7 +104,8 @@ class Report:
         float_entries: what stays float.
         totals: bits of everything (see `totals_of`).
         settings: the arguments of the quantization.
-        search: method, ranks' history, losses of the candidates on held-out calibration samples.
+        search: method, ranks, history, losses of the candidates on held-out calibration samples; where
+            bits were chosen the front of plans; what tuning did (see `cora.tuning.TuneResult`).
         comparison: rows put beside the result by `cora.compare`, empty otherwise.
     """
 
@@ -163,6 +164,14 @@ class Report:
             f"({t['compression']:.2f}x); {t['bits_per_weight']:.2f} bits a quantized weight, "
             f"adapters {t['adapter_share']:.2%} of the float weights",
         ]
+        tuning = self.search.get("tuning", {})
+        if tuning.get("step"):
+            lines.append(
+                f"tuned {tuning['step']} steps: loss on held-out samples {tuning['before']:.4f} -> "
+                f"{tuning['after']:.4f} ({tuning['train']:.4f} on its own)"
+            )
+        if tuning.get("alarm"):
+            lines.append("tuning raised the held-out loss on its way: try a lower learning rate")
         return "\n".join(lines)
 
 

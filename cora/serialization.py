@@ -275,7 +275,9 @@ def _stored_report(report: Report | None) -> dict[str, Any] | None:
     if report is None:
         return None
     values = report.to_dict()
-    values["search"] = {**values["search"], "history": []}
+    search = values["search"]
+    tuning = {**search.get("tuning", {}), "history": []}
+    values["search"] = {**search, "history": [], "tuning": tuning}
     for layer in values["layers"]:
         layer["spectrum"] = []
     return values
