@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
 from .batches import float_tensors
 from .calibration import Calibration
 from .lowrank import (
@@ -28,8 +27,9 @@ from .lowrank import (
     truncate,
     unfold,
 )
-from .quantizer import QParams, QuantSpec, choose_qparams, weight_bits
+from .quantizer import QParams, QuantSpec, weight_bits
 from .report import float_weight_bits
+from .rounding import Feedback, quantize_matrix
 from .tables import text_table
 
 __all__ = ["Diagnosis", "LayerDiagnosis", "Option", "Recovery", "diagnose"]
@@ -356,11 +356,11 @@ def _measure(
     matrix = unfold(layer.weight.detach().float(), transposed, shape.groups).contiguous()
     moment = calibration.moment(name)
 
+    feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
+
     def quantized(changed: QuantSpec) -> tuple[QParams, Tensor, float]:
-        qparams = choose_qparams(matrix, changed, name)
-        _, residual = ops.fake_quantize(
-            matrix, qparams.scale, qparams.zero_point, changed.bits, residual=True
-        )
+        rounded = quantize_matrix(matrix, changed, name, feedback)
+        qparams, residual = rounded.qparams, matrix - rounded.dequantized
         error = _inner(residual, residual, shape, moment)
         return qparams, residual, factor * sensitivity * error
 
