@@ -291,20 +291,21 @@ class Calibration:
         """The layers' names in the order in which they first run; those that never run come last."""
         if self._order is None:
             seen: dict[str, None] = {}
-            with torch.no_grad(), self.watch(self.layers, lambda name, _x, _y: seen.setdefault(name)):
+            with (
+                torch.no_grad(),
+                self.watch(self.layers, lambda name, _x, _y: seen.setdefault(name)),
+            ):
                 self.run(self.batches[0][:1])
             self._order = list(dict.fromkeys([*seen, *self.layers]))
         return self._order
 
-    def drift(
-        self, names: Sequence[str], model: nn.Module, samples: int = 512
-    ) -> dict[str, tuple[Tensor, Tensor]]:
+    def drift(self, names: Sequence[str], model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
         """What the named layers see in a model that differs from the float one in earlier layers.
 
         Args:
             names: layers, whose modules in `model` see their inputs as it has them.
-            model: the other model, of the same structure.
-            samples: calibration samples that are run, at most; each run ends with the last of `names`.
+            model: the other model, of the same structure. Runs end with the last of `names`, and as many
+                samples are run as give each of them the positions it needs, 128 to 512.
 
         Returns:
             For each layer that ran: the second moment of its inputs there, and their products with the
@@ -312,12 +313,16 @@ class Calibration:
         """
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         count = 0
+        needed = (self._positions(n) / max(self._seen.get(n, 1.0), 1.0) for n in names)
+        samples = min(max(128, *(math.ceil(n) for n in needed)), 512)
         for index, batch in enumerate(self.batches):
             if count >= samples:
                 break
             part = batch[: samples - count]
             count += len(part)
-            limits = {n: self._positions(n) * len(part) // min(samples, self.samples) for n in names}
+            limits = {
+                n: self._positions(n) * len(part) // min(samples, self.samples) for n in names
+            }
             here, there = (
                 _inputs(network, names, part, limits, self.seed + index, self.layers)
                 for network in (self.model, model)
@@ -335,6 +340,7 @@ class Calibration:
         """Positions of a layer's input drawn for its second moment, over all samples."""
         return max(16384, 4 * LayerShape.of(self.layers[name]).columns)
 
+    @torch.enable_grad()
     def curvature(
         self, errors: Mapping[str, Sequence[Tensor]], samples: int = 64
     ) -> dict[str, list[float]]:
@@ -391,7 +397,9 @@ class Calibration:
         parts = []
         for tensor in float_tensors(output):
             energy = tensor.detach().float().square().mean().clamp(min=1e-12)
-            parts.append((tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt())
+            parts.append(
+                (tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt()
+            )
         return torch.stack(parts).sum() / len(parts) ** 0.5
 
     def _collect_moments(self, names: list[str]) -> None:
@@ -426,6 +434,7 @@ class Calibration:
             self._moments[name] = moment
             self._seen[name] = counts.get(name, 0) / self.samples
 
+    @torch.enable_grad()
     def sensitivity(self) -> dict[str, float]:
         """Mean squared gradient of the loss with respect to each layer's outputs.
 

@@ -248,7 +248,13 @@ def _quantize_arguments(command: Any) -> None:
     add("--no-bias-correction", action="store_true", help="leave biases as they are")
     adapters = command.add_argument_group("adapters")
     add = adapters.add_argument
-    add("--rank-budget", type=float, default=0.05, metavar="SHARE", help="with --bits; 0: no adapters")
+    add(
+        "--rank-budget",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="with --bits; 0: no adapters",
+    )
     add("--adapter-bits", type=int, default=4, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
     add("--fit", choices=("weighted", "plain"), default="weighted")
     add(

@@ -75,7 +75,11 @@ def compare(
         if isinstance(weight, dict):
             changes["first_last"] = "same"
         return quantize(
-            model, calibration, weight, progress=progress, **{**options, "rank_budget": 0, **changes}
+            model,
+            calibration,
+            weight,
+            progress=progress,
+            **{**options, "rank_budget": 0, **changes},
         )
 
     rows: list[dict[str, Any]] = [
@@ -132,7 +136,10 @@ def _uniform(spec: QuantSpec, report: Report) -> QuantSpec:
     """The most bits a channel-wise quantizer can have in every layer within a report's stored bits."""
     allowed = sum(row.stored_bits["weight"] + row.stored_bits["adapter"] for row in report.layers)
     channel = spec.replace(granularity="per_channel", group_size=None)
-    shapes = [LayerShape(row.weight_shape[0], row.weights // row.weight_shape[0], 1) for row in report.layers]
+    shapes = [
+        LayerShape(row.weight_shape[0], row.weights // row.weight_shape[0], 1)
+        for row in report.layers
+    ]
     fitting = [
         bits
         for bits in SUPPORTED_BITS

@@ -27,7 +27,6 @@ from .lowrank import (
     Adapter,
     LayerShape,
     factors,
-    fold,
     quantize_adapter,
     truncate,
     unfold,
@@ -301,9 +300,7 @@ def quantize(
         "history": history,
         "tuning": dataclasses.asdict(tuned),
     }
-    qmodel.report = _report(
-        qmodel, model, calibration, quantized, layers, found, reasons, settings
-    )
+    qmodel.report = _report(qmodel, model, calibration, quantized, layers, found, reasons, settings)
     return qmodel
 
 
@@ -518,7 +515,7 @@ def _propagate(
                 name, calibration, specs[name], target, moment, ranks[name], adapter_bits, fit
             )
             quantized, adapter = done[name]
-            layer = model.get_submodule(name)
+            layer: Any = model.get_submodule(name)
             weight = quantized.fit.weight(quantized.rounded.dequantized + adapter.matrix())
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
     return done
@@ -532,9 +529,10 @@ def _towards(matrix: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
     eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
     eye = eye * ridge[:, None, None]
     rows = matrix.double().reshape(groups, -1, matrix.shape[1])
-    aim = rows @ (cross.double() + eye)
-    found = torch.cholesky_solve(aim.mT, torch.linalg.cholesky(moment.double() + eye)).mT
-    return found.float().reshape(matrix.shape).contiguous()
+    # As a difference from W, so that inputs that are the float model's leave W as it is, to the bit.
+    aim = rows @ (cross.double() - moment.double())
+    change = torch.cholesky_solve(aim.mT, torch.linalg.cholesky(moment.double() + eye)).mT
+    return (rows + change).float().reshape(matrix.shape).contiguous()
 
 
 def _fit_together(

@@ -115,10 +115,7 @@ class Evaluator:
         """Loss of each held-out sample: float32 [n]."""
         with torch.no_grad():
             return torch.cat(
-                [
-                    self.losses(parameters, *self.part(index, rows))
-                    for index, rows in self.held_out
-                ]
+                [self.losses(parameters, *self.part(index, rows)) for index, rows in self.held_out]
             )
 
     def changed(self, parameters: Mapping[str, Tensor]) -> float:

@@ -272,7 +272,9 @@ def plot_front(report: Report) -> Any:
     if not front:
         return None
     drawn, axes = figure(9, 3.4)
-    bits, losses = zip(*((plan["bits_per_weight"], plan["predicted"]) for plan in front), strict=True)
+    bits, losses = zip(
+        *((plan["bits_per_weight"], plan["predicted"]) for plan in front), strict=True
+    )
     axes.plot(bits, losses, "o-", color=_BLUE, markersize=3, linewidth=1)
     chosen = report.search["target_bits"]
     axes.axvline(chosen, color=_ORANGE, linestyle="--", linewidth=1, label=f"{chosen:.2f} bits")

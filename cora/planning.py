@@ -36,7 +36,9 @@ __all__ = ["Choice", "Ladders", "Plan", "search_plan"]
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)  # weights a scale, about
-_ADAPTED_BITS = 4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
+_ADAPTED_BITS = (
+    4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
+)
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
 
@@ -261,14 +263,10 @@ class Ladders:
         low, high = -60.0, 40.0  # of the price's logarithm: nats a bit
         for _ in range(80):
             middle = (low + high) / 2
-            low, high = (
-                (middle, high) if stored(at(math.exp(middle))) > budget else (low, middle)
-            )
+            low, high = (middle, high) if stored(at(math.exp(middle))) > budget else (low, middle)
         return self.filled(at(math.exp(high)), budget, factor)
 
-    def filled(
-        self, levels: dict[str, int], budget: float, scale: Mapping[str, float]
-    ) -> Plan:
+    def filled(self, levels: dict[str, int], budget: float, scale: Mapping[str, float]) -> Plan:
         """Spend what is left on the steps that win most a bit."""
         left = budget - sum(self.steps[n][i].stored for n, i in levels.items())
         while True:
@@ -358,6 +356,7 @@ def search_plan(
     if iterations < 1:
         return result
     names = [name for name in ladders.steps if len(ladders.steps[name]) > 1]
+    best: Tensor
     bar = tqdm(total=iterations, desc="plan search", disable=not progress, leave=False)
 
     def measure(plan: Plan) -> Tensor:
@@ -405,7 +404,7 @@ def search_plan(
             }
         )
         scale = dict.fromkeys(ladders.steps, 1.0)
-        if 2 * len(names) <= iterations:
+        if max(2 * len(names), len(names) + 3) <= iterations:
             base, start = result.plan, best
             for name in names:
                 i = level(base, name)

@@ -237,8 +237,10 @@ def candidate_qparams(
     mean = torch.zeros_like(low) if spec.symmetric else groups.mean(-1, keepdim=True)
     scales, zeros = [], []
     for share in shares:
-        ends = (low, high) if share == 1 else (mean + share * (end - mean) for end in (low, high))
-        scale, zero = _finish(*ends, spec)
+        start, end = low, high
+        if share != 1:
+            start, end = mean + share * (low - mean), mean + share * (high - mean)
+        scale, zero = _finish(start, end, spec)
         # A constant c is one step away from zero: scale |c| makes it exact, and 0 is exact with any.
         one = torch.ones_like(value)
         scale = torch.where(constant, torch.where(value == 0, one, value.abs()), scale)
@@ -286,10 +288,10 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
     at_once = max(1, _BLOCK // count)
     best: tuple[Tensor, ...] | None = None
     for start in range(0, len(_MSE_SHARES), at_once):
-        scales, zeros = candidate_qparams(
-            weight, spec, _MSE_SHARES[start : start + at_once], layer
-        )
-        for found in zip(_squared_errors(weight, scales, zeros, spec.bits), scales, zeros, strict=True):
+        scales, zeros = candidate_qparams(weight, spec, _MSE_SHARES[start : start + at_once], layer)
+        for found in zip(
+            _squared_errors(weight, scales, zeros, spec.bits), scales, zeros, strict=True
+        ):
             best = found if best is None else better_of(found, best)
     assert best is not None
     return make_qparams(best[1], best[2], spec)

@@ -28,7 +28,9 @@ __all__ = ["Feedback", "Rounded", "quantize_matrix"]
 # because the later columns' corrections make up for a step that is a little too wide or narrow.
 # The fewer the levels, the more of the range may go.
 _SHARES = {bits: [1.0 - 0.05 * i for i in range(max(5, 17 - 2 * bits))] for bits in SUPPORTED_BITS}
-_DAMPING = 0.01  # of the mean diagonal, so that weakly seen columns do not take unbounded corrections
+_DAMPING = (
+    0.01  # of the mean diagonal, so that weakly seen columns do not take unbounded corrections
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ def quantize_matrix(
         scales, zeros = _best_by_group(matrix, spec, feedback.seen, scales, zeros)
     best: tuple[Tensor, ...] | None = None
     for scale, zero in zip(scales, zeros, strict=True):
-        codes, error = ops.error_feedback(matrix, scale, zero, spec.bits, feedback.factor, feedback.order)
+        codes, error = ops.error_feedback(
+            matrix, scale, zero, spec.bits, feedback.factor, feedback.order
+        )
         if len(scale) == 1:  # all rows share a scale, so they must agree
             error = error.sum().expand(len(error))
         rows = len(matrix)

@@ -157,6 +157,7 @@ class _Ranks(Evaluator):
         return self.score(self.weights({name: self._weight(name, ranks[name]) for name in ranks}))
 
 
+@torch.enable_grad()  # the caller may have turned gradients off
 def search_ranks(
     fits: Mapping[str, LayerFit],
     budget: Budget,

@@ -24,6 +24,7 @@ from .modules import QuantLayer
 __all__ = ["TuneConfig", "TuneResult", "tune"]
 
 _CHECKS = 12  # looks at the held-out samples
+_PATIENCE = 4  # looks without a lower held-out loss, then tuning ends
 _ALARM = 1.5  # times the loss at the start: the steps are too large
 
 
@@ -94,7 +95,7 @@ class _Layer:
             self.rates.append((self.bias, output))
         self.factors: tuple[Tensor, Tensor] | None = None
         if packed.rank:
-            a, b = p.adapter.a.float(), p.adapter.b.float()
+            a, b = p.adapter.a.float().clone(), p.adapter.b.float().clone()
             if p.adapter.scale is not None:
                 root = p.adapter.scale.sqrt()
                 a = a * root[:, None]
@@ -145,9 +146,13 @@ class _Layer:
 
 
 @contextmanager
-def _with_biases(float_layers: Mapping[str, FloatLayer], layers: Mapping[str, _Layer]) -> Iterator[None]:
+def _with_biases(
+    float_layers: Mapping[str, FloatLayer], layers: Mapping[str, _Layer]
+) -> Iterator[None]:
     """Float layers without a bias get one of zeros, so that the packed layer's can take its place."""
-    without = [n for n, la in layers.items() if la.bias is not None and float_layers[n].bias is None]
+    without = [
+        n for n, la in layers.items() if la.bias is not None and float_layers[n].bias is None
+    ]
     for name in without:
         bias = layers[name].bias
         assert bias is not None
@@ -159,6 +164,7 @@ def _with_biases(float_layers: Mapping[str, FloatLayer], layers: Mapping[str, _L
             float_layers[name].bias = None
 
 
+@torch.enable_grad()  # the caller may have turned gradients off
 def tune(
     layers: Mapping[str, QuantLayer],
     evaluator: Evaluator,
@@ -185,7 +191,9 @@ def tune(
         size = 1.0 if bias is None else float(calibration.output_size(name))
         tuned[name] = _Layer(packed, size)
     log_x = {
-        name: ranges[name][0].log().requires_grad_() for name in (ranges or {}) if name in layers
+        name: scale.log().requires_grad_()
+        for name, (scale, _) in (ranges or {}).items()
+        if name in layers
     }
     rates = [pair for layer in tuned.values() for pair in layer.rates]
     rates += [(value, 1.0) for value in log_x.values()]
@@ -212,11 +220,12 @@ def tune(
     check = max(1, config.iterations // _CHECKS)
     evaluator.batch_size = config.batch_size
     recent: list[float] = []
+    waited = 0
     with _with_biases(calibration.layers, tuned):
         try:
             with torch.no_grad():
                 start = evaluator.score(parameters())
-            lowest = start
+            lowest, least = start, float(start.mean())
             result.before = result.after = float(start.mean())
             for step in range(1, config.iterations + 1):
                 rate = 0.5 * (1 + math.cos(math.pi * (step - 1) / config.iterations))
@@ -235,11 +244,15 @@ def tune(
                         losses = evaluator.score(parameters())
                     held = float(losses.mean())
                     result.history.append({"step": step, "kind": "held out", "loss": held})
+                    waited = 0 if held < least else waited + 1
+                    least = min(held, least)
                     result.alarm |= held > _ALARM * result.before
                     if held < float(lowest.mean()) and is_better(start - losses):
                         lowest, result.after, result.step = losses, held, step
                         best = [p.detach().clone() for p in values]
                     bar.set_postfix_str(f"held out {held:.4f} (start {result.before:.4f})")
+                    if waited == _PATIENCE:
+                        break
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
