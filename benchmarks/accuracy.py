@@ -1,4 +1,4 @@
-"""Accuracy beside stored bits, over seeds, beside other quantizers: what the tables in docs/results.md are made of.
+"""Accuracy beside stored bits, over seeds, beside other quantizers: the tables in docs/results.md.
 
     python benchmarks/accuracy.py --task cifar10-resnet20 --target 2.1 2.6 3.1 3.5 4.1 --seeds 0 1 2
     python benchmarks/accuracy.py --task cifar10-resnet20 --ablation
