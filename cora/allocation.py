@@ -65,6 +65,12 @@ class LayerFit:
         return self.weight(self.dequantized + product.reshape(self.dequantized.shape))
 
 
+def check_rank_budget(share: Any) -> None:
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if not (number and 0 <= share < math.inf):
+        raise ValueError(f"rank_budget must be a number >= 0, got {share!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What adapters may cost.
@@ -88,12 +94,7 @@ class Budget:
         Raises:
             ValueError: share negative, not finite, or too small for one rank in any layer.
         """
-        if (
-            isinstance(share, bool)
-            or not isinstance(share, (int, float))
-            or not 0 <= share < math.inf
-        ):
-            raise ValueError(f"rank_budget must be a number >= 0, got {share!r}")
+        check_rank_budget(share)
         cost = {name: rank_bits(shape, adapter_bits) for name, shape in shapes.items()}
         bits = math.floor(share * float_bits)
         cheapest = min(cost.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "divergence",
     "divergences",
     "float_tensors",
+    "gradients",
     "output_logits",
     "required_inputs",
     "take",
@@ -166,6 +167,19 @@ def divergence(
 ) -> Tensor:
     """Mean of `divergences`, a scalar."""
     return divergences(student, teacher, logits).mean()
+
+
+def gradients(loss: Tensor, values: Sequence[Tensor]) -> Sequence[Tensor | None] | None:
+    """Gradients of a loss (None for what it does not depend on), or None of a model that has none.
+
+    Such a model runs without gradients, or changes in place what a gradient needs.
+    """
+    try:
+        return torch.autograd.grad(loss, values, allow_unused=True)
+    except RuntimeError as error:
+        if "inplace operation" in str(error) or "does not require grad" in str(error):
+            return None
+        raise
 
 
 def take(output: Any, rows: Tensor, size: int) -> Any:

@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, divergence, float_tensors, output_logits, required_inputs
+from .batches import (
+    Batch,
+    divergence,
+    float_tensors,
+    gradients,
+    output_logits,
+    required_inputs,
+)
 from .fold import fold_batch_norms, fold_pairs
 from .lowrank import FloatLayer, LayerShape, unfold
 from .modules import QUANT_LAYERS, QuantLayer
@@ -367,11 +374,11 @@ class Calibration:
             for k in self.bar(drawn, "curvature"):
                 batch, sample = index[k]
                 output = self.run(self.batches[batch][sample : sample + 1])
-                projected = self._projection(output, generator)
-                if not projected.requires_grad:  # the model runs its layers without gradients
+                projected = self._projection(output, self.teacher()[batch], generator)
+                found = gradients(projected, weights)
+                if found is None:  # all layers count alike
                     break
-                gradients = torch.autograd.grad(projected, weights, allow_unused=True)
-                for n, gradient in enumerate(gradients):
+                for n, gradient in enumerate(found):
                     if gradient is not None:
                         along = (stacks[n] @ gradient.flatten().float()).double().cpu()
                         total[n] += along.square()
@@ -380,8 +387,13 @@ class Calibration:
                 weight.requires_grad_(False)
         return {n: (t / (2 * len(drawn))).tolist() for n, t in zip(names, total, strict=True)}
 
-    def _projection(self, output: Any, generator: torch.Generator) -> Tensor:
-        """A random number whose gradient's covariance is the Hessian of a sample's divergence."""
+    def _projection(self, output: Any, teacher: Any, generator: torch.Generator) -> Tensor:
+        """A random number whose gradient's covariance is the Hessian of a sample's divergence.
+
+        Args:
+            output: of the sample.
+            teacher: output of the batch it is from, whose energy a regression's error is relative to.
+        """
 
         def noise(like: Tensor) -> Tensor:
             return torch.randn(like.shape, generator=generator).to(like.device)
@@ -395,8 +407,8 @@ class Calibration:
             finite = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
             return (finite * drawn).sum() / len(flat) ** 0.5
         parts = []
-        for tensor in float_tensors(output):
-            energy = tensor.detach().float().square().mean().clamp(min=1e-12)
+        for tensor, whole in zip(float_tensors(output), float_tensors(teacher), strict=True):
+            energy = whole.float().square().mean().clamp(min=1e-12)
             parts.append(
                 (tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt()
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .allocation import Budget, LayerFit
+from .allocation import Budget, LayerFit, check_rank_budget
 from .calibration import (
     ActivationRange,
     Calibration,
@@ -164,6 +164,9 @@ def quantize(
     skip = sorted({skip} if isinstance(skip, str) else set(skip))
     search = SearchConfig(method="uniform") if search is None else search
     tune = TuneConfig(iterations=0) if tune is None else tune
+    if not isinstance(tune, TuneConfig):
+        raise TypeError(f"tune must be a TuneConfig or None, got {type(tune).__name__}")
+    check_rank_budget(rank_budget)
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
     if isinstance(calibration, Calibration):
         calibration.check(model)
@@ -173,8 +176,6 @@ def quantize(
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
-    float_bits = float_weight_bits(calibration.layers[name] for name in specs)
-    budget = Budget.of(shapes, rank_budget, float_bits, adapter_bits)
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
     if activation_bits and activation == "static":
@@ -220,6 +221,8 @@ def quantize(
         history = planned.history
         del ladders
     else:
+        float_bits = float_weight_bits(calibration.layers[name] for name in specs)
+        budget = Budget.of(shapes, rank_budget, float_bits, adapter_bits)
         quantized = {
             name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
             for name, spec in specs.items()

@@ -7,6 +7,7 @@ hundred gradient steps on unlabelled samples find what no layer by itself can: h
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from . import ops
+from .batches import gradients
 from .evaluation import Evaluator, is_better
 from .lowrank import FloatLayer, fold, quantize_adapter, rounded_factors
 from .modules import QuantLayer
@@ -232,8 +234,15 @@ def tune(
                 for group in optimizer.param_groups:
                     group["lr"] = group["base"] * rate
                 loss = evaluator.losses(parameters(), *evaluator.next_batch()).mean()
-                gradients = torch.autograd.grad(loss, values, allow_unused=True)
-                for value, gradient in zip(values, gradients, strict=True):
+                found = gradients(loss, values)
+                if found is None:
+                    warnings.warn(
+                        "tune: the model has no gradients (it turns them off, or changes in place what they "
+                        "need), so nothing was tuned",
+                        stacklevel=3,
+                    )
+                    break
+                for value, gradient in zip(values, found, strict=True):
                     value.grad = None if gradient is None else torch.nan_to_num(gradient)
                 optimizer.step()
                 recent = [*recent[-19:], float(loss.detach())]

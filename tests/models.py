@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cora
-from cora import QuantSpec, SearchConfig
+from cora import QuantSpec, SearchConfig, TuneConfig
 
 # name: layer type, arguments, input shape without the batch
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
@@ -108,6 +108,10 @@ def trained_net(inplace: bool = True) -> Net:
     return net.eval()
 
 
+# The search or the quantizer alone: without the steps that come after ranks are chosen.
+PLAIN: dict[str, Any] = {"tune": None, "propagate": False}
+
+
 def batches(count: int = 3, size: int = 16, labels: bool = False) -> list[Any]:
     generator = torch.Generator().manual_seed(11)
     xs = [torch.randn(size, 3, 8, 8, generator=generator) * 2 + 0.5 for _ in range(count)]
@@ -117,8 +121,13 @@ def batches(count: int = 3, size: int = 16, labels: bool = False) -> list[Any]:
 
 
 def quantize(model: nn.Module, data: Any = None, spec: Any = None, **options: Any) -> nn.Module:
-    """cora.quantize with quick defaults: 3 bits, closed-form ranks, no bars."""
-    quick = {"search": SearchConfig(method="uniform"), "progress": False, "rank_budget": 0.1}
+    """cora.quantize with quick defaults: 3 bits, closed-form ranks, a few steps of tuning, no bars."""
+    quick = {
+        "search": SearchConfig(method="uniform"),
+        "tune": TuneConfig(iterations=4),
+        "progress": False,
+        "rank_budget": 0.1,
+    }
     data = batches() if data is None else data
     return cora.quantize(model, data, spec or QuantSpec(3), **{**quick, **options})
 

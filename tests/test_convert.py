@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, TwoInputs, assert_same_state, batches, quantize, state, trained_net
+from models import PLAIN, Net, TwoInputs, assert_same_state, batches, quantize, state, trained_net
 from torch import Tensor, nn
 
 import cora
-from cora import Calibration, QuantSpec, SearchConfig
+from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.calibration import quantizable_layers
 from cora.fold import FoldedBatchNorm
@@ -88,11 +88,12 @@ def test_packed_is_the_dequantized_model(adapter_bits: int, activation_bits: int
 def test_rank_budget_0_is_plain_quantization() -> None:
     net = trained_net()
     for search in (None, UNIFORM, SearchConfig()):
-        qmodel = quantize(net, rank_budget=0, search=search, fold_bn=False)
+        spec = QuantSpec(3, rounding="nearest")
+        qmodel = quantize(net, spec=spec, rank_budget=0, search=search, fold_bn=False, **PLAIN)
         for name, layer in packed_layers(qmodel).items():
             assert layer.rank == 0 and layer.adapter_a is None
             kind = type(layer)
-            expected = kind.from_float(net.get_submodule(name), QuantSpec(3), rank=0)
+            expected = kind.from_float(net.get_submodule(name), spec, rank=0)
             assert torch.equal(layer.codes, expected.codes) and torch.equal(
                 layer.weight, expected.weight
             )
@@ -204,6 +205,7 @@ def test_an_embedding_tied_to_a_layer_stays_float() -> None:
         QuantSpec(2),
         search=SearchConfig(iterations=0, holdout=20),
         bias_correction=False,
+        **PLAIN,
     )
     assert torch.equal(qmodel.embedding.weight, model.embedding.weight)
     assert set(packed_layers(qmodel)) == {"head", "middle"}
@@ -293,13 +295,18 @@ def test_constant_and_zero_layers() -> None:
     net, x = trained_net(), batches()[0]
     nn.init.zeros_(net.pointwise.weight)
     nn.init.constant_(net.body[0].weight, 0.1)
+    calibration = Calibration(net, batches())
     for search in (UNIFORM, SearchConfig(iterations=6)):
-        qmodel = quantize(net, search=search)
-        assert torch.equal(qmodel.body[0].weight, net.body[0].weight)
-        assert torch.equal(qmodel.pointwise.weight, net.pointwise.weight)
-        assert torch.isfinite(qmodel(x)).all()
-        for layer in qmodel.report.layers:
+        plain = quantize(net, search=search, adapter_bits=8, **PLAIN)
+        assert torch.equal(plain.body[0].weight, net.body[0].weight)
+        assert torch.equal(plain.pointwise.weight, net.pointwise.weight)
+        for layer in plain.report.layers:
             assert 0 <= layer.residual_after <= layer.residual_before * 1.01 + 1e-9
+        more = {"adapter_bits": 8, "tune": TuneConfig(iterations=12)}
+        fitted = quantize(net, calibration, search=search, **more)
+        assert torch.equal(fitted.pointwise.weight, net.pointwise.weight)
+        assert torch.isfinite(plain(x)).all() and torch.isfinite(fitted(x)).all()
+        assert calibration.divergence(fitted) <= calibration.divergence(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

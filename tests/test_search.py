@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import TwoInputs, batches, trained_net
+from models import PLAIN, TwoInputs, batches, trained_net
 from torch import Tensor, nn
 
 import cora
-import cora.search
+import cora.evaluation
 from cora import QuantSpec, SearchConfig
 from cora.allocation import ALLOCATORS, Budget, LayerFit, allocate
 from cora.batches import divergence
@@ -217,7 +217,9 @@ def test_greedy_against_brute_force(method: str, share: float) -> None:
 
 
 def quantize(model: nn.Module, data: Any, config: SearchConfig, **options: Any) -> nn.Module:
-    options = {"weight": QuantSpec(2), "rank_budget": 0.1, "progress": False, **options}
+    """The search alone: what comes after it moves the losses that it measured."""
+    quick = {"weight": QuantSpec(2), "rank_budget": 0.1, "adapter_bits": 8, "progress": False}
+    options = {**quick, **PLAIN, **options}
     return cora.quantize(model, data, search=config, **options)
 
 
@@ -289,14 +291,14 @@ def test_two_runs_are_the_same() -> None:
 
 @pytest.mark.parametrize("calls", [0, 1, 2, 3, 7, 24, 33])
 def test_interrupt_returns_the_best_so_far(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, count = cora.search.functional_call, itertools.count()
+    original, count = cora.evaluation.functional_call, itertools.count()
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         if next(count) == calls:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(cora.search, "functional_call", interrupted)
+    monkeypatch.setattr(cora.evaluation, "functional_call", interrupted)
     net, data = trained_net(), batches(1, 40)
     qmodel = quantize(net, data, SearchConfig(iterations=40))
     search = qmodel.report.search
