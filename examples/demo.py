@@ -1,11 +1,11 @@
-"""Quantize a real OCR pipeline at 4, 3 and 2 bits, and read a page with it.
+"""Quantize a real OCR pipeline to 4, 3 and 2.2 stored bits a weight, and read a page with it.
 
     python examples/demo.py [--output demo-output]
 
-The recogniser is quantized at each width with searched adapters and put beside plain quantization,
-the same stored bits without adapters and uniform ranks; the detector, which is far larger, at one
-width with the closed-form ranks and beside plain quantization only. Written into the
-output folder: the packed files, results.json, result.png, the pages as the float and the packed
+The recogniser's bits, groups and ranks are chosen for each budget, and the result is put beside the same
+bits in every layer, rounded to nearest and with error feedback; the detector, which is far
+larger, gets one width everywhere, adapters with closed-form ranks, and stands beside plain quantization.
+Written into the output folder: the packed files, results.json, result.png, the pages as the float and the packed
 pipeline read them, and report.html with everything. Needs `pip install cora[demo]`.
 """
 
@@ -62,27 +62,20 @@ def quantize(
     model: nn.Module,
     calibration: cora.Calibration,
     evaluate: Callable[[nn.Module], dict[str, float]],
-    bits: int,
-    search: cora.SearchConfig,
+    bits: float,
     args: argparse.Namespace,
+    **options: Any,
 ) -> nn.Module:
     """Quantize, save, and put the result beside the alternatives."""
-    with stage(f"{task.name}: {bits} bits, rank search"):
-        qmodel = cora.quantize(
-            model,
-            calibration,
-            cora.QuantSpec(bits=bits),
-            rank_budget=args.rank_budget,
-            search=search,
-            progress=args.bars,
-        )
-    with stage(f"{task.name}: {bits} bits, alternatives and evaluation"):
-        if search.method == "gate":
+    with stage(f"{task.name}: {bits:g} bits"):
+        qmodel = cora.quantize(model, calibration, progress=args.bars, **options)
+    with stage(f"{task.name}: {bits:g} bits, alternatives and evaluation"):
+        if "target_bits" in options:
             rows = cora.compare(model, calibration, qmodel, evaluate, args.bars)
         else:
-            rows = beside_plain(model, calibration, qmodel, evaluate)
+            rows = beside_plain(model, calibration, qmodel, evaluate, options)
     cora.save(qmodel, packed_path(task, bits, args))
-    print(f"\n{task.name} at {bits} bits\n{text_table(*comparison_table(rows))}\n", flush=True)
+    print(f"\n{task.name} at {bits:g} bits\n{text_table(*comparison_table(rows))}\n", flush=True)
     return qmodel
 
 
@@ -91,10 +84,11 @@ def beside_plain(
     calibration: cora.Calibration,
     qmodel: nn.Module,
     evaluate: Callable[[nn.Module], dict[str, float]],
+    options: dict[str, Any],
 ) -> list[Row]:
-    """The rows of `cora.compare` that cost least: float, no adapters, and the result."""
-    spec = cora.QuantSpec(**qmodel.report.settings["weight"])
-    plain = cora.quantize(model, calibration, spec, rank_budget=0, progress=False)
+    """The rows that cost least: float, no adapters, and the result."""
+    spec = options["weight"]
+    plain = cora.quantize(model, calibration, progress=False, **{**options, "rank_budget": 0})
     rows: list[Row] = [
         {"row": "float", "bits_per_weight": 32.0, "total_bits": float_state_bits(model)}
     ]
@@ -107,8 +101,8 @@ def beside_plain(
     return rows
 
 
-def packed_path(task: Task, bits: int, args: argparse.Namespace) -> Path:
-    return Path(args.output) / f"{task.name}-{bits}bit.safetensors"
+def packed_path(task: Task, bits: float, args: argparse.Namespace) -> Path:
+    return Path(args.output) / f"{task.name}-{bits:g}bit.safetensors"
 
 
 def words_right(read: list[Any], page: Page) -> tuple[int, int]:
@@ -122,18 +116,18 @@ def words_right(read: list[Any], page: Page) -> tuple[int, int]:
     return right, len(page.texts)
 
 
-def series(results: dict[int, list[Row]], metric: str, scale: float = 1.0) -> dict[str, Any]:
+def series(results: dict[float, list[Row]], metric: str, scale: float = 1.0) -> dict[str, Any]:
     """Lines of the plots: each alternative's (bits a weight, metric) over the widths."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for rows in results.values():
         for row in rows[1:]:
-            label = row["row"].split(" (")[0]
+            label = row["row"]
             label = label.split("-bit", 1)[1].lstrip(", +") if "-bit" in label[:6] else label
             lines.setdefault(label, []).append((row["bits_per_weight"], scale * row[metric]))
     return lines
 
 
-def result_figure(results: dict[int, list[Row]], metric: str) -> Any:
+def result_figure(results: dict[float, list[Row]], metric: str) -> Any:
     """Accuracy and divergence against the stored bits of a quantized weight."""
     drawn, (left, right) = html.figure(10.5, 4.2, 2)
     first = next(iter(results.values()))
@@ -159,11 +153,11 @@ def main() -> None:
     add = parser.add_argument
     add("--output", default="demo-output", help="folder for what is written")
     add("--data", help="data folder, searched before the installed packages")
-    add("--bits", type=int, nargs="+", default=[4, 3, 2], help="widths of the recogniser")
+    add("--bits", type=float, nargs="+", default=[4, 3, 2.2], help="stored bits a weight")
     add("--samples", type=int, default=256, help="calibration lines")
     add("--lines", type=int, default=1000, help="validation lines")
-    add("--iterations", type=int, default=60, help="steps of each rank search")
-    add("--rank-budget", type=float, default=0.05, help="adapter bits over float weight bits")
+    add("--iterations", type=int, default=60, help="steps of the recogniser's tuning")
+    add("--rank-budget", type=float, default=0.02, help="the detector's adapters over its floats")
     add("--detector-bits", type=int, default=3, help="width of the detector; 0 leaves it float")
     add("--pages", type=int, default=4, help="calibration pages")
     add("--validation-pages", type=int, default=8)
@@ -186,9 +180,14 @@ def main() -> None:
             progress=args.bars,
         )
         evaluate = evaluator(recognition, recogniser, args.lines)
-    search = cora.SearchConfig(iterations=args.iterations, samples=args.samples, seed=args.seed)
+    options: dict[str, Any] = {
+        "search": cora.SearchConfig(samples=args.samples, seed=args.seed),
+        "tune": cora.TuneConfig(iterations=args.iterations),
+    }
     models = {
-        bits: quantize(recognition, recogniser, calibration, evaluate, bits, search, args)
+        bits: quantize(
+            recognition, recogniser, calibration, evaluate, bits, args, target_bits=bits, **options
+        )
         for bits in args.bits
     }
     results = {bits: qmodel.report.comparison for bits, qmodel in models.items()}
@@ -207,9 +206,19 @@ def main() -> None:
                 progress=args.bars,
             )
             evaluate = evaluator(detection, detector, args.validation_pages)
-        closed_form = cora.SearchConfig(method="sensitivity", samples=args.pages, seed=args.seed)
+        # A page takes seconds to run: one pass of calibration, nothing that goes layer by layer.
         packed_detector = quantize(
-            detection, detector, pages, evaluate, args.detector_bits, closed_form, args
+            detection,
+            detector,
+            pages,
+            evaluate,
+            args.detector_bits,
+            args,
+            weight=cora.QuantSpec(bits=args.detector_bits),
+            rank_budget=args.rank_budget,
+            search=cora.SearchConfig(method="sensitivity", samples=args.pages, seed=args.seed),
+            tune=None,
+            propagate=False,
         )
 
     with stage("reading a page with both pipelines"):
@@ -256,7 +265,7 @@ def main() -> None:
 
 def write_report(
     path: Path,
-    models: dict[int, nn.Module],
+    models: dict[float, nn.Module],
     detector: nn.Module | None,
     figure: Any,
     pictures: dict[str, Image.Image],
@@ -269,7 +278,7 @@ def write_report(
     for bits, qmodel in models.items():
         head, cells = comparison_table(qmodel.report.comparison)
         table = html.html_table(head, cells, best=len(cells) - 1)
-        sections.append((f"Recogniser at {bits} bits", table))
+        sections.append((f"Recogniser at {bits:g} bits", table))
     if detector is not None:
         head, cells = comparison_table(detector.report.comparison)
         table = html.html_table(head, cells, best=len(cells) - 1)
@@ -277,10 +286,10 @@ def write_report(
     read = "".join(html.image(picture, titles[name]) for name, picture in pictures.items())
     sections.append(("A page of words that calibration never saw", read))
     sections += [
-        (f"Recogniser at {bits} bits: {title.lower()}", content)
+        (f"Recogniser at {bits:g} bits: {title.lower()}", content)
         for bits, qmodel in models.items()
         for title, content in html.report_sections(qmodel.report)
-        if title in ("Ranks", "Residual spectra", "Search") or (bits == width and title == "Layers")
+        if title in ("Bits", "Ranks", "Tuning") or (bits == width and title == "Layers")
     ]
     if detector is not None:
         sections += [
@@ -290,7 +299,7 @@ def write_report(
         ]
     lead = (
         "EasyOCR's English recogniser and the CRAFT text detector, quantized to packed low-bit "
-        "weights with low-rank adapters whose ranks were searched."
+        "weights: bits, scale groups and low-rank adapters chosen for a budget of stored bits."
     )
     html.write_page(path, "cora: a real OCR pipeline at low bits", lead, sections)
 
