@@ -126,7 +126,7 @@ def quantize(
         search: how ranks are chosen; None gives every layer the same share of its full rank.
         skip: names or patterns of layers that stay float.
         target_bits: stored bits a weight of the quantized layers, with scales, zero-points and adapters
-            (3.5 if neither a quantizer nor `max_drop` is given).
+            (if neither a quantizer nor `max_drop` is given 3.5, or the fewest that tiny layers can have).
         max_drop: instead, the fewest bits at which at most so many points (0.5: half a percent) of the
             held-out calibration samples change their answer.
         tune: how scales, biases and adapters are tuned at the end; None: not at all.
@@ -301,7 +301,8 @@ def quantize(
         "interrupted": interrupted or tuned.interrupted,
         "candidates": candidates,
         "history": history,
-        "tuning": dataclasses.asdict(tuned),
+        # nan where nothing was measured
+        "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
     qmodel.report = _report(qmodel, model, calibration, quantized, layers, found, reasons, settings)
     return qmodel
@@ -317,10 +318,11 @@ def _plan(
 ) -> PlanResult:
     """The plan for so many bits a weight, or the cheapest that changes few enough answers."""
     if max_drop is None:
-        target = DEFAULT_TARGET_BITS if target_bits is None else target_bits
-        if target * ladders.weights < ladders.least:
+        least = ladders.bits(ladders.least)
+        target = max(DEFAULT_TARGET_BITS, least) if target_bits is None else target_bits
+        if target < least:
             raise ValueError(
-                f"target_bits must be at least {ladders.bits(ladders.least):.2f} (2-bit codes, their "
+                f"target_bits must be at least {least:.2f} (2-bit codes, their "
                 f"scales and zero-points, and layers with bits of their own), got {target}"
             )
         budget = target * ladders.weights

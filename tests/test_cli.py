@@ -48,7 +48,7 @@ def interrupted():
 TASK = """
 from parts import build, batches as calibration, more as validation
 """
-QUICK = ["--samples", "16", "--iterations", "2", "--no-progress"]
+QUICK = ["--samples", "16", "--iterations", "2", "--tune", "2", "--no-progress"]
 
 
 @pytest.fixture
@@ -84,17 +84,26 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 def packed(folder: Path) -> Path:
     path = folder / "m.safetensors"
-    model = ["quantize", "parts.py:build", "--calibration", "parts.py:batches"]
+    model = ["quantize", "parts.py:build", "--calibration", "parts.py:batches", "--bits", "3"]
     assert cli.main([*model, "-o", str(path), "--no-compare", "--json", *QUICK]) == 0
     return path
 
 
-def test_quantize_with_functions(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = ("parts:build", "--calibration", "parts:batches")
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ((), "cora, bits and ranks chosen"),
+        (("--bits", "3"), "3-bit + adapters, searched ranks"),
+    ],
+)
+def test_quantize_with_functions(
+    folder: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], last: str
+) -> None:
+    model = ("parts:build", "--calibration", "parts:batches", *options)
     values = run(capsys, "quantize", *model, "-o", "m.safetensors", *QUICK)
     assert values["file_bytes"] == (folder / "m.safetensors").stat().st_size
     rows = [row["row"] for row in values["report"]["comparison"]]
-    assert rows[0] == "float" and rows[-1] == "3-bit + adapters, searched ranks"
+    assert rows[0] == "float" and rows[-1] == last
     assert "kl" in values["report"]["comparison"][-1]  # there are no validation data
     assert values["notes"] == ["no validation data: compared on the calibration data"]
 
@@ -112,6 +121,24 @@ def test_quantize_a_whole_task(folder: Path, capsys: pytest.CaptureFixture[str])
     assert {"top1", "kl", "agreement"} <= report["comparison"][0].keys()
 
 
+def test_quantize_to_a_size(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def settings(*options: str) -> dict[str, Any]:
+        given = ("whole.py", "-o", "m.safetensors", "--no-compare", *QUICK, *options)
+        report: dict[str, Any] = run(capsys, "quantize", *given)["report"]
+        assert report["search"]["method"] == "joint"
+        return report
+
+    report = settings("--target-bits", "4.5", "--rounding", "nearest", "--no-propagate")
+    assert 4.2 < report["totals"]["bits_per_weight"] <= 4.5
+    assert report["settings"]["weight"]["rounding"] == "nearest"
+    assert not report["settings"]["propagate"] and report["settings"]["tune"]["iterations"] == 2
+    assert report["search"]["history"] == []
+    report = settings("--max-drop", "90")
+    assert report["settings"]["max_drop"] == 90 and report["totals"]["bits_per_weight"] < 3.5
+    report = settings("--target-bits", "4.5", "--plan", "search", "--iterations", "6")
+    assert {entry["kind"] for entry in report["search"]["history"]} >= {"closed form", "corrected"}
+
+
 def test_ready_objects_are_data_and_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ("parts.py:MODEL", "--calibration", "parts.py:READY")
     values = run(capsys, "quantize", *model, "-o", "m.safetensors", "--rank-budget", "0", *QUICK)
@@ -124,7 +151,7 @@ def test_same_arguments_write_the_same_file(folder: Path) -> None:
 
 
 def test_text_holds_both_tables(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["quantize", "whole.py", "-o", "m.safetensors", *QUICK]) == 0
+    assert cli.main(["quantize", "whole.py", "-o", "m.safetensors", "--bits", "3", *QUICK]) == 0
     out = capsys.readouterr().out
     for part in ("SQNR", "bits/weight", "same bits, no adapters", "m.safetensors: "):
         assert part in out
@@ -233,7 +260,7 @@ def test_evaluate_corruptions_of_what_is_no_image(
         "import torch\ndef build(): return torch.nn.Linear(8, 3)\n"
         "def calibration(): return [torch.ones(4, 8)]\nvalidation = calibration\n"
     )
-    quick = ("-o", "f.safetensors", "--rank-budget", "0", "--no-compare", *QUICK)
+    quick = ("-o", "f.safetensors", "--bits", "3", "--rank-budget", "0", "--no-compare", *QUICK)
     assert cli.main(["quantize", "flat.py", *quick]) == 0
     capsys.readouterr()
     line = fails(capsys, "evaluate", "flat.py", "f.safetensors", "--corruptions")
@@ -287,11 +314,33 @@ BAD = {
     "k": (["quantize", "whole.py", "-o", "m", "--k", "0"], "k must be"),
     "budget": (["quantize", "whole.py", "-o", "m", "--rank-budget", "-1"], "rank_budget"),
     "skip": (["quantize", "whole.py", "-o", "m", "--skip", "x"], "skip"),
-    "group": (["quantize", "whole.py", "-o", "m", "--group-size", "7"], "group_size"),
-    "group and granularity": (
-        ["quantize", "whole.py", "-o", "m", "--group-size", "3", "--granularity", "per_tensor"],
+    "group": (
+        ["quantize", "whole.py", "-o", "m", "--bits", "3", "--group-size", "7"],
         "group_size",
     ),
+    "group and granularity": (
+        ["quantize", "whole.py", "-o", "m", "--bits", "3", "--group-size", "3"]
+        + ["--granularity", "per_tensor"],
+        "group_size",
+    ),
+    "group without bits": (["quantize", "whole.py", "-o", "m", "--group-size", "3"], "--bits"),
+    "too few bits": (["quantize", "whole.py", "-o", "m", "--target-bits", "2"], "target_bits must"),
+    "no number of bits": (
+        ["quantize", "whole.py", "-o", "m", "--target-bits", "x"],
+        "--target-bits",
+    ),
+    "bits and target": (
+        ["quantize", "whole.py", "-o", "m", "--bits", "3", "--target-bits", "3"],
+        "--target-bits: not allowed with argument --bits",
+    ),
+    "target and drop": (
+        ["quantize", "whole.py", "-o", "m", "--target-bits", "3", "--max-drop", "1"],
+        "--max-drop: not allowed with argument --target-bits",
+    ),
+    "drop": (["quantize", "whole.py", "-o", "m", "--max-drop", "-1"], "max_drop must be"),
+    "tune": (["quantize", "whole.py", "-o", "m", "--tune", "-1"], "iterations must be"),
+    "rounding": (["quantize", "whole.py", "-o", "m", "--rounding", "up"], "--rounding"),
+    "plan": (["quantize", "whole.py", "-o", "m", "--plan", "best"], "--plan"),
     "user's own error": (
         ["quantize", "parts.py:build", "--calibration", "parts.py:broken", "-o", "m"],
         "two lines",
@@ -344,7 +393,7 @@ def test_interrupted_search_is_saved(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cora.search._descend", stop)
-    values = run(capsys, "quantize", "whole.py", "-o", "m.safetensors", *QUICK)
+    values = run(capsys, "quantize", "whole.py", "-o", "m.safetensors", "--bits", "3", *QUICK)
     assert values["report"]["search"]["interrupted"] and values["report"]["comparison"] == []
     assert "interrupted" in values["notes"][0]
     assert (folder / "m.safetensors").is_file()

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import batches, trained_net
+from models import PLAIN, batches, trained_net
 from torch import Tensor, nn
 
 import cora
-from cora import Calibration, QuantSpec, SearchConfig
+from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.compare import same_bits_specs
 from cora.modules import QuantLayer
@@ -34,6 +34,7 @@ def quantize(net: nn.Module, calibration: Calibration, spec: Any, **options: Any
     options = {
         "rank_budget": 0.1,
         "search": SearchConfig(iterations=6),
+        "tune": TuneConfig(iterations=4),
         "progress": False,
         **options,
     }
@@ -73,7 +74,9 @@ def test_same_bits_specs(spec: QuantSpec, budget: float, magnitude: float) -> No
         net.body[0].weight.mul_(magnitude)
     skip = ["pointwise"] if spec.group_size else []
     calibration = Calibration(net, batches(1))
-    qmodel = quantize(net, calibration, spec, rank_budget=budget, search=None, skip=skip)
+    # Without what comes after, which moves zero-points, and with them their stored bits.
+    options: dict[str, Any] = {"search": None, **PLAIN}
+    qmodel = quantize(net, calibration, spec, rank_budget=budget, skip=skip, **options)
     allowed = stored(qmodel.report)
     found = list(same_bits_specs(calibration, qmodel.report, spec))
     assert (budget == 0 and spec.bits == 8) or found
@@ -84,7 +87,8 @@ def test_same_bits_specs(spec: QuantSpec, budget: float, magnitude: float) -> No
         assert label.startswith(f"{bits}-bit") and bits in SUPPORTED_BITS and bits >= spec.bits
         seen.append(bits)
         taken = bits_of(net, specs)
-        assert taken == stored(quantize(net, calibration, specs, rank_budget=0).report) <= allowed
+        made = quantize(net, calibration, specs, rank_budget=0, **options)
+        assert taken == stored(made.report) <= allowed
         assert all((s.symmetric, s.clip) == (spec.symmetric, spec.clip) for s in specs.values())
         for group in (512, 32, 12, 8):  # anything finer, by the same recipe, is too large
             channel, finer = spec.replace(bits=bits, granularity="per_channel", group_size=None), {}
@@ -128,25 +132,51 @@ def test_compare(net: nn.Module, calibration: Calibration, options: dict[str, An
     rows = cora.compare(net, calibration, qmodel, progress=False)
     assert qmodel.report.comparison is rows
     labels = [row["row"] for row in rows]
-    assert labels[:2] == ["float", "2-bit, no adapters"]
-    assert labels[2].startswith("same bits, no adapters (")
-    assert labels[3:] == ["2-bit + adapters, uniform ranks", "2-bit + adapters, searched ranks"]
-    assert rows[0]["total_bits"] == float_state_bits(net) and rows[0]["kl"] == pytest.approx(
-        0, abs=1e-6
-    )
-    assert rows[1]["total_bits"] < rows[2]["total_bits"] <= rows[4]["total_bits"]
-    assert rows[4]["total_bits"] == qmodel.report.totals["total_bits"]
+    assert labels[:3] == ["float", "2-bit, nearest", "2-bit, error feedback"]
+    assert labels[3].startswith("same bits, no adapters (")
+    assert labels[4:] == [
+        "same bits, no adapters (bits chosen)",
+        "2-bit + adapters, uniform ranks",
+        "2-bit + adapters, searched ranks",
+    ]
+    exact, nearest, fed, same, mixed, uniform, searched = rows
+    assert exact["total_bits"] == float_state_bits(net)
+    assert exact["kl"] == pytest.approx(0, abs=1e-6)
+    assert nearest["total_bits"] < same["total_bits"] <= searched["total_bits"]
     assert (
-        rows[3]["total_bits"]
-        <= rows[1]["total_bits"] + 0.1 * qmodel.report.totals["float_weight_bits"]
-    )
-    assert rows[4]["kl"] < rows[1]["kl"]
-    data, own = batches(), 0.0
+        mixed["bits_per_weight"] <= searched["bits_per_weight"] + 0.1
+    )  # with what zero-points take
+    assert searched["total_bits"] == qmodel.report.totals["total_bits"]
+    allowed = 0.1 * qmodel.report.totals["float_weight_bits"]
+    assert uniform["total_bits"] <= nearest["total_bits"] + allowed
+    assert searched["kl"] < min(nearest["kl"], fed["kl"])
     with torch.no_grad():
-        own = sum(float(divergence(qmodel(x), net(x))) for x in data) / len(data)
-    assert rows[4]["kl"] == pytest.approx(own, rel=1e-4)
-    plain = quantize(net, calibration, QuantSpec(2), **{**options, "rank_budget": 0})
-    assert rows[1]["total_bits"] == plain.report.totals["total_bits"]
+        folded = calibration.model
+        own = sum(float(divergence(qmodel(x), folded(x))) for x in batches()) / len(batches())
+    assert searched["kl"] == pytest.approx(own, rel=1e-4)
+    plain: dict[str, Any] = {**options, **PLAIN, "rank_budget": 0}
+    for row, rounding in ((nearest, "nearest"), (fed, "gptq")):
+        made = quantize(net, calibration, QuantSpec(2, rounding=rounding), **plain)
+        assert row["total_bits"] == made.report.totals["total_bits"]
+        assert row["kl"] == calibration.divergence(made)
+
+
+def test_compare_where_bits_were_chosen(net: nn.Module, calibration: Calibration) -> None:
+    """Uniform bits are as many as fit, and no row takes more than the result."""
+    qmodel = quantize(net, calibration, None, target_bits=4.6)
+    rows = cora.compare(net, calibration, qmodel, progress=False)
+    labels = [row["row"] for row in rows]
+    adapted = ["same bits, no adapters"] * any(row.rank for row in qmodel.report.layers)
+    assert labels == [
+        "float",
+        "4-bit, nearest",
+        "4-bit, error feedback",
+        *adapted,
+        "cora, bits and ranks chosen",
+    ]
+    assert all(row["bits_per_weight"] <= 4.6 for row in rows[1:])
+    assert rows[-1]["bits_per_weight"] == qmodel.report.totals["bits_per_weight"]
+    assert rows[-1]["kl"] == calibration.divergence(qmodel) < rows[2]["kl"]
 
 
 def test_compare_with_a_metric(net: nn.Module, calibration: Calibration) -> None:
@@ -161,9 +191,8 @@ def test_compare_with_a_metric(net: nn.Module, calibration: Calibration) -> None
         assert rows[-1]["mean"] == float(qmodel(batches()[0]).mean())
     assert rows[-1]["row"] == "3-bit + adapters, energy ranks"
     plain = quantize(net, calibration, QuantSpec(3), rank_budget=0)
-    assert [row["row"] for row in cora.compare(net, calibration, plain, progress=False)][
-        -1
-    ].startswith("same bits")
+    labels = [row["row"] for row in cora.compare(net, calibration, plain, progress=False)]
+    assert labels[-1].startswith("same bits")
 
 
 def test_compare_needs_one_spec(net: nn.Module, calibration: Calibration) -> None:

@@ -31,7 +31,12 @@ def report() -> cora.Report:
     calibration = cora.Calibration(model, [torch.randn(8, 3, 10, 10)], 8, fold_bn=False)
     search = cora.SearchConfig(iterations=6, batch_size=4)
     qmodel = cora.quantize(
-        model, calibration, cora.QuantSpec(bits=2), search=search, progress=False
+        model,
+        calibration,
+        cora.QuantSpec(bits=2),
+        search=search,
+        tune=cora.TuneConfig(iterations=6),
+        progress=False,
     )
     cora.compare(model, calibration, qmodel, progress=False)
     return qmodel.report
@@ -69,7 +74,7 @@ def test_page_is_whole_and_self_contained(report: cora.Report, tmp_path: Path) -
     path = tmp_path / "report.html"
     report.to_html(path)
     page = path.read_text()
-    assert check(page) == 4  # comparison, ranks, spectra, search
+    assert check(page) == 5  # comparison, ranks, spectra, search, tuning
     for layer in report.layers:
         assert f"<td>{layer.name}</td>" in page
     assert "BatchNorm2d" in page and "searched ranks" in page
@@ -84,7 +89,7 @@ def test_same_report_same_bytes(report: cora.Report, tmp_path: Path) -> None:
 
 def test_report_of_a_file_has_no_spectra(report: cora.Report, tmp_path: Path) -> None:
     values = report.to_dict()
-    values["search"]["history"] = []
+    values["search"]["history"] = values["search"]["tuning"]["history"] = []
     for layer in values["layers"]:
         layer["spectrum"] = []
     cora.Report.from_dict(values).to_html(tmp_path / "r.html")
@@ -99,7 +104,7 @@ def test_many_layers_and_odd_values(report: cora.Report, tmp_path: Path) -> None
     values["search"]["history"][0]["loss"] = 0.0
     values["comparison"] = []
     cora.Report.from_dict(values).to_html(tmp_path / "r.html")
-    assert check((tmp_path / "r.html").read_text()) == 3
+    assert check((tmp_path / "r.html").read_text()) == 4  # ranks, spectra, search, tuning
 
 
 def test_everything_is_escaped(report: cora.Report, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import batches, trained_net
+from models import PLAIN, batches, trained_net
 from torch import Tensor, nn
 
 import cora
@@ -37,9 +37,11 @@ def qnet(net: nn.Module) -> nn.Module:
     return cora.quantize(
         net,
         batches(),
-        QuantSpec(3),
+        QuantSpec(3, rounding="nearest"),
         8,
         0.1,
+        8,
+        **PLAIN,
         search=config,
         skip=["pointwise"],
         progress=False,
@@ -158,7 +160,9 @@ def test_to_dict_and_back(qnet: nn.Module) -> None:
 def test_exact_layers_have_finite_numbers(value: float) -> None:
     net = trained_net()
     nn.init.constant_(net.pointwise.weight, value)
-    report = cora.quantize(net, batches(), rank_budget=0.1, search=None, progress=False).report
+    qmodel = cora.quantize(net, batches(), search=None, progress=False, **PLAIN)
+    assert torch.equal(qmodel.pointwise.weight, net.pointwise.weight)
+    report = qmodel.report
     json.dumps(report.to_dict(), allow_nan=False)
     row = next(row for row in report.layers if row.name == "pointwise")
     assert row.weight_error == 0 and row.sqnr_db > 100 and row.residual_before < 1e-10
@@ -183,12 +187,18 @@ def test_settings_do_not_depend_on_the_container_of_skip() -> None:
     found = []
     for skip in names:
         qmodel = cora.quantize(
-            trained_net(), batches(1), rank_budget=0, search=None, skip=skip, progress=False
+            trained_net(),
+            batches(1),
+            rank_budget=0,
+            search=None,
+            **PLAIN,
+            skip=skip,
+            progress=False,
         )
         found.append(sorted(qmodel.report.settings["skip"]))
         assert len(qmodel.report.layers) == 3
     assert found == [["head", "stem"]] * 4
     one = cora.quantize(
-        trained_net(), batches(1), rank_budget=0, search=None, skip="head", progress=False
+        trained_net(), batches(1), rank_budget=0, search=None, **PLAIN, skip="head", progress=False
     )
     assert one.report.settings["skip"] == ["head"]

@@ -32,7 +32,14 @@ def packed() -> nn.Module:
     batches = [torch.randn(4, 3, 12, 12) for _ in range(2)]
     search = cora.SearchConfig(method="uniform")
     return cora.quantize(
-        Small().eval(), batches, activation_bits=8, search=search, rank_budget=0.2, progress=False
+        Small().eval(),
+        batches,
+        cora.QuantSpec(),
+        activation_bits=8,
+        search=search,
+        rank_budget=0.2,
+        tune=None,
+        progress=False,
     )
 
 
