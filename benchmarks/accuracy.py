@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--task", nargs="+", default=["cifar10-resnet20", "ocr-recognition"])
-    add("--target", nargs="+", type=float, default=[2.1, 2.6, 3.1, 3.5, 4.1])
+    add("--target", nargs="*", type=float, default=[2.1, 2.6, 3.1, 3.5, 4.1])
     add(
         "--bits",
-        nargs="+",
+        nargs="*",
         type=int,
         default=[2, 3, 4],
         help="of the rows with the same everywhere",
