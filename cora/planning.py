@@ -131,12 +131,16 @@ class Ladders:
         factors_ = {n: sum(curvature[n]) / max(probed[n], 1e-30) for n in names}
         least = min((f for f in factors_.values() if f > 0), default=1.0)
         self.steps: dict[str, list[Choice]] = {}
+        self.ways: dict[
+            str, list[Choice]
+        ] = {}  # also what only a mixture beats: to fill a budget with
         for name in names:
             factor = max(factors_[name], 1e-3 * least)
-            self.steps[name] = _hull(
+            self.ways[name] = _undominated(
                 Choice(spec, rank, stored, factor * energy)
                 for spec, rank, stored, energy in energies[name]
             )
+            self.steps[name] = _hull(self.ways[name])
 
     def _measure(
         self, name: str, base: QuantSpec
@@ -267,21 +271,27 @@ class Ladders:
         return self.filled(at(math.exp(high)), budget, factor)
 
     def filled(self, levels: dict[str, int], budget: float, scale: Mapping[str, float]) -> Plan:
-        """Spend what is left on the steps that win most a bit."""
-        left = budget - sum(self.steps[n][i].stored for n, i in levels.items())
+        """Spend what is left on the ways to store a layer that win most a bit."""
+        chosen = {name: self.steps[name][i] for name, i in levels.items()}
+        left = budget - sum(choice.stored for choice in chosen.values())
         while True:
-            gains = []
-            for name, i in levels.items():
-                for j in range(i + 1, len(self.steps[name])):
-                    cost = self.steps[name][j].stored - self.steps[name][i].stored
-                    if cost <= left:
-                        gain = self.steps[name][i].loss - self.steps[name][j].loss
-                        gains.append((scale.get(name, 1.0) * gain / cost, name, j))
-            if not gains:
-                return Plan({name: self.steps[name][i] for name, i in levels.items()})
-            _, name, j = max(gains)
-            left -= self.steps[name][j].stored - self.steps[name][levels[name]].stored
-            levels[name] = j
+            best: tuple[float, str, Choice] | None = None
+            for name, now in chosen.items():
+                for way in self.ways[name]:
+                    if now.stored < way.stored <= now.stored + left:
+                        gain = scale.get(name, 1.0) * (now.loss - way.loss)
+                        value = gain / (way.stored - now.stored)
+                        if best is None or value > best[0]:
+                            best = value, name, way
+            if best is None:
+                return Plan(chosen)
+            _, name, way = best
+            left -= way.stored - chosen[name].stored
+            chosen[name] = way
+
+    def level(self, name: str, choice: Choice) -> int:
+        """The last step of a layer's ladder that takes no more than a choice."""
+        return sum(step.stored <= choice.stored for step in self.steps[name]) - 1
 
     def front(self, count: int = _FRONT) -> list[Plan]:
         """Plans from the cheapest to the best, evenly spaced in stored bits."""
@@ -295,15 +305,20 @@ class Ladders:
         return list(plans.values())
 
 
-def _hull(choices: Iterable[Choice]) -> list[Choice]:
+def _undominated(choices: Iterable[Choice]) -> list[Choice]:
+    """Choices that none of no more stored bits is as good as, cheapest first."""
+    found: list[Choice] = []
+    for choice in sorted(choices, key=lambda c: (c.stored, c.loss)):
+        if not found or choice.loss < found[-1].loss:
+            found.append(choice)
+    return found
+
+
+def _hull(undominated: Iterable[Choice]) -> list[Choice]:
     """The lower convex hull of loss over stored bits: from each step to the next a bit buys less."""
     hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.stored, c.loss)):
-        if hull and choice.loss >= hull[-1].loss:
-            continue
+    for choice in undominated:
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], choice):
-            hull.pop()
-        if hull and hull[-1].stored == choice.stored:
             hull.pop()
         hull.append(choice)
     return hull
@@ -387,9 +402,6 @@ def search_plan(
         bar.set_postfix_str(f"loss {result.loss:.4f}, {ladders.bits(plan.stored):.2f} bits")
         return accepted
 
-    def level(plan: Plan, name: str) -> int:
-        return ladders.steps[name].index(plan.choices[name])
-
     try:
         best = measure(result.plan)
         result.loss = float(best.mean())
@@ -407,7 +419,7 @@ def search_plan(
         if max(2 * len(names), len(names) + 3) <= iterations:
             base, start = result.plan, best
             for name in names:
-                i = level(base, name)
+                i = ladders.level(name, base.choices[name])
                 other = ladders.steps[name][i - 1 if i else i + 1]
                 changed = measure(Plan({**base.choices, name: other}))
                 predicted = other.loss - base.choices[name].loss
@@ -437,7 +449,7 @@ def _exchange(
     tried: set[tuple[int, ...]] = set()
     idle = 0
     while result.steps < iterations and idle < 200:
-        levels = {n: ladders.steps[n].index(c) for n, c in result.plan.choices.items()}
+        levels = {n: ladders.level(n, c) for n, c in result.plan.choices.items()}
         donors = [n for n, i in levels.items() if i > 0]
         receivers = [n for n, i in levels.items() if i + 1 < len(ladders.steps[n])]
         if not donors or not receivers:

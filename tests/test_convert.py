@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import cora
 from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.calibration import quantizable_layers
+from cora.convert import _towards
 from cora.fold import FoldedBatchNorm
 from cora.modules import QuantLayer
 
@@ -435,3 +437,157 @@ def test_quantized_models_copy() -> None:
     qmodel, x = quantize(trained_net()), batches()[0]
     twin = copy.deepcopy(qmodel)
     assert torch.equal(twin(x), qmodel(x)) and twin.report.to_dict() == qmodel.report.to_dict()
+
+
+# --- Bits chosen, and layers in their order ------------------------------------------------------
+
+
+class Wide(nn.Module):
+    """A classifier of some thousand weights, of layers that differ in how much they matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, padding=1)
+        self.depthwise = nn.Conv2d(24, 24, 3, padding=1, groups=24)
+        self.blocks = nn.ModuleList(nn.Conv2d(24, 24, 3, padding=1) for _ in range(4))
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.depthwise(F.relu(self.stem(x))))
+        for factor, block in zip((0.02, 0.2, 1.0, 3.0), self.blocks, strict=True):
+            x = x + factor * F.relu(block(x))
+        return 8 * self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def wide() -> Calibration:
+    torch.manual_seed(5)
+    return Calibration(Wide(), batches())
+
+
+def chosen(calibration: Calibration, target: float, **options: Any) -> nn.Module:
+    quick = {"tune": TuneConfig(iterations=4), "progress": False}
+    return cora.quantize(calibration.model, calibration, target_bits=target, **{**quick, **options})
+
+
+@pytest.mark.parametrize("target", [2.3, 2.8, 3.5, 4.7, 6.0])
+def test_chosen_bits_meet_the_target(wide: Calibration, target: float) -> None:
+    qmodel = chosen(wide, target, **PLAIN)
+    stored = qmodel.report.totals["bits_per_weight"]
+    assert 0.97 * target < stored <= target
+    search = qmodel.report.search
+    assert search["method"] == "joint"
+    assert qmodel.report.settings["target_bits"] == pytest.approx(target)
+    front = search["front"]
+    assert [p["predicted"] for p in front] == sorted((p["predicted"] for p in front), reverse=True)
+    assert search["ranks"] == {row.name: row.rank for row in qmodel.report.layers}
+
+
+def test_more_bits_are_closer(wide: Calibration) -> None:
+    losses = [wide.divergence(chosen(wide, target, **PLAIN)) for target in (2.4, 3.0, 4.0, 6.0)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.05 * losses[0]
+
+
+def test_chosen_bits_beat_the_same_everywhere(wide: Calibration) -> None:
+    plain = quantize(wide.model, wide, QuantSpec(3), rank_budget=0, **PLAIN)
+    mixed = chosen(wide, plain.report.totals["bits_per_weight"], **PLAIN)
+    assert len({row.bits for row in mixed.report.layers}) > 1
+    assert wide.divergence(mixed) < 0.9 * wide.divergence(plain)
+
+
+def test_what_chosen_bits_share(wide: Calibration) -> None:
+    spec = QuantSpec(8, symmetric=True, clip="minmax", rounding="nearest")
+    qmodel = chosen(wide, 4.0, weight=spec, rank_budget=0, first_last="float")
+    assert list(packed_layers(qmodel)) == ["depthwise", *(f"blocks.{i}" for i in range(4))]
+    for row in qmodel.report.layers:
+        assert row.clip == "minmax" and row.rank == 0
+    assert all(layer.symmetric for layer in packed_layers(qmodel).values())
+    fixed = chosen(wide, 4.5, first_last="8bit")
+    bits = [row.bits for row in fixed.report.layers]
+    assert bits[0] == bits[-1] == 8 and min(bits[1:-1]) < 6
+    assert fixed.report.totals["bits_per_weight"] <= 4.5
+
+
+def test_without_arguments_it_is_three_and_a_half_bits(wide: Calibration) -> None:
+    qmodel = cora.quantize(wide.model, wide, tune=None, propagate=False, progress=False)
+    assert 3.4 < qmodel.report.totals["bits_per_weight"] <= 3.5
+    tiny = nn.Linear(6, 4)  # 2-bit codes and a scale a row take more
+    qmodel = cora.quantize(tiny, torch.randn(40, 6), progress=False, tune=None)
+    assert qmodel.report.totals["bits_per_weight"] > 3.5
+    assert qmodel.report.layers[0].bits == 2
+
+
+def test_the_fewest_bits_for_a_drop() -> None:
+    """Of a classifier that is sure of nothing."""
+    model = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 10))
+    calibration = Calibration(model, torch.randn(400, 24))
+    stored = []
+    for drop in (5, 30):
+        qmodel = cora.quantize(model, calibration, max_drop=drop, progress=False, **PLAIN)
+        stored.append(qmodel.report.totals["bits_per_weight"])
+        assert qmodel.report.settings["max_drop"] == drop
+    assert stored[0] > stored[1]
+    with pytest.raises(
+        ValueError, match=r"max_drop must be at least \d+\.\d\d points, what 8 bits"
+    ):
+        cora.quantize(model, calibration, max_drop=1e-9, progress=False)
+
+
+def test_a_chosen_model_comes_back_from_its_file(wide: Calibration, tmp_path: Path) -> None:
+    x = batches()[0]
+    for options in ({}, {"activation_bits": 6}):
+        qmodel = chosen(wide, 3.3, **options)
+        cora.save(qmodel, tmp_path / "m.safetensors")
+        again = cora.load(tmp_path / "m.safetensors", Wide())
+        assert torch.equal(again(x), qmodel(x))
+        for key, value in qmodel.state_dict().items():
+            assert torch.equal(value, again.state_dict()[key]), key
+        if not options:
+            close(qmodel, cora.dequantize(qmodel), x)
+        twin = chosen(wide, 3.3, **options)
+        for key, value in qmodel.state_dict().items():
+            assert torch.equal(value, twin.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("budget", [0, 0.1])
+def test_layers_fitted_in_order_are_closer(budget: float) -> None:
+    torch.manual_seed(2)
+    layers: list[nn.Module] = []
+    for _ in range(6):
+        layers += [nn.Linear(24, 24), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(24, 5))
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight.mul_(2.5)
+        model[-1].weight.mul_(4)
+    mix = torch.randn(24, 24) * torch.logspace(0, -1.5, 24)[:, None]
+    calibration = Calibration(model, torch.randn(512, 24) @ mix)
+    unseen = torch.randn(512, 24) @ mix
+    found = {}
+    for propagate in (False, True):
+        qmodel = quantize(
+            model, calibration, QuantSpec(2), rank_budget=budget, tune=None, propagate=propagate
+        )
+        assert qmodel.report.settings["propagated"] == propagate
+        with torch.no_grad():
+            found[propagate] = float(divergence(qmodel(unseen), model(unseen)))
+        assert not any(m._forward_hooks for m in calibration.model.modules())
+    assert found[True] < 0.9 * found[False]
+
+
+def test_inputs_that_did_not_drift_move_nothing() -> None:
+    """The first layer sees what the float one sees: its aim is its weight, to the bit."""
+    moment = torch.randn(2, 40, 12)
+    moment = moment.mT @ moment
+    matrix = torch.randn(6, 12)
+    assert torch.equal(_towards(matrix, moment, moment.clone()), matrix)
+    assert torch.equal(_towards(matrix, 0 * moment, 0 * moment), matrix)
+    # Inputs that came out half as large ask for twice the weight, up to the ridge.
+    aim = _towards(matrix, moment / 4, moment / 2)
+    assert float((aim - 2 * matrix).norm() / matrix.norm()) < 0.35
+    layer = nn.Linear(12, 9)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(0, 4, (9, 12)) * 0.25)
+        layer.weight[:, 0], layer.weight[:, 1] = 0, 0.75
+    qmodel = quantize(layer, torch.randn(64, 12), QuantSpec(2), rank_budget=0, tune=None)
+    assert torch.equal(qmodel.weight, layer.weight)

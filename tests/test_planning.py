@@ -17,7 +17,16 @@ import cora
 from cora import Calibration, QuantSpec
 from cora.evaluation import Evaluator
 from cora.lowrank import LayerShape
-from cora.planning import Choice, Ladders, Plan, _hull, cheapest_plan, group_sizes, search_plan
+from cora.planning import (
+    Choice,
+    Ladders,
+    Plan,
+    _hull,
+    _undominated,
+    cheapest_plan,
+    group_sizes,
+    search_plan,
+)
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]
 
@@ -68,7 +77,7 @@ def test_the_hull_of_random_choices() -> None:
         stored = torch.randint(1, 60, (count,), generator=generator).tolist()
         losses = torch.rand(count, generator=generator).tolist()
         choices = [Choice(QuantSpec(), 0, s, v) for s, v in zip(stored, losses, strict=True)]
-        hull = _hull(choices)
+        hull = _hull(_undominated(choices))
         assert_convex(hull)
         assert set(hull) <= set(choices)
         assert hull[0].stored == min(stored) and hull[-1].loss == min(losses)
@@ -184,8 +193,8 @@ def test_best_keeps_the_budget_and_falls_with_it(ladders: Ladders) -> None:
         losses.append(plan.loss)
         # Nothing that is left would pay for one more step of a layer.
         for name, choice in plan.choices.items():
-            i = ladders.steps[name].index(choice)
-            for dearer in ladders.steps[name][i + 1 :]:
+            i = ladders.ways[name].index(choice)
+            for dearer in ladders.ways[name][i + 1 :]:
                 assert plan.stored - choice.stored + dearer.stored > budget
     assert all(b <= a * 1.1 for a, b in itertools.pairwise(losses))
     assert losses[-1] < 1e-3 * losses[0]
@@ -197,19 +206,19 @@ def test_best_against_brute_force(ladders: Ladders) -> None:
     three = object.__new__(Ladders)
     names = ["depthwise", "pointwise", "head"]
     three.steps = {name: ladders.steps[name] for name in names}
+    three.ways = {name: ladders.ways[name] for name in names}
     plans = [
         Plan(dict(zip(names, choices, strict=True)))
-        for choices in itertools.product(*three.steps.values())
+        for choices in itertools.product(*three.ways.values())
     ]
     exact = 0
     for budget in budgets_of(three, 40):
         best = min(plan.loss for plan in plans if plan.stored <= budget)
         found = three.best(budget)
         steps = [
-            cheap.loss - dear.loss
+            choice.loss - three.steps[name][level + 1].loss
             for name, choice in found.choices.items()
-            for cheap, dear in itertools.pairwise(three.steps[name])
-            if cheap == choice
+            if (level := three.level(name, choice)) + 1 < len(three.steps[name])
         ]
         assert best - 1e-12 <= found.loss <= best + max(steps, default=0.0)
         exact += found.loss <= best * (1 + 1e-9)
