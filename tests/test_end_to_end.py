@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import cora
-from cora import Calibration, QuantSpec, SearchConfig
+from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.tasks import resolve_task
+
+# Without the last steps, which take longest and have a test of their own.
+QUICK: dict[str, Any] = {"tune": None, "propagate": False, "progress": False}
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -49,9 +52,7 @@ def validation(data_folder: None) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def searched(model: nn.Module, calibration: Calibration) -> nn.Module:
     config = SearchConfig(iterations=30, samples=256)
-    return cora.quantize(
-        model, calibration, QuantSpec(3), rank_budget=0.05, search=config, progress=False
-    )
+    return cora.quantize(model, calibration, QuantSpec(3), rank_budget=0.05, search=config, **QUICK)
 
 
 @torch.no_grad()
@@ -66,9 +67,9 @@ def test_search_wins_back_half_of_the_loss(
     validation: tuple[Tensor, Tensor],
 ) -> None:
     x, y = validation
-    plain = cora.quantize(model, calibration, QuantSpec(3), rank_budget=0, progress=False)
+    plain = cora.quantize(model, calibration, QuantSpec(3), rank_budget=0, **QUICK)
     uniform = cora.quantize(
-        model, calibration, QuantSpec(3), rank_budget=0.05, search=None, progress=False
+        model, calibration, QuantSpec(3), rank_budget=0.05, search=None, **QUICK
     )
     kls = {
         name: kl(model, m, x)
@@ -118,7 +119,7 @@ def test_close_to_float(
     options: dict[str, Any],
 ) -> None:
     x = validation[0][:100]
-    qmodel = cora.quantize(model, calibration, progress=False, **options)
+    qmodel = cora.quantize(model, calibration, **QUICK, **options)
     assert kl(model, qmodel, x) < 1e-3
     if options["rank_budget"]:
         with torch.no_grad():
@@ -133,7 +134,19 @@ def test_eight_bit_activations_cost_little(
 ) -> None:
     x, config = validation[0][:200], SearchConfig("sensitivity")
     found = cora.quantize(
-        model, calibration, QuantSpec(3), activation_bits=8, search=config, progress=False
+        model, calibration, QuantSpec(3), activation_bits=8, search=config, **QUICK
     )
-    floated = cora.quantize(model, calibration, QuantSpec(3), search=config, progress=False)
+    floated = cora.quantize(model, calibration, QuantSpec(3), search=config, **QUICK)
     assert kl(model, found, x) < 1.2 * kl(model, floated, x) + 0.01
+
+
+def test_everything_together_at_the_same_bits(
+    model: nn.Module, calibration: Calibration, validation: tuple[Tensor, Tensor]
+) -> None:
+    """Bits and ranks chosen, layers fitted in order, tuned: against 3 bits in every layer."""
+    plain = cora.quantize(model, calibration, QuantSpec(3), rank_budget=0, **QUICK)
+    stored = plain.report.totals["bits_per_weight"]
+    options = {"target_bits": stored, "tune": TuneConfig(iterations=12), "progress": False}
+    found = cora.quantize(model, calibration, **options)
+    assert 0.97 * stored < found.report.totals["bits_per_weight"] <= stored
+    assert kl(model, found, validation[0]) < 0.85 * kl(model, plain, validation[0])
