@@ -284,12 +284,15 @@ class Calibration:
             chunk.append(other)
         return chunk
 
+    def matrix(self, name: str) -> Tensor:
+        """A layer's float weight as a matrix, float32 [N, K] contiguous."""
+        layer = self.layers[name]
+        transposed, groups = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
+        return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
+
     def output_size(self, name: str) -> float:
         """Root mean square of a layer's output (without its bias) over positions and channels."""
-        layer = self.layers[name]
-        shape = LayerShape.of(layer)
-        transposed = getattr(layer, "transposed", False)
-        matrix = unfold(layer.weight.detach().float(), transposed, shape.groups)
+        matrix, shape = self.matrix(name), LayerShape.of(self.layers[name])
         energy = output_energy(matrix, shape, self.moment(name))
         return (energy / (shape.rows * max(self._seen[name], 1.0))) ** 0.5
 

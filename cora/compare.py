@@ -11,7 +11,7 @@ from torch import nn
 
 from .calibration import Calibration
 from .convert import quantize
-from .lowrank import FloatLayer, LayerShape, unfold
+from .lowrank import LayerShape
 from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits
 from .report import Report, float_state_bits, report_of
 from .search import SearchConfig
@@ -175,7 +175,7 @@ def same_bits_specs(
             if least <= allowed:
                 fitting.append((least, f"{bits}-bit{label}", specs))
         for _, label, specs in sorted(fitting, key=lambda entry: -entry[0]):
-            if sum(_bits(specs[name], calibration.layers[name]) for name in specs) <= allowed:
+            if sum(_bits(specs[name], calibration, name) for name in specs) <= allowed:
                 yield label, specs
                 break
 
@@ -204,9 +204,7 @@ def _least_bits(spec: QuantSpec, shape: LayerShape) -> int:
     return 8 * packed_bytes(shape.rows, shape.columns, spec.bits) + 16 * scales + zero
 
 
-def _bits(spec: QuantSpec, layer: FloatLayer) -> int:
+def _bits(spec: QuantSpec, calibration: Calibration, name: str) -> int:
     """Stored bits of a layer's weight."""
-    shape = LayerShape.of(layer)
-    weight = layer.weight.detach().float()
-    matrix = unfold(weight, getattr(layer, "transposed", False), shape.groups)
-    return weight_bits(shape.rows, shape.columns, choose_qparams(matrix, spec))
+    matrix = calibration.matrix(name)
+    return weight_bits(matrix.shape[0], matrix.shape[1], choose_qparams(matrix, spec))

@@ -29,7 +29,6 @@ from .lowrank import (
     factors,
     quantize_adapter,
     truncate,
-    unfold,
 )
 from .modules import (
     QUANT_LAYERS,
@@ -273,7 +272,7 @@ def quantize(
     tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)
     settings = {
         "weight": _spec_settings(weight),
-        "target_bits": target_bits if not joint else found["target_bits"],
+        "target_bits": found.get("target_bits"),
         "max_drop": max_drop,
         "activation_bits": activation_bits,
         "activation": activation if activation_bits else None,
@@ -441,7 +440,7 @@ def _quantize_layer(
     name: str, calibration: Calibration, spec: QuantSpec, fit: Fit | None
 ) -> _Quantized:
     """Codes of a layer and the factors of its residual, none where no adapter is wanted (fit=None)."""
-    matrix = _matrix(calibration, name)
+    matrix = calibration.matrix(name)
     moment = calibration.moment(name) if fit == "weighted" or spec.rounding == "gptq" else None
     feedback = Feedback.of(moment) if moment is not None and spec.rounding == "gptq" else None
     rounded = quantize_matrix(matrix, spec, name, feedback)
@@ -471,12 +470,6 @@ def _fitted(
         rounded.dequantized, a, b, singular_values, shape, layer.weight.shape, transposed
     )
     return _Quantized(spec, rounded, fitted)
-
-
-def _matrix(calibration: Calibration, name: str) -> Tensor:
-    layer = calibration.layers[name]
-    transposed, groups = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
-    return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
 
 
 def _adapter(fit: LayerFit, rank: int, bits: int) -> Adapter:
@@ -511,7 +504,7 @@ def _propagate(
         with simulate(model):
             drift = calibration.drift(stage, model)
         for name in stage:
-            matrix, moment = _matrix(calibration, name), calibration.moment(name)
+            matrix, moment = calibration.matrix(name), calibration.moment(name)
             target = matrix
             if name in drift:
                 moment, cross = drift.pop(name)
@@ -654,7 +647,7 @@ def _report(
     for name, q in quantized.items():
         packed, float_layer = layers[name], calibration.layers[name]
         shape = q.fit.shape
-        original = unfold(float_layer.weight.detach().float(), q.fit.transposed, shape.groups)
+        original = calibration.matrix(name)
         moment = calibration.moment(name)
         signal = output_energy(original, shape, moment) if original.any() else 1.0
         before = output_energy(original - q.fit.dequantized, shape, moment)

@@ -25,7 +25,6 @@ from .lowrank import (
     quantize_adapter,
     rank_bits,
     truncate,
-    unfold,
 )
 from .quantizer import QParams, QuantSpec, weight_bits
 from .report import float_weight_bits
@@ -353,7 +352,7 @@ def _measure(
     layer: FloatLayer = calibration.layers[name]
     shape = LayerShape.of(layer)
     transposed = getattr(layer, "transposed", False)
-    matrix = unfold(layer.weight.detach().float(), transposed, shape.groups).contiguous()
+    matrix = calibration.matrix(name)
     moment = calibration.moment(name)
 
     feedback = Feedback.of(moment) if spec.rounding == "gptq" else None

@@ -26,7 +26,6 @@ from .lowrank import (
     quantize_adapter,
     rank_bits,
     truncate,
-    unfold,
 )
 from .moments import output_energy
 from .quantizer import QuantSpec, weight_bits
@@ -131,9 +130,8 @@ class Ladders:
         factors_ = {n: sum(curvature[n]) / max(probed[n], 1e-30) for n in names}
         least = min((f for f in factors_.values() if f > 0), default=1.0)
         self.steps: dict[str, list[Choice]] = {}
-        self.ways: dict[
-            str, list[Choice]
-        ] = {}  # also what only a mixture beats: to fill a budget with
+        # Also what only a mixture beats, to fill a budget with.
+        self.ways: dict[str, list[Choice]] = {}
         for name in names:
             factor = max(factors_[name], 1e-3 * least)
             self.ways[name] = _undominated(
@@ -148,7 +146,7 @@ class Ladders:
         """(quantizer, rank, stored bits, output error) of every way; errors to learn the layer's
         curvature from, and the sum of their output errors."""
         shape, moment = self.shapes[name], self.calibration.moment(name)
-        matrix = self._matrix(name)
+        matrix = self.calibration.matrix(name)
         found: list[tuple[QuantSpec, int, int, float]] = []
         probes: list[Tensor] = []
         probed = 0.0
@@ -202,12 +200,6 @@ class Ladders:
             rank = max(rank + 1, round(rank * 1.6))
         return found
 
-    def _matrix(self, name: str) -> Tensor:
-        layer = self.calibration.layers[name]
-        transposed = getattr(layer, "transposed", False)
-        groups = self.shapes[name].groups
-        return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
-
     def _folded(self, name: str, matrix: Tensor) -> Tensor:
         layer = self.calibration.layers[name]
         transposed = getattr(layer, "transposed", False)
@@ -219,7 +211,7 @@ class Ladders:
         kept = self._kept.get(name)
         if kept is None or kept[0] != key:
             shape, moment = self.shapes[name], self.calibration.moment(name)
-            matrix = self._matrix(name)
+            matrix = self.calibration.matrix(name)
             feedback = Feedback.of(moment)
             effective = quantize_matrix(matrix, choice.spec, name, feedback).dequantized
             if choice.rank:
