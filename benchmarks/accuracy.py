@@ -113,7 +113,8 @@ def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
         if report is not None:
             found = report.search
             row |= {"ranks": found["ranks"], "layer_bits": [la.bits for la in report.layers]}
-            row |= {k: found["tuning"][k] for k in ("before", "after", "train", "step")}
+            tuning = found["tuning"]  # without losses where nothing was tuned
+            row |= {k: tuning[k] for k in ("before", "after", "train", "step") if k in tuning}
         results = _read(args.output)
         results["rows"].append(row)
         temporary = args.output.with_suffix(".tmp")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -40,6 +39,7 @@ ActivationRange = Literal["minmax", "percentile", "mse"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
 _PERCENTILE = 0.9999
+_WORK = 1e12  # multiply-adds that the curvature's forward passes may take
 
 
 def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[str, str]]:
@@ -135,8 +135,7 @@ class Calibration:
                 self.kept_float.pop(norm, None)
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
-        self._seen: dict[str, float] = {}  # layer -> positions a sample
-        self._order: list[str] | None = None
+        self._seen: dict[str, float] | None = None
         self._sensitivity: dict[str, float] | None = None
         self._activations: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
 
@@ -290,65 +289,53 @@ class Calibration:
         transposed, groups = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
         return unfold(layer.weight.detach().float(), transposed, groups).contiguous()
 
+    def seen(self, name: str) -> float:
+        """Positions of a layer's output in the first sample; 0 if it never runs."""
+        return self._first_run().get(name, 0.0)
+
+    def _first_run(self) -> dict[str, float]:
+        """Positions in the first sample of the layers that run, in the order in which they first do."""
+        if self._seen is None:
+            found: dict[str, float] = {}
+
+            def see(name: str, _x: Tensor, output: Tensor) -> None:
+                rows = LayerShape.of(self.layers[name]).rows
+                found[name] = found.get(name, 0.0) + output.numel() / rows
+
+            with torch.no_grad(), self.watch(self.layers, see):
+                self.run(self.batches[0][:1])
+            self._seen = found
+        return self._seen
+
+    def affordable(self, samples: int, work: float, least: int) -> int:
+        """So many samples as a forward pass through the layers runs on `work` multiply-adds.
+
+        Args:
+            samples: at most.
+            least: even if they take more.
+        """
+        each = sum(
+            self.seen(name) * shape.rows * shape.columns
+            for name, shape in ((n, LayerShape.of(layer)) for n, layer in self.layers.items())
+        )
+        return min(samples, max(least, int(work / max(each, 1.0))))
+
     def output_size(self, name: str) -> float:
         """Root mean square of a layer's output (without its bias) over positions and channels."""
         matrix, shape = self.matrix(name), LayerShape.of(self.layers[name])
         energy = output_energy(matrix, shape, self.moment(name))
-        return (energy / (shape.rows * max(self._seen[name], 1.0))) ** 0.5
+        return (energy / (shape.rows * max(self.seen(name), 1.0))) ** 0.5
 
     @property
     def order(self) -> list[str]:
         """The layers' names in the order in which they first run; those that never run come last."""
-        if self._order is None:
-            seen: dict[str, None] = {}
-            with (
-                torch.no_grad(),
-                self.watch(self.layers, lambda name, _x, _y: seen.setdefault(name)),
-            ):
-                self.run(self.batches[0][:1])
-            self._order = list(dict.fromkeys([*seen, *self.layers]))
-        return self._order
+        return list(dict.fromkeys([*self._first_run(), *self.layers]))
 
-    def drift(self, names: Sequence[str], model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-        """What the named layers see in a model that differs from the float one in earlier layers.
-
-        Args:
-            names: layers, whose modules in `model` see their inputs as it has them.
-            model: the other model, of the same structure. Runs end with the last of `names`, and as many
-                samples are run as give each of them the positions it needs, 128 to 512.
-
-        Returns:
-            For each layer that ran: the second moment of its inputs there, and their products with the
-            inputs here, sum x_here x_there^T, both float32 [groups, K, K].
-        """
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
-        count = 0
-        needed = (self._positions(n) / max(self._seen.get(n, 1.0), 1.0) for n in names)
-        samples = min(max(128, *(math.ceil(n) for n in needed)), 512)
-        for index, batch in enumerate(self.batches):
-            if count >= samples:
-                break
-            part = batch[: samples - count]
-            count += len(part)
-            limits = {
-                n: self._positions(n) * len(part) // min(samples, self.samples) for n in names
-            }
-            here, there = (
-                _inputs(network, names, part, limits, self.seed + index, self.layers)
-                for network in (self.model, model)
-            )
-            for name in here.keys() & there.keys():
-                own, other = here[name], there[name]
-                if name not in sums:
-                    empty = other.new_zeros(len(other), other.shape[2], other.shape[2])
-                    sums[name] = empty, empty.clone()
-                sums[name][0].baddbmm_(other.mT, other)
-                sums[name][1].baddbmm_(own.mT, other)
-        return sums
-
-    def _positions(self, name: str) -> int:
-        """Positions of a layer's input drawn for its second moment, over all samples."""
-        return max(16384, 4 * LayerShape.of(self.layers[name]).columns)
+    def positions(self, name: str) -> int:
+        """Positions of a layer's input that are drawn for its second moment, over all samples."""
+        shape = LayerShape.of(self.layers[name])
+        # A depthwise layer has many small moments.
+        return max(16384 if shape.groups == 1 else 4096, 4 * shape.columns)
 
     @torch.enable_grad()
     def curvature(
@@ -362,8 +349,9 @@ class Calibration:
 
         Args:
             errors: layer -> errors of its weight, each in the weight's shape.
-            samples: backward passes, of one sample each.
+            samples: backward passes, of one sample each; fewer of a large model.
         """
+        samples = self.affordable(samples, _WORK, 16)
         names = list(errors)
         weights = [self.layers[name].weight for name in names]
         stacks = [torch.stack([e.flatten() for e in errors[name]]).float() for name in names]
@@ -421,9 +409,8 @@ class Calibration:
         self._moments = {}
         sums: dict[str, Tensor] = {}
         limits, generators = {}, {}
-        counts: dict[str, int] = {}
         for name in names:
-            limits[name] = -(-self._positions(name) // len(self.batches))
+            limits[name] = -(-self.positions(name) // len(self.batches))
             # A layer's own generator: its moment does not depend on which others share the pass.
             generators[name] = torch.Generator().manual_seed(self.seed)
 
@@ -431,7 +418,6 @@ class Calibration:
             layer = self.layers[name]
             rows = input_rows(layer, x, limits[name], generators[name])
             positions = output.numel() // LayerShape.of(layer).rows
-            counts[name] = counts.get(name, 0) + positions
             if name not in sums:
                 sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
             add_products(sums[name], rows, positions / max(rows.shape[1], 1))
@@ -447,7 +433,6 @@ class Calibration:
             ridge = 1e-3 * diagonal.mean(-1, keepdim=True)
             diagonal.add_(torch.where(ridge > 0, ridge, torch.ones_like(ridge)))
             self._moments[name] = moment
-            self._seen[name] = counts.get(name, 0) / self.samples
 
     @torch.enable_grad()
     def sensitivity(self) -> dict[str, float]:
@@ -550,44 +535,6 @@ class Calibration:
             for name in self.layers
             for side in ("input", "output")
         }
-
-
-class _Seen(BaseException):
-    """All layers of interest have run; not an Exception, which a model may catch."""
-
-
-def _inputs(
-    model: nn.Module,
-    names: Sequence[str],
-    batch: Batch,
-    limits: Mapping[str, int],
-    seed: int,
-    layers: Mapping[str, FloatLayer],
-) -> dict[str, Tensor]:
-    """Rows of what the named layers see when they first run; the same positions at the same seed."""
-    found: dict[str, Tensor] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        if name not in found:
-            generator = torch.Generator().manual_seed(seed)
-            found[name] = input_rows(layers[name], x, max(limits[name], 1), generator)
-        if len(found) == len(names):
-            raise _Seen
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda _m, args, kwargs, _y, name=name: see(name, (*args, *kwargs.values())[0]),
-            with_kwargs=True,
-        )
-        for name in names
-    ]
-    try:
-        with torch.no_grad(), contextlib.suppress(_Seen):
-            batch.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
 
 
 def activation_qparams(

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from . import ops
 from .allocation import Budget, LayerFit, check_rank_budget
@@ -20,6 +21,7 @@ from .calibration import (
     Calibration,
     correct_biases,
 )
+from .drift import Drift
 from .evaluation import Evaluator
 from .fold import FoldedBatchNorm
 from .lowrank import (
@@ -64,7 +66,6 @@ _SPECTRUM_POINTS = 64
 
 
 DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
-_STAGES = 16  # passes over the calibration data in which layers make up for those before them
 _RIDGE = 0.1  # of the mean second moment: how hard a layer is held to its own weights while it does
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
 
@@ -246,9 +247,12 @@ def quantize(
 
     adapters = {n: _adapter(q.fit, ranks[n], adapter_bits) for n, q in quantized.items()}
     propagated = False
+    network = calibration.model
     if propagate:
-        again = _propagate(calibration, specs, ranks, adapter_bits, fit, simulate, progress)
-        propagated = _closer(evaluator(), again, quantized, adapters)
+        again, network = _propagate(
+            calibration, specs, ranks, adapter_bits, fit, bias_correction, simulate, progress
+        )
+        propagated = _closer(evaluator(), network, quantized, adapters)
         if propagated:
             quantized = {n: again[n][0] for n in specs}
             adapters = {n: again[n][1] for n in specs}
@@ -266,7 +270,14 @@ def quantize(
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
     qmodel = replace_layers(qmodel, {**layers, **places}).eval()
-    corrected = bias_correction and correct_biases(qmodel, layers, calibration)
+    corrected = bias_correction
+    if propagated:
+        for name, packed_layer in layers.items():
+            fitted: Any = network.get_submodule(name)
+            bias = None if fitted.bias is None else fitted.bias.detach().float().clone()
+            packed_layer.set_bias(bias)
+    elif bias_correction:
+        corrected = correct_biases(qmodel, layers, calibration)
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
     tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)
@@ -483,40 +494,55 @@ def _propagate(
     ranks: Mapping[str, int],
     adapter_bits: int,
     fit: Fit,
+    correct_means: bool,
     simulate: Callable[[nn.Module], Any],
     progress: bool,
-) -> dict[str, tuple[_Quantized, Adapter]]:
+) -> tuple[dict[str, tuple[_Quantized, Adapter]], nn.Module]:
     """Quantize the layers once more, in the order they run, each fitted to what it will really see.
 
     With x the float inputs and y those that the quantized layers before give, the weight that brings
     V y closest to W x is V = W (E[x y^T] + ridge) (E[y y^T] + ridge)^-1; V is quantized with the second
-    moment of y. Codes and adapter are fitted to each other in turns.
+    moment of y. Codes and adapter are fitted to each other in turns. The bias then brings the mean of the
+    output to its float mean, unless `correct_means` is False.
+
+    Returns:
+        The layers, and the float model with their weights and biases in it.
 
     Source: the target of GPTAQ, arXiv 2504.02692, in one closed form a layer; with adapters and for
     k x k convolutions it is this project's.
     """
     model = copy.deepcopy(calibration.model)
     order = [name for name in calibration.order if name in specs]
-    size = -(-len(order) // _STAGES)
-    stages = [order[i : i + size] for i in range(0, len(order), size)]
     done: dict[str, tuple[_Quantized, Adapter]] = {}
-    for stage in calibration.bar(stages, "fitting layers in order") if progress else stages:
-        with simulate(model):
-            drift = calibration.drift(stage, model)
-        for name in stage:
+    bar = tqdm(order, desc="fitting layers in order", leave=False, disable=not progress)
+    with simulate(model), Drift.over(calibration, model, order) as drift:
+        for name in bar:
             matrix, moment = calibration.matrix(name), calibration.moment(name)
             target = matrix
-            if name in drift:
-                moment, cross = drift.pop(name)
-                target = _towards(matrix, moment, cross)
+            inputs = drift.of(name)
+            if inputs is not None:
+                moment = inputs.moment
+                target = _towards(matrix, moment, inputs.cross)
             done[name] = _fit_together(
                 name, calibration, specs[name], target, moment, ranks[name], adapter_bits, fit
             )
             quantized, adapter = done[name]
             layer: Any = model.get_submodule(name)
-            weight = quantized.fit.weight(quantized.rounded.dequantized + adapter.matrix())
+            stored = quantized.rounded.dequantized + adapter.matrix()
+            weight = quantized.fit.weight(stored)
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
-    return done
+            if inputs is not None and correct_means:
+                shift = _mean_output(matrix, inputs.mean_float)
+                shift -= _mean_output(stored, inputs.mean_other)
+                bias = shift if layer.bias is None else layer.bias + shift
+                layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
+            drift.release(name)
+    return done, model
+
+
+def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
+    """Of a weight [N, K] without a bias, from the mean of its input [groups, K]: [N]."""
+    return (matrix.reshape(len(mean), -1, matrix.shape[1]) @ mean[:, :, None]).flatten()
 
 
 def _towards(matrix: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
@@ -567,19 +593,16 @@ def _fit_together(
 
 def _closer(
     evaluator: Evaluator,
-    again: Mapping[str, tuple[_Quantized, Adapter]],
+    network: nn.Module,
     before: Mapping[str, _Quantized],
     adapters: Mapping[str, Adapter],
 ) -> bool:
-    """Whether the layers fitted in order bring the held-out outputs closer to the float model's."""
-
-    def loss(found: Iterable[tuple[str, _Quantized, Adapter]]) -> float:
-        weights = {n: q.fit.weight(q.rounded.dequantized + a.matrix()) for n, q, a in found}
-        return float(evaluator.score(evaluator.weights(weights)).mean())
-
-    return loss((n, q, a) for n, (q, a) in again.items()) < loss(
-        (n, q, adapters[n]) for n, q in before.items()
-    )
+    """Whether layers fitted in order bring the held-out outputs closer to the float model's."""
+    weights = {
+        n: q.fit.weight(q.rounded.dequantized + adapters[n].matrix()) for n, q in before.items()
+    }
+    independent = evaluator.score(evaluator.weights(weights)).mean()
+    return bool(evaluator.score({}, network).mean() < independent)
 
 
 def _activation_simulator(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from .batches import Batch, divergences, take
@@ -16,14 +16,19 @@ from .calibration import Calibration
 __all__ = ["Evaluator", "is_better"]
 
 
+# Multiply-adds of a forward pass on the samples of a gradient step, and on the held-out ones.
+_STEP_WORK = 3e10
+_LOOK_WORK = 3e11
+
+
 class Evaluator:
     """Losses of a float model with other weights, on training and on held-out calibration samples.
 
     Args:
         calibration: model and samples.
         samples: calibration samples used, at most.
-        batch_size: samples a gradient step.
-        holdout: samples that take no part in gradients; at most half of all.
+        batch_size: samples a gradient step, at most.
+        holdout: samples that take no part in gradients; at most half of all, and fewer of a large model.
         seed: of the split and of the order.
         loss: "kl" (to the float model, no labels; squared error for a regression) or "labels".
         label_loss: function (output, labels) -> loss for loss="labels"; cross-entropy by default.
@@ -37,16 +42,17 @@ class Evaluator:
         batch_size: int,
         holdout: int,
         seed: int,
-        simulate: Callable[[torch.nn.Module], Any],
+        simulate: Callable[[nn.Module], Any],
         loss: Literal["kl", "labels"] = "kl",
         label_loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.calibration, self.simulate = calibration, simulate
-        self.batch_size, self.loss, self.label_loss = batch_size, loss, label_loss
+        self.resize(batch_size)
+        self.loss, self.label_loss = loss, label_loss
         generator = torch.Generator().manual_seed(seed)
         index = [(i, j) for i, batch in enumerate(calibration.batches) for j in range(len(batch))]
         order = torch.randperm(len(index), generator=generator)[:samples].tolist()
-        held = max(1, min(holdout, len(order) // 2))
+        held = max(1, min(calibration.affordable(holdout, _LOOK_WORK, 8), len(order) // 2))
         self.train = [index[i] for i in (order[held:] or order)]
         held_out: dict[int, list[int]] = {}
         for i in order[:held]:
@@ -55,17 +61,30 @@ class Evaluator:
         self.generator = generator
         self._queue: list[tuple[int, list[int]]] = []
 
-    def outputs(self, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
-        """The model's output with some parameters replaced, by name."""
-        model = self.calibration.model
+    def resize(self, batch_size: int) -> None:
+        """Take so many samples a gradient step, at most."""
+        # Of a model with large inputs a few samples say as much, and as many would take hours.
+        self.batch_size = self.calibration.affordable(batch_size, _STEP_WORK, 1)
+
+    def outputs(
+        self, parameters: Mapping[str, Tensor], batch: Batch, model: nn.Module | None = None
+    ) -> Any:
+        """The output of the model (or of another one of its structure) with some parameters replaced."""
+        model = self.calibration.model if model is None else model
         with self.simulate(model):  # untied: a float module that shares a weight keeps its own
             return functional_call(
                 model, dict(parameters), batch.args, batch.kwargs, tie_weights=False
             )
 
-    def losses(self, parameters: Mapping[str, Tensor], batch: Batch, teacher: Any) -> Tensor:
+    def losses(
+        self,
+        parameters: Mapping[str, Tensor],
+        batch: Batch,
+        teacher: Any,
+        model: nn.Module | None = None,
+    ) -> Tensor:
         """Loss of each sample; a label_loss that gives one number stands for all of them."""
-        output = self.outputs(parameters, batch)
+        output = self.outputs(parameters, batch, model)
         if self.loss == "kl":
             return divergences(output, teacher, self.calibration.logits)
         if batch.labels is None:
@@ -111,11 +130,14 @@ class Evaluator:
         teacher = self.calibration.teacher()[index]
         return batch[rows], take(teacher, rows, len(batch))
 
-    def score(self, parameters: Mapping[str, Tensor]) -> Tensor:
+    def score(self, parameters: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """Loss of each held-out sample: float32 [n]."""
         with torch.no_grad():
             return torch.cat(
-                [self.losses(parameters, *self.part(index, rows)) for index, rows in self.held_out]
+                [
+                    self.losses(parameters, *self.part(index, rows), model)
+                    for index, rows in self.held_out
+                ]
             )
 
     def changed(self, parameters: Mapping[str, Tensor]) -> float:

@@ -220,7 +220,7 @@ def tune(
     best = [p.detach().clone() for p in values]
     bar = tqdm(total=config.iterations, desc="tuning", disable=not progress, leave=False)
     check = max(1, config.iterations // _CHECKS)
-    evaluator.batch_size = config.batch_size
+    evaluator.resize(config.batch_size)
     recent: list[float] = []
     waited = 0
     with _with_biases(calibration.layers, tuned):

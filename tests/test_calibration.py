@@ -454,78 +454,7 @@ def test_model_is_not_changed(training: bool) -> None:
     assert all(torch.equal(x, y) for x, y in zip(data, inputs, strict=True))
 
 
-# --- Other weights: drift, order and curvature ---------------------------------------------------
-
-ORDER = ["stem", "depthwise", "pointwise", "body.0", "head"]
-
-
-def test_no_drift_in_an_unchanged_model() -> None:
-    """Every position is drawn from these few samples: the sums are the moment without its ridge."""
-    calibration = Calibration(trained_net(), batches())
-    for name, (there, cross) in calibration.drift(ORDER, calibration.model).items():
-        assert torch.equal(there, cross)
-        moment = calibration.moment(name).clone()
-        diagonal = moment.diagonal(dim1=1, dim2=2)
-        diagonal.mul_(1 - 1e-3 / 1.001 * diagonal.mean(1, keepdim=True) / diagonal)
-        torch.testing.assert_close(there / 48, moment, rtol=1e-3, atol=1e-3)
-
-
-def test_drift_of_drawn_positions() -> None:
-    """Where only a share of the positions is drawn, the moment is met up to a factor and some noise."""
-    model = nn.Conv2d(2, 4, 3)
-    calibration = Calibration(model, torch.randn(160, 2, 40, 40) + 0.3)
-    moment = calibration.moment("")
-    there, cross = calibration.drift([""], calibration.model)[""]
-    assert torch.equal(there, cross)
-    there, moment = (m / m.diagonal(dim1=1, dim2=2).sum() for m in (there, moment))
-    assert 0 < float((there - moment).norm() / moment.norm()) < 0.1
-
-
-def test_drift_of_a_changed_model() -> None:
-    """Both moments against what hooks see, and layers before the change have none."""
-    net, data = trained_net(), batches()
-    calibration = Calibration(net, data, fold_bn=False)
-    other = trained_net()
-    with torch.no_grad():
-        other.depthwise.weight.add_(0.2)
-    found = calibration.drift(ORDER, other)
-    for name in ORDER:
-        rows = []
-        for model in (net, other):
-            inputs: list[Tensor] = []
-            handle = model.get_submodule(name).register_forward_pre_hook(
-                lambda _m, args, inputs=inputs: inputs.append(args[0].clone())
-            )
-            with torch.no_grad():
-                for x in data:
-                    model(x)
-            handle.remove()
-            layer = net.get_submodule(name)
-            rows.append(torch.cat([input_rows(layer, x).double() for x in inputs], dim=1))
-        there, cross = found[name]
-        torch.testing.assert_close(there.double(), rows[1].mT @ rows[1], rtol=1e-4, atol=1e-2)
-        torch.testing.assert_close(cross.double(), rows[0].mT @ rows[1], rtol=1e-4, atol=1e-2)
-        assert torch.equal(there, cross) == (name in ("stem", "depthwise"))
-    assert not any(m._forward_hooks for m in [*net.modules(), *calibration.model.modules()])
-    assert not any(m._forward_hooks for m in other.modules())
-
-
-def test_drift_ends_with_the_last_layer_of_interest() -> None:
-    class Stops(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.unused = (nn.Linear(4, 4) for _ in range(3))
-            self.runs = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.b(self.a(x))
-            self.runs += 1
-            return x
-
-    model = Stops()
-    calibration = Calibration(model, [torch.randn(8, 4)] * 2)
-    assert set(calibration.drift(["b"], model)) == {"b"} and model.runs == 0
-    assert set(calibration.drift(["a", "unused"], model)) == {"a"} and model.runs == 2
+# --- Order and curvature -------------------------------------------------------------------------
 
 
 def test_order_is_that_of_execution() -> None:
