@@ -1,7 +1,8 @@
 """Accuracy beside stored bits, over seeds, beside other quantizers: the tables in docs/results.md.
 
     python benchmarks/accuracy.py --task cifar10-resnet20 --target 2.1 2.6 3.1 3.5 4.1 --seeds 0 1 2
-    python benchmarks/accuracy.py --task cifar10-resnet20 --ablation
+    python benchmarks/accuracy.py --task cifar10-resnet20 --activations
+    python benchmarks/accuracy.py --task cifar10-resnet20 --ablation steps ranks calibration
     python benchmarks/accuracy.py --task cifar10-resnet20 --peers --bits 2 3 --seeds 0
     python benchmarks/accuracy.py --table            # prints the tables, draws docs/result.png
 
@@ -16,14 +17,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ablations import ABLATIONS, ablation_ways, draw_ablations, quantized
 from torch import nn
 
-import cora
-from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
+from cora import Calibration, QuantSpec, SearchConfig
 from cora.html import plot_size
 from cora.report import float_state_bits, versions
 from cora.tables import format_metric, metrics_of
@@ -35,6 +36,8 @@ COUNTED = ("task", "samples", "limit", "seed", "method", "bits")
 Row = dict[str, Any]
 Maker = Callable[[], tuple[nn.Module, float, int]]
 """Gives a model with its bits a weight and all its stored bits."""
+Way = tuple[str, float, Maker] | tuple[str, float, Maker, Row]
+"""What it is called, its bits, and where it stands in the plot of an ablation."""
 
 
 def main() -> None:
@@ -52,7 +55,14 @@ def main() -> None:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--samples", type=int, default=1024)
     add("--limit", type=int, default=None, help="validation samples, all by default")
-    add("--ablation", action="store_true", help="what each step brings, instead of the main rows")
+    add(
+        "--ablation",
+        nargs="+",
+        default=[],
+        choices=ABLATIONS,
+        help="what one choice brings, instead of the main rows",
+    )
+    add("--activations", action="store_true", help="quantized inputs, instead of the main rows")
     add("--peers", action="store_true", help="other libraries, instead of the main rows")
     add("--only", nargs="+", default=[], help="peers whose names hold one of these")
     add("--peer-iterations", type=int, default=None, help="of their learned rounding")
@@ -64,6 +74,7 @@ def main() -> None:
     if args.table:
         print(tables(results["rows"]))
         draw(results["rows"], ROOT / "docs" / "result.png")
+        draw_ablations(results["rows"], ROOT / "docs" / "ablations.png")
         return
     for name in args.task:
         task = resolve_task(name, args.data)
@@ -83,9 +94,13 @@ def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
     calibration = Calibration(
         model, batches, args.samples, setting["seed"], logits=task.output_logits
     )
-    ways = _peer_ways if args.peers else _ablation_ways if args.ablation else _ways
     seed = setting["seed"]
-    for method, bits, make in ways(task, model, calibration, batches, seed, args):
+    if args.ablation:
+        ways: Iterable[Way] = ablation_ways(args.ablation, task, calibration, seed, args)
+    else:
+        chosen = _peer_ways if args.peers else _activation_ways if args.activations else _ways
+        ways = chosen(task, model, calibration, batches, seed, args)
+    for method, bits, make, *place in ways:
         key = {**setting, "method": method, "bits": bits}
         results = _read(args.output)  # anew: several measurements may write one file
         if any(all(row[k] == key[k] for k in COUNTED) for row in results["rows"]):
@@ -107,6 +122,7 @@ def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
             "bits_per_weight": per_weight,
             "total_bits": total,
             **metrics,
+            **(place[0] if place else {}),
             "versions": versions(),
         }
         report = getattr(candidate, "report", None)
@@ -123,15 +139,6 @@ def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
         print({k: row[k] for k in (*COUNTED, "seconds", *metrics_of([_metrics(row)]))}, flush=True)
 
 
-def _quantized(model: nn.Module, calibration: Calibration, **options: Any) -> Maker:
-    def make() -> tuple[nn.Module, float, int]:
-        qmodel = cora.quantize(model, calibration, progress=False, **options)
-        totals = qmodel.report.totals
-        return qmodel, totals["bits_per_weight"], int(totals["total_bits"])
-
-    return make
-
-
 def _ways(
     task: Task,
     model: nn.Module,
@@ -139,7 +146,7 @@ def _ways(
     _batches: Any,
     seed: int,
     args: argparse.Namespace,
-) -> Iterator[tuple[str, float, Maker]]:
+) -> Iterator[Way]:
     """The float model, uniform bits, and cora with and without adapters."""
     yield "float", 32, lambda: (model, 32.0, float_state_bits(model))
     search = SearchConfig(seed=seed, samples=args.samples)
@@ -148,7 +155,9 @@ def _ways(
         for rounding in ("nearest", "gptq"):
             spec = QuantSpec(bits=bits, rounding=rounding)
             label = "error feedback" if rounding == "gptq" else rounding
-            yield label, bits, _quantized(model, calibration, weight=spec, **plain)
+            yield label, bits, quantized(model, calibration, weight=spec, **plain)
+    regression = task.output_logits(calibration.teacher()[0]) is None
+    loss: Any = "kl" if regression else "labels"
     for bits in args.bits:
         # The paper's: one scale a tensor, 3 sigma, SVD of the residual, ranks by gates on labels. Budget by
         # projection instead of a penalty, the best iterate kept, batch norms folded.
@@ -158,66 +167,52 @@ def _ways(
             "adapter_bits": 8,
             "fit": "plain",
             "search": SearchConfig(
-                loss="labels", label_loss=task.label_loss, seed=seed, samples=args.samples
+                loss=loss, label_loss=task.label_loss, seed=seed, samples=args.samples
             ),
             "tune": None,
             "propagate": False,
             "bias_correction": False,
         }
-        yield "the paper's recipe", bits, _quantized(model, calibration, **options)
+        yield "the paper's recipe", bits, quantized(model, calibration, **options)
     for target in args.target:
         options = {"target_bits": target, "search": search}
-        yield "cora", target, _quantized(model, calibration, **options)
+        yield "cora", target, quantized(model, calibration, **options)
         yield (
             "cora, no adapters",
             target,
-            _quantized(model, calibration, rank_budget=0, **options),
+            quantized(model, calibration, rank_budget=0, **options),
         )
 
 
-def _ablation_ways(
+def _activation_ways(
     _task: Task,
     model: nn.Module,
     calibration: Calibration,
     _batches: Any,
     seed: int,
     args: argparse.Namespace,
-) -> Iterator[tuple[str, float, Maker]]:
-    """What each step brings at target bits, and what adapters and their ranks bring at fixed ones."""
+) -> Iterator[Way]:
+    """Static input ranges below float, ends like the other layers or at 8 bits."""
     search = SearchConfig(seed=seed, samples=args.samples)
-    for target in args.target:
-        for label, changes in {
-            "plan only": {"tune": None, "propagate": False},
-            "plan, layers in order": {"tune": None},
-            "plan, tuned": {"propagate": False},
-            "plan searched": {
-                "search": SearchConfig(seed=seed, samples=args.samples, plan="search"),
-                "tune": None,
-                "propagate": False,
-            },
-        }.items():
-            options = {"search": search, **changes}
-            yield label, target, _quantized(model, calibration, target_bits=target, **options)
-    for bits in args.bits:
-        for share in (0.02, 0.05):
-            for method in ("uniform", "energy", "sensitivity", "gate"):
-                for fit, rounding in (
-                    ("plain", "nearest"),
-                    ("weighted", "nearest"),
-                    ("weighted", "gptq"),
-                ):
-                    if (fit, rounding) != ("weighted", "gptq") and method != "uniform":
-                        continue
-                    options = {
-                        "weight": QuantSpec(bits=bits, rounding=rounding),
-                        "rank_budget": share,
-                        "fit": fit,
-                        "search": SearchConfig(method=method, seed=seed, samples=args.samples),
-                        "tune": TuneConfig(iterations=0),
-                        "propagate": False,
-                    }
-                    label = f"{rounding}, {fit} adapters {share:.0%}, ranks {method}"
-                    yield label, bits, _quantized(model, calibration, **options)
+    for bits, target in ((8, 4.1), (4, 4.1), (3, 3.1)):
+        for policy in ("same", "8bit"):
+            ends = "ends at 8 bits" if policy == "8bit" else "ends alike"
+            extra = 0.3 if policy == "8bit" else 0.0
+            options = {"activation_bits": bits, "first_last": policy, "search": search}
+            for label, changes in (
+                ("cora", {}),
+                ("error feedback", {"tune": None, "propagate": False}),
+            ):
+                if label == "cora":
+                    options["target_bits"] = target + extra
+                else:
+                    options.pop("target_bits")
+                    options |= {"weight": QuantSpec(int(target)), "rank_budget": 0}
+                yield (
+                    f"{label}, W{int(target)}A{bits}, {ends}",
+                    target,
+                    quantized(model, calibration, **{**options, **changes}),
+                )
 
 
 def _peer_ways(
@@ -227,7 +222,7 @@ def _peer_ways(
     batches: Any,
     seed: int,
     args: argparse.Namespace,
-) -> Iterator[tuple[str, float, Maker]]:
+) -> Iterator[Way]:
     from accuracy_peers import peers, unavailable
 
     for name, reason in unavailable().items():
@@ -252,7 +247,18 @@ def _peer_ways(
 
 # --- Tables --------------------------------------------------------------------------------------
 
-_NOT_METRICS = {*COUNTED, "versions", "ranks", "layer_bits", "before", "after", "train", "step"}
+_PLACE = {"ablation", "series", "x"}
+_NOT_METRICS = {
+    *COUNTED,
+    *_PLACE,
+    "versions",
+    "ranks",
+    "layer_bits",
+    "before",
+    "after",
+    "train",
+    "step",
+}
 _CURVES = ("nearest", "error feedback", "the paper's recipe", "cora")
 
 

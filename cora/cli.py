@@ -255,7 +255,7 @@ def _quantize_arguments(command: Any) -> None:
         metavar="SHARE",
         help="with --bits; 0: no adapters",
     )
-    add("--adapter-bits", type=int, default=4, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
+    add("--adapter-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
     add("--fit", choices=("weighted", "plain"), default="weighted")
     add(
         "--search",

@@ -41,7 +41,7 @@ from .modules import (
     replace_layers,
 )
 from .moments import output_energy
-from .planning import Ladders, PlanResult, cheapest_plan, search_plan
+from .planning import ADAPTER_WIDTHS, Ladders, PlanResult, cheapest_plan, search_plan
 from .quantizer import QuantSpec, weight_bits
 from .report import (
     LayerReport,
@@ -77,11 +77,13 @@ class _Quantized:
     Args:
         spec: its quantizer.
         rounded: codes and their values.
-        fit: the same as a weight, with the factors of its residual.
+        residual: what they leave of the matrix that was quantized.
+        fit: the same as a weight, with the factors of the residual.
     """
 
     spec: QuantSpec
     rounded: Rounded
+    residual: Tensor
     fit: LayerFit
 
 
@@ -91,7 +93,7 @@ def quantize(
     weight: QuantSpec | Mapping[str, QuantSpec] | None = None,
     activation_bits: int | None = None,
     rank_budget: float = 0.05,
-    adapter_bits: int = 4,
+    adapter_bits: int | None = None,
     search: SearchConfig | None = SearchConfig(),  # noqa: B008  # frozen
     skip: Iterable[str] = (),
     progress: bool = True,
@@ -122,7 +124,8 @@ def quantize(
         rank_budget: with one quantizer, the stored adapter bits allowed, as a share of the stored bits of
             the float weights of the quantized layers: 0.05 of float32 weights are 1.6 bits a weight. 0:
             no adapters, here and where bits are chosen.
-        adapter_bits: bits of an adapter's element: 2..8, 16 or 32.
+        adapter_bits: bits of an adapter's element: 2..8, 16 or 32. Without it 4, and where bits are
+            chosen 4 or 8 in each layer.
         search: how ranks are chosen; None gives every layer the same share of its full rank.
         skip: names or patterns of layers that stay float.
         target_bits: stored bits a weight of the quantized layers, with scales, zero-points and adapters
@@ -198,13 +201,13 @@ def quantize(
 
     found: dict[str, Any]
     if joint:
-        fixed = [name for name, spec in specs.items() if spec.bits != weight.bits]  # type: ignore[union-attr]
-        ladders = Ladders(
-            calibration, specs, fixed, adapter_bits if rank_budget else None, fit, progress
-        )
+        tried = ADAPTER_WIDTHS if adapter_bits is None else (adapter_bits,)
+        fixed = _ends(specs) if first_last == "8bit" else ()
+        ladders = Ladders(calibration, specs, fixed, tried if rank_budget else (), fit, progress)
         planned = _plan(ladders, target_bits, max_drop, search, evaluator(), progress)
         specs = {name: choice.spec for name, choice in planned.plan.choices.items()}
         ranks = {name: choice.rank for name, choice in planned.plan.choices.items()}
+        widths = {n: c.adapter_bits or tried[0] for n, c in planned.plan.choices.items()}
         found = {
             "method": "joint",
             "target_bits": ladders.bits(planned.budget),
@@ -222,7 +225,9 @@ def quantize(
         del ladders
     else:
         float_bits = float_weight_bits(calibration.layers[name] for name in specs)
-        budget = Budget.of(shapes, rank_budget, float_bits, adapter_bits)
+        width = ADAPTER_WIDTHS[0] if adapter_bits is None else adapter_bits
+        widths = dict.fromkeys(specs, width)
+        budget = Budget.of(shapes, rank_budget, float_bits, width)
         quantized = {
             name: _quantize_layer(name, calibration, spec, fit if budget.bits else None)
             for name, spec in specs.items()
@@ -237,7 +242,7 @@ def quantize(
             budget,
             calibration,
             search,
-            adapter_bits,
+            width,
             simulate,
             lambda adapter: (plain_bits + adapter) / weights,
             progress,
@@ -245,12 +250,15 @@ def quantize(
         ranks, found = result.ranks, {"method": result.method}
         interrupted, candidates, history = result.interrupted, result.candidates, result.history
 
-    adapters = {n: _adapter(q.fit, ranks[n], adapter_bits) for n, q in quantized.items()}
+    adapters = {
+        n: _adapter(q, ranks[n], widths[n], calibration.moment(n) if fit == "weighted" else None)
+        for n, q in quantized.items()
+    }
     propagated = False
     network = calibration.model
     if propagate:
         again, network = _propagate(
-            calibration, specs, ranks, adapter_bits, fit, bias_correction, simulate, progress
+            calibration, specs, ranks, widths, fit, bias_correction, simulate, progress
         )
         propagated = _closer(evaluator(), network, quantized, adapters)
         if propagated:
@@ -307,7 +315,8 @@ def quantize(
         "versions": versions(),
     }
     found |= {
-        "ranks": ranks,
+        "ranks": {name: adapter.rank for name, adapter in adapters.items()},
+        "adapter_bits": {n: adapter.bits for n, adapter in adapters.items() if adapter.rank},
         "interrupted": interrupted or tuned.interrupted,
         "candidates": candidates,
         "history": history,
@@ -385,7 +394,7 @@ def _check_arguments(
     if not specs or not all(isinstance(spec, QuantSpec) for spec in specs):
         raise TypeError(f"weight must be a QuantSpec or a dict of them, got {weight!r}")
     check_activation_bits(activation_bits)
-    if adapter_bits not in ADAPTER_BITS:
+    if adapter_bits is not None and adapter_bits not in ADAPTER_BITS:
         raise ValueError(
             f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {adapter_bits!r}"
         )
@@ -434,7 +443,7 @@ def _specs(
             else:
                 specs[name] = spec
     if specs and first_last != "same":
-        for name in {next(iter(specs)), next(reversed(specs))}:
+        for name in _ends(specs):
             if first_last == "float":
                 reasons[name] = "first or last layer (first_last='float')"
                 del specs[name]
@@ -445,6 +454,12 @@ def _specs(
     for name, spec in specs.items():
         spec.groups_of(LayerShape.of(calibration.layers[name]).columns, name)
     return specs, reasons
+
+
+def _ends(specs: Mapping[str, QuantSpec]) -> set[str]:
+    """The first and the last layer."""
+    names = list(specs)
+    return {names[0], names[-1]}
 
 
 def _quantize_layer(
@@ -471,28 +486,50 @@ def _fitted(
     """With the factors of the residual weighted by `moment`, if there is to be an adapter."""
     layer = calibration.layers[name]
     shape = LayerShape.of(layer)
+    residual = matrix - rounded.dequantized
     if not adapted:
         a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
         singular_values = matrix.new_zeros(shape.groups, 0)
     else:
-        a, b, singular_values = factors(matrix - rounded.dequantized, shape.groups, moment)
+        a, b, singular_values = factors(residual, shape.groups, moment)
     transposed = getattr(layer, "transposed", False)
     fitted = LayerFit(
         rounded.dequantized, a, b, singular_values, shape, layer.weight.shape, transposed
     )
-    return _Quantized(spec, rounded, fitted)
+    return _Quantized(spec, rounded, residual, fitted)
 
 
-def _adapter(fit: LayerFit, rank: int, bits: int) -> Adapter:
-    a, b = truncate(fit.a, fit.b, rank, fit.shape.groups)
-    return quantize_adapter(a, b, bits, fit.shape.groups)
+def _adapter(quantized: _Quantized, rank: int, bits: int, moment: Tensor | None) -> Adapter:
+    """Of a rank, or of rank 0 where its own rounding costs more than it wins (see `_error`)."""
+    fit = quantized.fit
+
+    def truncated(rank: int) -> Adapter:
+        return quantize_adapter(
+            *truncate(fit.a, fit.b, rank, fit.shape.groups), bits, fit.shape.groups
+        )
+
+    adapter, none = truncated(rank), truncated(0)
+    if not rank:
+        return none
+    residual = quantized.residual
+    won = _error(residual, fit.shape, moment) - _error(
+        residual - adapter.matrix(), fit.shape, moment
+    )
+    return adapter if won > 0 else none
+
+
+def _error(residual: Tensor, shape: LayerShape, moment: Tensor | None) -> float:
+    """Energy of a residual at the layer's output, or of its weights where no moment is given."""
+    if moment is None:
+        return float(residual.square().sum(dtype=torch.float64))
+    return output_energy(residual, shape, moment)
 
 
 def _propagate(
     calibration: Calibration,
     specs: Mapping[str, QuantSpec],
     ranks: Mapping[str, int],
-    adapter_bits: int,
+    widths: Mapping[str, int],
     fit: Fit,
     correct_means: bool,
     simulate: Callable[[nn.Module], Any],
@@ -524,7 +561,7 @@ def _propagate(
                 moment = inputs.moment
                 target = _towards(matrix, moment, inputs.cross)
             done[name] = _fit_together(
-                name, calibration, specs[name], target, moment, ranks[name], adapter_bits, fit
+                name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
             )
             quantized, adapter = done[name]
             layer: Any = model.get_submodule(name)
@@ -582,7 +619,7 @@ def _fit_together(
     for _ in range(_FITS if rank else 1):
         rounded = quantize_matrix(target - product, spec, name, feedback)
         quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
-        adapter = _adapter(quantized.fit, rank, adapter_bits)
+        adapter = _adapter(quantized, rank, adapter_bits, weighted)
         product = adapter.matrix()
         error = output_energy(target - rounded.dequantized - product, shape, ridged)
         if best is None or error < best[0]:

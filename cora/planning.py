@@ -1,4 +1,4 @@
-"""One choice a layer of bits, groups and rank, under a budget of stored bits: the joint search.
+"""One choice a layer of bits, groups, rank and adapter bits, under a budget of stored bits: the joint search.
 
 Each layer has a ladder of ways to store it, dearer ones closer to float. Their predicted losses add up, so the
 best plan for any budget takes from every ladder the step where a bit buys the same loss: a front of plans, in
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ from .lowrank import (
 )
 from .moments import output_energy
 from .quantizer import QuantSpec, weight_bits
-from .rounding import Feedback, Rounded, quantize_matrix
+from .rounding import Feedback, quantize_matrix
 
-__all__ = ["Choice", "Ladders", "Plan", "search_plan"]
+__all__ = ["ADAPTER_WIDTHS", "Choice", "Ladders", "Plan", "cheapest_plan", "search_plan"]
+
+ADAPTER_WIDTHS = (4, 8)  # bits of an adapter's elements that are tried
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUPS = (128, 64, 32)  # weights a scale, about
@@ -49,12 +51,14 @@ class Choice:
     Args:
         spec: its quantizer.
         rank: of its adapter.
+        adapter_bits: width of the adapter's elements; 0 without one.
         stored: bits of codes, scales, zero-points and adapter.
         loss: predicted divergence from the float model, nats.
     """
 
     spec: QuantSpec
     rank: int
+    adapter_bits: int
     stored: int
     loss: float
 
@@ -101,7 +105,7 @@ class Ladders:
         specs: layer -> quantizer whose clip, symmetry and rounding every choice shares; a layer whose
             `fixed` is set keeps bits and granularity too.
         fixed: layers with one choice.
-        adapter_bits: width of adapters; None: no adapters.
+        adapter_bits: widths of adapters that are tried; none: no adapters.
         fit: "weighted" or "plain", as in `cora.quantize`.
     """
 
@@ -110,7 +114,7 @@ class Ladders:
         calibration: Calibration,
         specs: Mapping[str, QuantSpec],
         fixed: Iterable[str] = (),
-        adapter_bits: int | None = 4,
+        adapter_bits: Sequence[int] = ADAPTER_WIDTHS,
         fit: str = "weighted",
         progress: bool = True,
     ) -> None:
@@ -118,8 +122,8 @@ class Ladders:
         self.fixed = set(fixed)
         self.shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
         self.weights = sum(shape.rows * shape.columns for shape in self.shapes.values())
-        self._kept: dict[str, tuple[tuple[QuantSpec, int], Tensor]] = {}
-        energies: dict[str, list[tuple[QuantSpec, int, int, float]]] = {}
+        self._kept: dict[str, tuple[tuple[QuantSpec, int, int], Tensor]] = {}
+        energies: dict[str, list[Choice]] = {}
         probes: dict[str, list[Tensor]] = {}
         probed: dict[str, float] = {}
         names = list(specs)
@@ -135,19 +139,16 @@ class Ladders:
         for name in names:
             factor = max(factors_[name], 1e-3 * least)
             self.ways[name] = _undominated(
-                Choice(spec, rank, stored, factor * energy)
-                for spec, rank, stored, energy in energies[name]
+                replace(way, loss=factor * way.loss) for way in energies[name]
             )
             self.steps[name] = _hull(self.ways[name])
 
-    def _measure(
-        self, name: str, base: QuantSpec
-    ) -> tuple[list[tuple[QuantSpec, int, int, float]], list[Tensor], float]:
-        """(quantizer, rank, stored bits, output error) of every way; errors to learn the layer's
-        curvature from, and the sum of their output errors."""
+    def _measure(self, name: str, base: QuantSpec) -> tuple[list[Choice], list[Tensor], float]:
+        """Every way, its loss the error at the layer's output; errors to learn the layer's curvature
+        from, and the sum of their output errors."""
         shape, moment = self.shapes[name], self.calibration.moment(name)
         matrix = self.calibration.matrix(name)
-        found: list[tuple[QuantSpec, int, int, float]] = []
+        found: list[Choice] = []
         probes: list[Tensor] = []
         probed = 0.0
         feedback = Feedback.of(moment) if base.rounding == "gptq" else None
@@ -156,12 +157,13 @@ class Ladders:
             stored = weight_bits(shape.rows, shape.columns, rounded.qparams)
             residual = matrix - rounded.dequantized
             energy = output_energy(residual, shape, moment)
-            found.append((spec, 0, stored, energy))
+            found.append(Choice(spec, 0, 0, stored, energy))
             if spec.group_size is None and (spec.bits in (2, 4) or name in self.fixed):
                 probes.append(self._folded(name, residual))
                 probed += energy
-            if self.adapter_bits and spec.bits <= _ADAPTED_BITS and name not in self.fixed:
-                found += self._adapted(name, spec, rounded, residual, stored, moment)
+            adapted = spec.group_size is None and spec.bits <= _ADAPTED_BITS
+            if self.adapter_bits and adapted and name not in self.fixed:
+                found += self._adapted(spec, shape, residual, stored, moment)
         return found, probes, probed
 
     def _specs(self, name: str, base: QuantSpec) -> list[QuantSpec]:
@@ -175,29 +177,21 @@ class Ladders:
         return found
 
     def _adapted(
-        self,
-        name: str,
-        spec: QuantSpec,
-        rounded: Rounded,
-        residual: Tensor,
-        stored: int,
-        moment: Tensor,
-    ) -> list[tuple[QuantSpec, int, int, float]]:
-        assert self.adapter_bits is not None
-        shape = self.shapes[name]
-        unit = rank_bits(shape, self.adapter_bits)
-        most = min(shape.full_rank, int(_ADAPTER_SHARE * shape.rows * shape.columns / unit))
-        if spec.group_size is not None or most < 1:
-            return []
+        self, spec: QuantSpec, shape: LayerShape, residual: Tensor, stored: int, moment: Tensor
+    ) -> list[Choice]:
+        """The ways to store what the codes leave in an adapter."""
         a, b, _ = factors(residual, shape.groups, moment if self.fit == "weighted" else None)
         found = []
-        rank = 1
-        while rank <= most:
-            part = truncate(a, b, rank, shape.groups)
-            adapter = quantize_adapter(*part, self.adapter_bits, shape.groups).matrix()
-            energy = output_energy(residual - adapter, shape, moment)
-            found.append((spec, rank, stored + rank * unit, energy))
-            rank = max(rank + 1, round(rank * 1.6))
+        for bits in self.adapter_bits:
+            unit = rank_bits(shape, bits)
+            most = min(shape.full_rank, int(_ADAPTER_SHARE * shape.rows * shape.columns / unit))
+            rank = 1
+            while rank <= most:
+                part = truncate(a, b, rank, shape.groups)
+                adapter = quantize_adapter(*part, bits, shape.groups).matrix()
+                energy = output_energy(residual - adapter, shape, moment)
+                found.append(Choice(spec, rank, bits, stored + rank * unit, energy))
+                rank = max(rank + 1, round(rank * 1.6))
         return found
 
     def _folded(self, name: str, matrix: Tensor) -> Tensor:
@@ -207,7 +201,7 @@ class Ladders:
 
     def weight(self, name: str, choice: Choice) -> Tensor:
         """The layer's weight as a choice stores it; the last one of each layer is kept."""
-        key = (choice.spec, choice.rank)
+        key = (choice.spec, choice.rank, choice.adapter_bits)
         kept = self._kept.get(name)
         if kept is None or kept[0] != key:
             shape, moment = self.shapes[name], self.calibration.moment(name)
@@ -215,11 +209,10 @@ class Ladders:
             feedback = Feedback.of(moment)
             effective = quantize_matrix(matrix, choice.spec, name, feedback).dequantized
             if choice.rank:
-                assert self.adapter_bits is not None
                 weighted = moment if self.fit == "weighted" else None
                 a, b, _ = factors(matrix - effective, shape.groups, weighted)
                 part = truncate(a, b, choice.rank, shape.groups)
-                adapter = quantize_adapter(*part, self.adapter_bits, shape.groups)
+                adapter = quantize_adapter(*part, choice.adapter_bits, shape.groups)
                 effective = effective + adapter.matrix()
             self._kept[name] = kept = (key, self._folded(name, effective))
         return kept[1]

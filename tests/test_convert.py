@@ -163,6 +163,29 @@ def test_first_last(policy: str, first: int | None, last: int | None) -> None:
         assert "first or last layer" in reasons(qmodel)["stem"]
 
 
+def test_first_last_of_a_plan_whose_base_has_8_bits() -> None:
+    """They have their 8 bits whatever the budget is, and a scale a channel."""
+    qmodel = quantize(trained_net(), spec=QuantSpec(8), first_last="8bit", target_bits=5.0)
+    rows = {row.name: row for row in qmodel.report.layers}
+    for name in ("stem", "head"):
+        assert (rows[name].bits, rows[name].group_size, rows[name].rank) == (8, None, 0)
+    assert min(row.bits for row in rows.values()) < 8
+
+
+def test_an_adapter_that_costs_more_than_it_wins_is_left_out() -> None:
+    """Two bits are too few for factors of white noise: their own rounding is worse than none."""
+    torch.manual_seed(3)
+    layer, x = nn.Linear(48, 48), torch.randn(256, 48)
+    for propagate in (False, True):
+        options = {"rank_budget": 0.06, "propagate": propagate, "tune": None}
+        coarse = quantize(layer, x, QuantSpec(4), adapter_bits=2, **options)
+        fine = quantize(layer, x, QuantSpec(4), adapter_bits=8, **options)
+        assert coarse.report.layers[0].rank == 0 == coarse.report.totals["adapter_bits"]
+        assert fine.report.layers[0].rank > 0
+        assert coarse.report.search["ranks"] == {"": 0}
+        assert fine.report.search["adapter_bits"] == {"": 8}
+
+
 # --- Strange models ------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import cora
 from cora import Calibration, QuantSpec
 from cora.evaluation import Evaluator
-from cora.lowrank import LayerShape
+from cora.lowrank import LayerShape, rank_bits
 from cora.planning import (
     Choice,
     Ladders,
@@ -76,7 +76,7 @@ def test_the_hull_of_random_choices() -> None:
     for count in (1, 2, 3, 10, 200):
         stored = torch.randint(1, 60, (count,), generator=generator).tolist()
         losses = torch.rand(count, generator=generator).tolist()
-        choices = [Choice(QuantSpec(), 0, s, v) for s, v in zip(stored, losses, strict=True)]
+        choices = [Choice(QuantSpec(), 0, 0, s, v) for s, v in zip(stored, losses, strict=True)]
         hull = _hull(_undominated(choices))
         assert_convex(hull)
         assert set(hull) <= set(choices)
@@ -120,6 +120,23 @@ def test_what_a_step_says_is_what_is_stored(calibration: Calibration, ladders: L
             torch.testing.assert_close(weight, ladders.weight(name, choice), atol=1e-6, rtol=1e-5)
 
 
+def test_adapters_of_each_width_are_ways_to_store_a_layer() -> None:
+    """A residual of few directions is worth fine factors, and every width is counted as it is stored."""
+    torch.manual_seed(4)
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():  # what one scale a channel rounds badly, in one direction
+        layer.weight.mul_(0.01).add_(torch.randn(64, 1).exp() @ torch.randn(1, 64).sign() * 0.05)
+    found = ladders_of(Calibration(layer, torch.randn(256, 64)), specs={"": QuantSpec()})
+    ways = found.ways[""]
+    assert {way.adapter_bits for way in ways if way.rank} <= {4, 8}
+    for way in ways:
+        assert (way.rank == 0) == (way.adapter_bits == 0)
+        if way.rank:
+            rest = way.stored - way.rank * rank_bits(found.shapes[""], way.adapter_bits)
+            plain = [w.stored for w in found._measure("", QuantSpec())[0] if not w.rank]
+            assert rest in plain
+
+
 def test_groups_are_of_whole_channels() -> None:
     for layer in (nn.Linear(96, 8), nn.Conv2d(24, 8, 3), nn.Conv1d(64, 64, 5, groups=2)):
         columns = LayerShape.of(layer).columns
@@ -141,7 +158,7 @@ def test_fixed_layers_keep_their_quantizer(calibration: Calibration) -> None:
 
 def test_choices_share_clip_symmetry_and_rounding(calibration: Calibration) -> None:
     base = QuantSpec(symmetric=True, clip="minmax", rounding="nearest")
-    found = ladders_of(calibration, specs=dict.fromkeys(NAMES, base), adapter_bits=None)
+    found = ladders_of(calibration, specs=dict.fromkeys(NAMES, base), adapter_bits=())
     for step in itertools.chain(*found.steps.values()):
         shared = step.spec.replace(bits=base.bits, granularity="per_channel", group_size=None)
         assert shared == base and step.rank == 0
@@ -159,7 +176,7 @@ def test_a_residual_of_low_rank_gets_an_adapter() -> None:
     assert not any(
         step.rank
         for steps in ladders_of(
-            Calibration(model, torch.randn(64, 64)), adapter_bits=None
+            Calibration(model, torch.randn(64, 64)), adapter_bits=()
         ).steps.values()
         for step in steps
     )

@@ -1,0 +1,244 @@
+"""What one choice brings while all others stay: the rows of `accuracy.py --ablation`, and their plots."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import cora
+from cora import Calibration, QuantSpec, SearchConfig
+from cora.batches import Batch
+from cora.tasks import Task
+
+BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of the float bits, what adapters may take
+METHODS = ("uniform", "energy", "sensitivity", "gate")
+ONE = {"propagate": False, "tune": None}  # the step that is looked at, without those after it
+
+
+def quantized(model: nn.Module, calibration: Calibration, **options: Any) -> Any:
+    """A function that quantizes, and gives the model, its bits a weight and all its stored bits."""
+
+    def make() -> tuple[nn.Module, float, int]:
+        qmodel = cora.quantize(model, calibration, progress=False, **options)
+        totals = qmodel.report.totals
+        return qmodel, totals["bits_per_weight"], int(totals["total_bits"])
+
+    return make
+
+
+class _Ways:
+    """Names an ablation's rows and says where they stand in its plot."""
+
+    def __init__(
+        self, task: Task, calibration: Calibration, seed: int, args: argparse.Namespace
+    ) -> None:
+        self.task, self.calibration, self.seed, self.args = task, calibration, seed, args
+        self.model = task.model()
+        self.ablation = ""
+
+    def search(self, **changes: Any) -> SearchConfig:
+        return SearchConfig(**{"seed": self.seed, "samples": self.args.samples, **changes})
+
+    def way(
+        self,
+        series: str,
+        x: float,
+        bits: float,
+        calibration: Calibration | None = None,
+        **options: Any,
+    ) -> Any:
+        calibration = calibration or self.calibration
+        options.setdefault("search", self.search())
+        label = series if x == bits else f"{series}, {bits:g} bits"
+        place = {"ablation": self.ablation, "series": label, "x": x}
+        return (
+            f"{self.ablation}: {series}, {x}",
+            bits,
+            quantized(self.model, calibration, **options),
+            place,
+        )
+
+    # One method an ablation; the first line of its docstring labels the plot's axis.
+
+    def steps(self) -> Iterator[Any]:
+        """target bits"""
+        for target in self.args.target:
+            for label, changes in {
+                "plan": ONE,
+                "plan searched": {**ONE, "search": self.search(plan="search")},
+                "plan, layers in order": {"tune": None},
+                "plan, in order, tuned": {},
+            }.items():
+                yield self.way(label, target, target, target_bits=target, **changes)
+
+    def adapters(self) -> Iterator[Any]:
+        """bits of the codes"""
+        for rounding in ("nearest", "gptq"):
+            for fit, budget in (("plain", 0.0), ("plain", 0.05), ("weighted", 0.05)):
+                for bits in self.args.bits:
+                    yield self.way(
+                        f"{rounding}, {f'{fit} adapters' if budget else 'none'}",
+                        bits,
+                        bits,
+                        weight=QuantSpec(bits, rounding=rounding),
+                        fit=fit,
+                        rank_budget=budget,
+                        search=self.search(method="sensitivity"),
+                        **ONE,
+                    )
+
+    def ranks(self) -> Iterator[Any]:
+        """adapters, share of the float bits"""
+        for rounding in ("nearest", "gptq"):
+            for bits in (2, 3):
+                for budget in BUDGETS:
+                    for method in METHODS:
+                        yield self.way(
+                            f"{rounding}, {method}",
+                            budget,
+                            bits,
+                            weight=QuantSpec(bits, rounding=rounding),
+                            rank_budget=budget,
+                            search=self.search(method=method),
+                            **ONE,
+                        )
+
+    def order(self) -> Iterator[Any]:
+        """order of the gate"""
+        yield from self._searched("order", (1, 2, 4, 8, 16))
+
+    def iterations(self) -> Iterator[Any]:
+        """iterations of the rank search"""
+        yield from self._searched("iterations", (0, 15, 30, 60, 120, 250))
+
+    def _searched(self, name: str, values: Sequence[int]) -> Iterator[Any]:
+        for rounding in ("nearest", "gptq"):
+            for value in values:
+                yield self.way(
+                    rounding,
+                    value,
+                    3,
+                    weight=QuantSpec(3, rounding=rounding),
+                    search=self.search(**{name: value}),
+                    **ONE,
+                )
+
+    def widths(self) -> Iterator[Any]:
+        """bits of an adapter's elements"""
+        for bits in (2, 3):
+            for width in (2, 3, 4, 6, 8, 16):
+                yield self.way(
+                    "adapters 5 %",
+                    width,
+                    bits,
+                    weight=QuantSpec(bits),
+                    adapter_bits=width,
+                    search=self.search(method="sensitivity"),
+                    **ONE,
+                )
+
+    def clip(self) -> Iterator[Any]:
+        """range: standard deviations; 6: min to max, 7: least error"""
+        for rounding in ("nearest", "gptq"):
+            for bits in (2, 3, 4):
+                for x in (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0):
+                    clip: Any = {6.0: "minmax", 7.0: "mse"}.get(x, "ksigma")
+                    spec = QuantSpec(bits, clip=clip, k=x, rounding=rounding)
+                    yield self.way(rounding, x, bits, weight=spec, rank_budget=0, **ONE)
+
+    def granularity(self) -> Iterator[Any]:
+        """weights a scale; 0: a tensor, 1: a channel"""
+        for bits in (2, 3, 4):
+            for size in (0, 1, 144, 72, 36):
+                granularity: Any = {0: "per_tensor", 1: "per_channel"}.get(size, "per_group")
+                spec = QuantSpec(bits, granularity, size if size > 1 else None)
+                # The first and last layers' rows have no such groups.
+                ends = {"skip": [n for n in self._ends() if size > 1]}
+                yield self.way(
+                    "error feedback", size, bits, weight=spec, rank_budget=0, **ends, **ONE
+                )
+
+    def _ends(self) -> list[str]:
+        names = list(self.calibration.layers)
+        return [names[0], names[-1]]
+
+    def calibration_size(self) -> Iterator[Any]:
+        """calibration samples"""
+        for samples in (16, 64, 256, 1024, 1600):
+            made = self._calibration(self.task.calibration(samples, self.seed), samples)
+            yield from self._on(made, samples)
+
+    def composition(self) -> Iterator[Any]:
+        """calibration: 0 all classes, 1 one class, 2 noise of the images' mean and deviation"""
+        batches = [Batch(b) for b in self.task.calibration(1600, self.seed)]
+        x = torch.cat([batch.args[0] for batch in batches])
+        labels = torch.cat([batch.labels for batch in batches])
+        one = x[labels == labels.bincount().argmax()]
+        mean, deviation = x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), keepdim=True)
+        generator = torch.Generator().manual_seed(self.seed)
+        noise = mean + deviation * torch.randn(one.shape, generator=generator)
+        for place, images in enumerate((x[: len(one)], one, noise)):
+            yield from self._on(self._calibration([images], len(images)), place)
+
+    def _calibration(self, batches: Any, samples: int) -> Calibration:
+        logits = self.task.output_logits
+        return Calibration(self.model, batches, samples, self.seed, logits=logits)
+
+    def _on(self, calibration: Calibration, x: float) -> Iterator[Any]:
+        for target in (2.6, 3.6):
+            yield self.way("cora", x, target, calibration, target_bits=target)
+        spec = QuantSpec(3)
+        yield self.way("error feedback", x, 3, calibration, weight=spec, rank_budget=0, **ONE)
+
+
+ABLATIONS = (
+    *("steps", "adapters", "ranks", "order", "iterations", "widths", "clip", "granularity"),
+    *("calibration_size", "composition"),
+)
+
+
+def ablation_ways(
+    names: Sequence[str], task: Task, calibration: Calibration, seed: int, args: argparse.Namespace
+) -> Iterator[Any]:
+    """(label, bits, maker, place in the plot) of every row of some ablations."""
+    ways = _Ways(task, calibration, seed, args)
+    for name in names:
+        ways.ablation = name
+        yield from getattr(ways, name)()
+
+
+def draw_ablations(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel an ablation: KL over what was changed, a line a series, bars over the seeds."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+    for row in rows:
+        if "ablation" in row:
+            series = found.setdefault(row["ablation"], {}).setdefault(row["series"], {})
+            series.setdefault(row["x"], []).append(row["kl"])
+    if not found:
+        return
+    columns = 2
+    lines = -(-len(found) // columns)
+    figure = Figure(figsize=(7 * columns, 4.4 * lines), layout="constrained")
+    for place, name in enumerate(n for n in ABLATIONS if n in found):
+        axes = figure.add_subplot(lines, columns, place + 1)
+        for label, points in found[name].items():
+            xs = sorted(points)
+            middle = [statistics.mean(points[x]) for x in xs]
+            spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
+            axes.errorbar(xs, middle, spread, marker="o", ms=3, capsize=2, label=label)
+        axes.set_yscale("log")
+        if name in ("ranks", "order", "calibration_size"):
+            axes.set_xscale("log")
+        axes.set(title=name.replace("_", " "), xlabel=getattr(_Ways, name).__doc__)
+        axes.set_ylabel("KL to the float network, nats")
+        axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=80)
