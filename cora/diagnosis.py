@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import float_tensors
 from .calibration import Calibration
 from .lowrank import (
     ADAPTER_BITS,
@@ -47,6 +46,7 @@ _NEGLIGIBLE_LOSS = 1e-3
 # A layer is tiny when its float weights add at most this share to what the network's weights store.
 _TINY_SHARE = 0.005
 _SPECTRUM_POINTS = 64
+_SAMPLES = 256  # backward passes, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class LayerDiagnosis:
         weighted_clipping: share of the output error. Clipping and rounding meet in a cross term
             there; half of it is counted with each, so the shares sum to 1 but may leave 0..1.
         recovery: by share of the float bits, ascending.
-        sensitivity: E[g^2], see `diagnose`.
+        sensitivity: predicted loss over the error at the layer's output, tr(R Sxx R^T).
         predicted_loss, loss_share: see `diagnose`; share of the network's.
         loss_at_8_bits: predicted loss with 8-bit codes.
         options: what was compared for the advice.
@@ -255,23 +255,15 @@ def diagnose(
 ) -> Diagnosis:
     """Where a quantizer would hurt a model, layer by layer, and what would help at what cost.
 
-    The predicted loss of a layer is the second-order estimate of the divergence from the float model
-    when its weight alone is quantized. With e = R x the error at its output (x as the positions of a
-    sample see it) and F = E[g g^T] the Fisher information of the output (g: gradient of the loss of a
-    label drawn from the model), KL = 1/2 e^T F e. F is replaced by its mean diagonal E[g^2]
-    (`Calibration.sensitivity`) and e e^T by its expectation over the calibration data, so that
+    The predicted loss of a layer is the second-order estimate of the divergence from the float model when
+    its weight alone is quantized: 1/2 E[<g, R>^2] over samples, R the residual and g the gradient of a random
+    projection of the output whose covariance is the divergence's Hessian (`Calibration.curvature`). What else
+    could be done to the layer is predicted in proportion to the error at its output,
 
-        predicted loss = 1/2 * E[g^2] * tr(R Sxx R^T) = 1/2 * E[g^2] * ||R Sxx^(1/2)||_F^2   (nats)
+        tr(R Sxx R^T) = ||R Sxx^(1/2)||_F^2,   Sxx = `Calibration.moment`.
 
-    with Sxx = `Calibration.moment`, summed over a sample's positions as E[g^2] is averaged over them
-    and over channels. For a regression the loss is the relative squared error, which is quadratic
-    itself: the factor is 1 over the number of output tensors. The estimate takes errors of different
-    outputs to be uncorrelated, layers to add up and losses to be small. Errors that share a sign over
-    positions, such as a channel's mean error, count for less than they do: on ResNet-20 at 3 bits the
-    estimate is a third of the loss measured with one layer quantized at a time. Mean errors are in it
-    though bias correction removes them, and adapters get the credit. A layer that runs c times a
-    sample counts up to c times too much. It ranks layers and options; `measured_loss` is the size of
-    the whole.
+    The sum over the layers takes their errors to be uncorrelated and losses to be small. It ranks layers and
+    options; `measured_loss` is the size of the whole.
 
     Advice: "fine as it is" at 1 % or less of the network's loss (or when that is at most 0.001);
     "leave float" when even 8 bits leave it more than that and no option leaves less than a quarter of
@@ -307,20 +299,19 @@ def diagnose(
         calibration = Calibration(model, calibration, progress=progress)
     for name, layer in calibration.layers.items():  # before anything is computed
         weight.groups_of(LayerShape.of(layer).columns, name)
-    sensitivity = calibration.sensitivity()
-    output = calibration.teacher()[0]
-    regression = calibration.logits(output) is None
-    factor = 1.0 / len(float_tensors(output)) if regression else 0.5
+    regression = calibration.logits(calibration.teacher()[0]) is None
     candidate = copy.deepcopy(calibration.model)
-    measured = []
+    measured, residuals = [], {}
     names = tqdm(calibration.layers, desc="diagnosis", leave=False, disable=not progress)
     for name in names:
-        layer, dequantized = _measure(
-            name, calibration, weight, adapter_bits, sensitivity[name], factor
-        )
+        layer, residual = _measure(name, calibration, weight, adapter_bits)
         measured.append(layer)
+        residuals[name] = [residual]
         quantized: FloatLayer = candidate.get_submodule(name)
-        quantized.weight.data.copy_(dequantized)
+        quantized.weight.data.sub_(residual.to(quantized.weight.dtype))
+    losses = calibration.curvature(residuals, _SAMPLES)
+    if any(loss for (loss,) in losses.values()):  # else the model has no gradients
+        measured = [_scaled(layer, losses[layer.name][0]) for layer in measured]
     total = sum(layer.predicted_loss for layer in measured)
     stored = sum(layer.stored_bits for layer in measured)
     return Diagnosis(
@@ -341,14 +332,9 @@ def _measure(
     calibration: Calibration,
     spec: QuantSpec,
     adapter_bits: int,
-    sensitivity: float,
-    factor: float,
 ) -> tuple[LayerDiagnosis, Tensor]:
-    """A layer but for its share and advice, and its quantized weight in the layer's shape.
-
-    Args:
-        factor: what sensitivity * output error is multiplied by: the predicted loss.
-    """
+    """A layer but for its share and advice, its losses those at its own output; and the residual in the
+    weight's shape."""
     layer: FloatLayer = calibration.layers[name]
     shape = LayerShape.of(layer)
     transposed = getattr(layer, "transposed", False)
@@ -360,8 +346,7 @@ def _measure(
     def quantized(changed: QuantSpec) -> tuple[QParams, Tensor, float]:
         rounded = quantize_matrix(matrix, changed, name, feedback)
         qparams, residual = rounded.qparams, matrix - rounded.dequantized
-        error = _inner(residual, residual, shape, moment)
-        return qparams, residual, factor * sensitivity * error
+        return qparams, residual, _inner(residual, residual, shape, moment)
 
     qparams, residual, loss = quantized(spec)
     bits = weight_bits(shape.rows, shape.columns, qparams)
@@ -408,12 +393,27 @@ def _measure(
         rounding=1.0 - clipping if energy else 0.0,
         weighted_clipping=_inner(clip, residual, shape, moment) / error if error else 0.0,
         recovery=tuple(recovery),
-        sensitivity=sensitivity,
+        sensitivity=1.0,
         predicted_loss=loss,
         loss_at_8_bits=loss if spec.bits == 8 else quantized(spec.replace(bits=8))[2],
         options=tuple(options),
     )
-    return measured, fold(matrix - residual, layer.weight.shape, transposed, shape.groups)
+    return measured, fold(residual, layer.weight.shape, transposed, shape.groups)
+
+
+def _scaled(layer: LayerDiagnosis, loss: float) -> LayerDiagnosis:
+    """Losses at the layer's output as losses at the model's, where the quantizer's is `loss`."""
+    factor = loss / layer.predicted_loss if layer.predicted_loss else 0.0
+    return dataclasses.replace(
+        layer,
+        sensitivity=factor,
+        predicted_loss=loss,
+        loss_at_8_bits=factor * layer.loss_at_8_bits,
+        options=tuple(
+            dataclasses.replace(option, predicted_loss=factor * option.predicted_loss)
+            for option in layer.options
+        ),
+    )
 
 
 def _changed(spec: QuantSpec, shape: LayerShape) -> list[tuple[Advice, str, QuantSpec]]:

@@ -79,12 +79,12 @@ def test_predicted_loss_is_the_measured_one(model: nn.Module, x: Tensor) -> None
 
 
 def test_predicted_loss_of_a_regression() -> None:
-    """The loss is quadratic, so the estimate is exact but for the moment's ridge of a thousandth."""
+    """The loss is quadratic, so the estimate is off by its random projections only."""
     model, x = nn.Linear(32, 6), torch.randn(256, 32) + 0.5
     calibration = Calibration(model, x, logits=lambda _: None)
     found = diagnose(model, calibration, QuantSpec(2))
     assert found.loss == "relative squared error"
-    assert found.predicted_loss == pytest.approx(found.measured_loss, rel=5e-3)
+    assert found.predicted_loss == pytest.approx(found.measured_loss, rel=0.25)
 
 
 def test_prediction_and_shares_add_up() -> None:
@@ -109,14 +109,17 @@ def test_an_option_leaves_what_its_quantizer_loses() -> None:
     ):
         other = diagnose(model, calibration, spec).layers[0]
         assert option is not None
-        assert option.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-6)
+        # In proportion to the error at the layer's output, where the other quantizer's own is measured.
+        share = other.output_error / layer.output_error
+        assert layer.left(option) == pytest.approx(share, rel=1e-6)
+        assert option.predicted_loss == pytest.approx(other.predicted_loss, rel=0.5)
         assert option.extra_bits == other.stored_bits - layer.stored_bits
     assert layer.option("finer groups", "groups of 64") is None  # a row is one already
     qparams = quantize_matrix(model[0].weight.detach(), QuantSpec(3)).qparams
     assert layer.stored_bits == weight_bits(64, 64, qparams)
     per_tensor = diagnose(model, calibration, QuantSpec(3, "per_tensor")).layers[0]
     rows = per_tensor.option("finer groups", "a scale a channel")
-    assert rows is not None and rows.predicted_loss == pytest.approx(layer.predicted_loss, rel=1e-6)
+    assert rows is not None and rows.predicted_loss == pytest.approx(layer.predicted_loss, rel=0.3)
     assert diagnose(model, calibration, QuantSpec(8)).layers[0].option("more bits") is None
 
 
