@@ -339,7 +339,7 @@ class Calibration:
 
     @torch.enable_grad()
     def curvature(
-        self, errors: Mapping[str, Sequence[Tensor]], samples: int = 64
+        self, errors: Mapping[str, Sequence[Tensor]], samples: int = 256
     ) -> dict[str, list[float]]:
         """Predicted divergence from the float model if one layer's weight were off by an error.
 

@@ -46,7 +46,6 @@ _NEGLIGIBLE_LOSS = 1e-3
 # A layer is tiny when its float weights add at most this share to what the network's weights store.
 _TINY_SHARE = 0.005
 _SPECTRUM_POINTS = 64
-_SAMPLES = 256  # backward passes, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +308,7 @@ def diagnose(
         residuals[name] = [residual]
         quantized: FloatLayer = candidate.get_submodule(name)
         quantized.weight.data.sub_(residual.to(quantized.weight.dtype))
-    losses = calibration.curvature(residuals, _SAMPLES)
+    losses = calibration.curvature(residuals)
     if any(loss for (loss,) in losses.values()):  # else the model has no gradients
         measured = [_scaled(layer, losses[layer.name][0]) for layer in measured]
     total = sum(layer.predicted_loss for layer in measured)
