@@ -213,21 +213,51 @@ def ablation_ways(
         yield from getattr(ways, name)()
 
 
-def draw_ablations(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel an ablation: KL over what was changed, a line a series, bars over the seeds."""
-    from matplotlib.figure import Figure
+Found = dict[str, dict[str, dict[float, list[float]]]]
+"""Ablation -> series -> x -> KL of each seed."""
 
-    found: dict[str, dict[str, dict[float, list[float]]]] = {}
+
+def _found(rows: Sequence[dict[str, Any]]) -> Found:
+    found: Found = {}
     for row in rows:
         if "ablation" in row:
             series = found.setdefault(row["ablation"], {}).setdefault(row["series"], {})
             series.setdefault(row["x"], []).append(row["kl"])
+    return {name: found[name] for name in ABLATIONS if name in found}
+
+
+def ablation_tables(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a table an ablation: KL, a row a series, a column for what was changed."""
+    lines = []
+    for name, lined in _found(rows).items():
+        xs = sorted({x for points in lined.values() for x in points})
+        lines += [
+            f"\n### {name.replace('_', ' ')}\n",
+            f"KL; columns: {getattr(_Ways, name).__doc__}.\n",
+            "| | " + " | ".join(f"{x:g}" for x in xs) + " |",
+            "|---|" + "---|" * len(xs),
+        ]
+        for series, points in lined.items():
+            cells = []
+            for x in xs:
+                values = points.get(x, [])
+                spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.3g}{spread}" if values else "")
+            lines.append(f"| {series} | {' | '.join(cells)} |")
+    return "\n".join(["\n## Ablations\n", "![](ablations.png)", *lines]) if lines else ""
+
+
+def draw_ablations(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A panel an ablation: KL over what was changed, a line a series, bars over the seeds."""
+    from matplotlib.figure import Figure
+
+    found = _found(rows)
     if not found:
         return
     columns = 2
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(7 * columns, 4.4 * lines), layout="constrained")
-    for place, name in enumerate(n for n in ABLATIONS if n in found):
+    for place, name in enumerate(found):
         axes = figure.add_subplot(lines, columns, place + 1)
         for label, points in found[name].items():
             xs = sorted(points)

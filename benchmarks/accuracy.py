@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ablations import ABLATIONS, ablation_ways, draw_ablations, quantized
+from ablations import ABLATIONS, ablation_tables, ablation_ways, draw_ablations, quantized
 from torch import nn
 
 from cora import Calibration, QuantSpec, SearchConfig
@@ -72,8 +72,10 @@ def main() -> None:
     args = parser.parse_args()
     results = _read(args.output)
     if args.table:
-        print(tables(results["rows"]))
-        draw(results["rows"], ROOT / "docs" / "result.png")
+        main_rows = [row for row in results["rows"] if "ablation" not in row]
+        print(tables(main_rows))
+        print(ablation_tables(results["rows"]))
+        draw(main_rows, ROOT / "docs" / "result.png")
         draw_ablations(results["rows"], ROOT / "docs" / "ablations.png")
         return
     for name in args.task:

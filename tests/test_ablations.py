@@ -16,7 +16,7 @@ from cora import Calibration
 from cora.batches import output_logits
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from ablations import ABLATIONS, ablation_ways, draw_ablations
+from ablations import ABLATIONS, ablation_tables, ablation_ways, draw_ablations
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_an_ablation_s_row_is_made(name: str, task: Any, calibration: Calibratio
     assert bits - 0.1 < per_weight and total > 0, label
 
 
-def test_plots(tmp_path: Path) -> None:
+def test_tables_and_plots(tmp_path: Path) -> None:
     rows = [
         {"ablation": name, "series": series, "x": x, "kl": 0.1 * x + seed * 0.01}
         for name in ABLATIONS
@@ -61,6 +61,11 @@ def test_plots(tmp_path: Path) -> None:
         for x in (1.0, 2.0)
         for seed in range(2)
     ]
+    assert ablation_tables([]) == ""
+    text = ablation_tables(rows)
+    assert (
+        text.count("### ") == len(ABLATIONS) and "| a | 0.105 ± 0.0071 | 0.205 ± 0.0071 |" in text
+    )
     path = tmp_path / "ablations.png"
     draw_ablations([{"method": "cora", "kl": 1.0}], path)
     assert not path.exists()  # nothing to draw
