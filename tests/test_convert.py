@@ -16,7 +16,7 @@ import cora
 from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.calibration import quantizable_layers
-from cora.convert import _towards
+from cora.fitting import _towards
 from cora.fold import FoldedBatchNorm
 from cora.modules import QuantLayer
 

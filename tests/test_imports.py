@@ -16,7 +16,7 @@ CORA = Path(__file__).parents[1] / "cora"
 # A module may import those of lower layers; the right-hand ones are optional or stand beside.
 LAYERS = {
     "cli": 11, "compare": 10, "roofline": 9, "serialization": 9, "fuse": 8, "convert": 8,
-    "tracing": 7, "search": 7, "planning": 7, "tuning": 7,
+    "tracing": 7, "fitting": 7, "search": 7, "planning": 7, "tuning": 7,
     "diagnosis": 6, "allocation": 6, "evaluation": 6, "drift": 6,
     "report": 5,
     "calibration": 5, "fold": 4, "batches": 3, "moments": 3,
