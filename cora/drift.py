@@ -95,7 +95,8 @@ def _own_modes() -> Iterator[None]:
     """A pass may be held within its own contexts, whose modes are the thread's: ours stay ours."""
     autocast = torch.is_autocast_enabled("cpu")
     try:
-        with torch.no_grad():
+        # A compiled model runs as it was written: a held pass cannot be traced.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         torch.set_autocast_enabled("cpu", autocast)
@@ -252,7 +253,7 @@ def _held_bytes(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[st
         for name in names
     ]
     try:
-        with torch.no_grad():
+        with _own_modes():
             batch.run(model)
     finally:
         for handle in handles:

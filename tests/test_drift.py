@@ -128,6 +128,20 @@ def test_the_contexts_of_a_pass_are_its_own() -> None:
     assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
+def test_a_compiled_model_is_held_like_any_other() -> None:
+    model = Chain()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 4)
+    with torch.no_grad():
+        compiled(x)
+        runs = Lockstep(compiled, [Batch(x)], ["_orig_mod.a", "_orig_mod.b"])
+        assert torch.equal(runs.at(0, "_orig_mod.a"), x)
+        model.a.weight.mul_(2)
+        runs.release("_orig_mod.a")
+        assert torch.equal(runs.at(0, "_orig_mod.b"), model.a(x))
+        runs.close()
+
+
 # --- Drift ---------------------------------------------------------------------------------------
 
 
