@@ -64,6 +64,10 @@ class _Ways:
             place,
         )
 
+    def fixed(self, series: str, x: float, spec: QuantSpec, **options: Any) -> Any:
+        """The same quantizer in every layer, and no step after it."""
+        return self.way(series, x, spec.bits, weight=spec, **ONE, **options)
+
     # One method an ablation; the first line of its docstring labels the plot's axis.
 
     def steps(self) -> Iterator[Any]:
@@ -82,15 +86,13 @@ class _Ways:
         for rounding in ("nearest", "gptq"):
             for fit, budget in (("plain", 0.0), ("plain", 0.05), ("weighted", 0.05)):
                 for bits in self.args.bits:
-                    yield self.way(
+                    yield self.fixed(
                         f"{rounding}, {f'{fit} adapters' if budget else 'none'}",
                         bits,
-                        bits,
-                        weight=QuantSpec(bits, rounding=rounding),
+                        QuantSpec(bits, rounding=rounding),
                         fit=fit,
                         rank_budget=budget,
                         search=self.search(method="sensitivity"),
-                        **ONE,
                     )
 
     def ranks(self) -> Iterator[Any]:
@@ -99,14 +101,10 @@ class _Ways:
             for bits in (2, 3):
                 for budget in BUDGETS:
                     for method in METHODS:
-                        yield self.way(
-                            f"{rounding}, {method}",
-                            budget,
-                            bits,
-                            weight=QuantSpec(bits, rounding=rounding),
-                            rank_budget=budget,
-                            search=self.search(method=method),
-                            **ONE,
+                        spec = QuantSpec(bits, rounding=rounding)
+                        search = self.search(method=method)
+                        yield self.fixed(
+                            f"{rounding}, {method}", budget, spec, rank_budget=budget, search=search
                         )
 
     def order(self) -> Iterator[Any]:
@@ -120,27 +118,16 @@ class _Ways:
     def _searched(self, name: str, values: Sequence[int]) -> Iterator[Any]:
         for rounding in ("nearest", "gptq"):
             for value in values:
-                yield self.way(
-                    rounding,
-                    value,
-                    3,
-                    weight=QuantSpec(3, rounding=rounding),
-                    search=self.search(**{name: value}),
-                    **ONE,
-                )
+                spec = QuantSpec(3, rounding=rounding)
+                yield self.fixed(rounding, value, spec, search=self.search(**{name: value}))
 
     def widths(self) -> Iterator[Any]:
         """bits of an adapter's elements"""
         for bits in (2, 3):
             for width in (2, 3, 4, 6, 8, 16):
-                yield self.way(
-                    "adapters 5 %",
-                    width,
-                    bits,
-                    weight=QuantSpec(bits),
-                    adapter_bits=width,
-                    search=self.search(method="sensitivity"),
-                    **ONE,
+                search = self.search(method="sensitivity")
+                yield self.fixed(
+                    "adapters 5 %", width, QuantSpec(bits), adapter_bits=width, search=search
                 )
 
     def clip(self) -> Iterator[Any]:
@@ -150,7 +137,7 @@ class _Ways:
                 for x in (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0):
                     clip: Any = {6.0: "minmax", 7.0: "mse"}.get(x, "ksigma")
                     spec = QuantSpec(bits, clip=clip, k=x, rounding=rounding)
-                    yield self.way(rounding, x, bits, weight=spec, rank_budget=0, **ONE)
+                    yield self.fixed(rounding, x, spec, rank_budget=0)
 
     def granularity(self) -> Iterator[Any]:
         """weights a scale; 0: a tensor, 1: a channel"""
@@ -159,14 +146,9 @@ class _Ways:
                 granularity: Any = {0: "per_tensor", 1: "per_channel"}.get(size, "per_group")
                 spec = QuantSpec(bits, granularity, size if size > 1 else None)
                 # The first and last layers' rows have no such groups.
-                ends = {"skip": [n for n in self._ends() if size > 1]}
-                yield self.way(
-                    "error feedback", size, bits, weight=spec, rank_budget=0, **ends, **ONE
-                )
-
-    def _ends(self) -> list[str]:
-        names = list(self.calibration.layers)
-        return [names[0], names[-1]]
+                names = list(self.calibration.layers)
+                skip = [names[0], names[-1]] if size > 1 else []
+                yield self.fixed("error feedback", size, spec, rank_budget=0, skip=skip)
 
     def calibration_size(self) -> Iterator[Any]:
         """calibration samples"""
@@ -193,8 +175,7 @@ class _Ways:
     def _on(self, calibration: Calibration, x: float) -> Iterator[Any]:
         for target in (2.6, 3.6):
             yield self.way("cora", x, target, calibration, target_bits=target)
-        spec = QuantSpec(3)
-        yield self.way("error feedback", x, 3, calibration, weight=spec, rank_budget=0, **ONE)
+        yield self.fixed("error feedback", x, QuantSpec(3), calibration=calibration, rank_budget=0)
 
 
 ABLATIONS = (

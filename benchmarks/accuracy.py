@@ -2,7 +2,7 @@
 
     python benchmarks/accuracy.py --task cifar10-resnet20 --target 2.1 2.6 3.1 3.5 4.1 --seeds 0 1 2
     python benchmarks/accuracy.py --task cifar10-resnet20 --activations
-    python benchmarks/accuracy.py --task cifar10-resnet20 --ablation steps ranks calibration
+    python benchmarks/accuracy.py --task cifar10-resnet20 --ablation steps ranks calibration_size
     python benchmarks/accuracy.py --task cifar10-resnet20 --peers --bits 2 3 --seeds 0
     python benchmarks/accuracy.py --table            # prints the tables, draws docs/result.png
 
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ablations import ABLATIONS, ablation_tables, ablation_ways, draw_ablations, quantized
+from ablations import ABLATIONS, ONE, ablation_tables, ablation_ways, draw_ablations, quantized
 from torch import nn
 
 from cora import Calibration, QuantSpec, SearchConfig
@@ -152,7 +152,7 @@ def _ways(
     """The float model, uniform bits, and cora with and without adapters."""
     yield "float", 32, lambda: (model, 32.0, float_state_bits(model))
     search = SearchConfig(seed=seed, samples=args.samples)
-    plain = {"tune": None, "propagate": False, "rank_budget": 0, "search": search}
+    plain = {**ONE, "rank_budget": 0, "search": search}
     for bits in args.bits:
         for rounding in ("nearest", "gptq"):
             spec = QuantSpec(bits=bits, rounding=rounding)
@@ -171,9 +171,8 @@ def _ways(
             "search": SearchConfig(
                 loss=loss, label_loss=task.label_loss, seed=seed, samples=args.samples
             ),
-            "tune": None,
-            "propagate": False,
             "bias_correction": False,
+            **ONE,
         }
         yield "the paper's recipe", bits, quantized(model, calibration, **options)
     for target in args.target:
@@ -197,24 +196,20 @@ def _activation_ways(
     """Static input ranges below float, ends like the other layers or at 8 bits."""
     search = SearchConfig(seed=seed, samples=args.samples)
     for bits, target in ((8, 4.1), (4, 4.1), (3, 3.1)):
-        for policy in ("same", "8bit"):
-            ends = "ends at 8 bits" if policy == "8bit" else "ends alike"
-            extra = 0.3 if policy == "8bit" else 0.0
-            options = {"activation_bits": bits, "first_last": policy, "search": search}
-            for label, changes in (
-                ("cora", {}),
-                ("error feedback", {"tune": None, "propagate": False}),
-            ):
-                if label == "cora":
-                    options["target_bits"] = target + extra
-                else:
-                    options.pop("target_bits")
-                    options |= {"weight": QuantSpec(int(target)), "rank_budget": 0}
-                yield (
-                    f"{label}, W{int(target)}A{bits}, {ends}",
-                    target,
-                    quantized(model, calibration, **{**options, **changes}),
+        for policy, ends, more in (("same", "alike", 0.0), ("8bit", "at 8 bits", 0.3)):
+            for label, options in {
+                "cora": {"target_bits": target + more},
+                "error feedback": {"weight": QuantSpec(int(target)), "rank_budget": 0, **ONE},
+            }.items():
+                make = quantized(
+                    model,
+                    calibration,
+                    activation_bits=bits,
+                    first_last=policy,
+                    search=search,
+                    **options,
                 )
+                yield f"{label}, W{int(target)}A{bits}, ends {ends}", target, make
 
 
 def _peer_ways(

@@ -307,6 +307,16 @@ class Calibration:
             self._seen = found
         return self._seen
 
+    def first(self, samples: int) -> list[Batch]:
+        """The batches of the first samples, the last one cut where it holds more."""
+        found: list[Batch] = []
+        for batch in self.batches:
+            if samples <= 0:
+                break
+            found.append(batch[:samples])
+            samples -= len(found[-1])
+        return found
+
     def affordable(self, samples: int, work: float, least: int) -> int:
         """So many samples as a forward pass through the layers runs on `work` multiply-adds.
 
@@ -459,10 +469,7 @@ class Calibration:
             weight.requires_grad_(True)
         try:
             with self.watch(self.layers, see):
-                for batch in self.bar(self.batches, "sensitivity"):
-                    if count >= 256:
-                        break
-                    part = batch[: 256 - count]
+                for part in self.bar(self.first(256), "sensitivity"):
                     loss = self._sampled_loss(self.run(part), generator)
                     torch.autograd.grad(loss, weights, allow_unused=True)
                     count += len(part)

@@ -15,18 +15,11 @@ from torch import Tensor, nn
 
 from . import ops
 from .allocation import Budget, check_rank_budget
-from .calibration import (
-    ActivationRange,
-    Calibration,
-    correct_biases,
-)
+from .calibration import ActivationRange, Calibration, correct_biases
 from .evaluation import Evaluator
 from .fitting import Fit, QuantizedLayer, adapter_of, fit_in_order, is_closer, quantize_layer
 from .fold import FoldedBatchNorm
-from .lowrank import (
-    ADAPTER_BITS,
-    LayerShape,
-)
+from .lowrank import ADAPTER_BITS, LayerShape
 from .modules import (
     QUANT_LAYERS,
     QuantLayer,
@@ -225,24 +218,23 @@ def quantize(
         interrupted, candidates, history = result.interrupted, result.candidates, result.history
 
     adapters = {
-        n: adapter_of(q, ranks[n], widths[n], calibration.moment(n) if fit == "weighted" else None)
-        for n, q in quantized.items()
+        n: adapter_of(calibration, n, q, ranks[n], widths[n], fit) for n, q in quantized.items()
     }
-    propagated = False
-    network = calibration.model
+    network = calibration.model  # whose biases are the packed layers'
     if propagate:
-        again, network = fit_in_order(
+        again, fitted = fit_in_order(
             calibration, specs, ranks, widths, fit, bias_correction, simulate, progress
         )
-        propagated = is_closer(evaluator(), network, quantized, adapters)
-        if propagated:
+        if is_closer(evaluator(), fitted, quantized, adapters):
+            network = fitted
             quantized = {n: again[n][0] for n in specs}
             adapters = {n: again[n][1] for n in specs}
+    propagated = network is not calibration.model
 
     qmodel: Any = copy.deepcopy(model).eval()
     layers: dict[str, QuantLayer] = {}
     for name, q in quantized.items():
-        float_layer = calibration.layers[name]
+        float_layer: Any = network.get_submodule(name)
         packed = QuantWeight(q.rounded.packed(), q.rounded.qparams, adapters[name], shapes[name])
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
@@ -252,14 +244,7 @@ def quantize(
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
     qmodel = replace_layers(qmodel, {**layers, **places}).eval()
-    corrected = bias_correction
-    if propagated:
-        for name, packed_layer in layers.items():
-            fitted: Any = network.get_submodule(name)
-            bias = None if fitted.bias is None else fitted.bias.detach().float().clone()
-            packed_layer.set_bias(bias)
-    elif bias_correction:
-        corrected = correct_biases(qmodel, layers, calibration)
+    corrected = bias_correction and (propagated or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
     tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)

@@ -129,7 +129,7 @@ class Drift:
         names: the layers, in that order.
 
     Example:
-        >>> with Drift.over(calibration, model, names) as drift:
+        >>> with contextlib.closing(Drift(calibration, model, names)) as drift:
         ...     for name in names:
         ...         inputs = drift.of(name)
         ...         ...  # change the layer in model
@@ -143,18 +143,6 @@ class Drift:
         self._parts: list[Batch] = []
         self._runs: tuple[Lockstep, ...] = ()
         self._count = 0
-
-    @classmethod
-    @contextmanager
-    def over(
-        cls, calibration: Calibration, model: nn.Module, names: Sequence[str]
-    ) -> Iterator[Drift]:
-        """The same, ended with the context."""
-        drift = cls(calibration, model, names)
-        try:
-            yield drift
-        finally:
-            drift._close()
 
     def of(self, name: str) -> Inputs | None:
         """What a layer sees when it first runs, at drawn positions; None if it does not run."""
@@ -188,20 +176,15 @@ class Drift:
             run.release(name)
 
     def _start(self, samples: int) -> None:
-        self._close()
-        self._parts, self._count = [], samples
-        left = samples
-        for batch in self._calibration.batches:
-            if left <= 0:
-                break
-            self._parts.append(batch[:left])
-            left -= len(self._parts[-1])
+        self.close()
+        self._parts, self._count = self._calibration.first(samples), samples
         self._runs = tuple(
             Lockstep(model, self._parts, self._left)
             for model in (self._calibration.model, self._model)
         )
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """End all passes."""
         for run in self._runs:
             run.close()
         self._runs = ()
@@ -211,19 +194,21 @@ class Drift:
         begin anew, with more samples once what they hold is small."""
         calibration = self._calibration
         held = _held_bytes(calibration.model, names, calibration.batches[0][:1])
+        least, most = (
+            calibration.affordable(min(count, calibration.samples), _WORK, _FEWEST)
+            for count in _SAMPLES
+        )
         counts: dict[str, int] = {}
         now = 0
         for name in names:
-            least, most = (
-                calibration.affordable(min(count, calibration.samples), _WORK, _FEWEST)
-                for count in _SAMPLES
-            )
             needed = math.ceil(calibration.positions(name) / max(calibration.seen(name), 1.0))
             fits = max(calibration.memory_limit // max(2 * held.get(name, 1), 1), _FEWEST)
             count = min(max(needed, least), most, fits)
-            if now > fits or count >= 2 * now:
+            if now > fits:
                 # Of memory that shrinks from layer to layer, a half leaves room for the next ones.
-                now = max(count // 2, min(_FEWEST, count)) if now > fits else count
+                now = max(count // 2, min(_FEWEST, count))
+            elif count >= 2 * now:
+                now = count
             counts[name] = now
         return counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,13 +43,11 @@ class QuantizedLayer:
     Args:
         spec: its quantizer.
         rounded: codes and their values.
-        residual: what they leave of the matrix that was quantized.
         fit: the same as a weight, with the factors of the residual.
     """
 
     spec: QuantSpec
     rounded: Rounded
-    residual: Tensor
     fit: LayerFit
 
 
@@ -76,36 +75,44 @@ def _fitted(
     """With the factors of the residual weighted by `moment`, if there is to be an adapter."""
     layer = calibration.layers[name]
     shape = LayerShape.of(layer)
-    residual = matrix - rounded.dequantized
     if not adapted:
         a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
         singular_values = matrix.new_zeros(shape.groups, 0)
     else:
-        a, b, singular_values = factors(residual, shape.groups, moment)
+        a, b, singular_values = factors(matrix - rounded.dequantized, shape.groups, moment)
     transposed = getattr(layer, "transposed", False)
     fitted = LayerFit(
         rounded.dequantized, a, b, singular_values, shape, layer.weight.shape, transposed
     )
-    return QuantizedLayer(spec, rounded, residual, fitted)
+    return QuantizedLayer(spec, rounded, fitted)
 
 
-def adapter_of(quantized: QuantizedLayer, rank: int, bits: int, moment: Tensor | None) -> Adapter:
-    """Of a rank, or of rank 0 where its own rounding costs more than it wins (see `_error`)."""
-    fit = quantized.fit
+def adapter_of(
+    calibration: Calibration,
+    name: str,
+    quantized: QuantizedLayer,
+    rank: int,
+    bits: int,
+    fit: Fit,
+) -> Adapter:
+    """A layer's adapter of a rank, or of rank 0 where its own rounding costs more than it wins."""
+    moment = calibration.moment(name) if rank and fit == "weighted" else None
+    return _useful(quantized.fit, calibration.matrix(name), rank, bits, moment)
+
+
+def _useful(fit: LayerFit, matrix: Tensor, rank: int, bits: int, moment: Tensor | None) -> Adapter:
+    """See `adapter_of`; `matrix` is what was quantized."""
+    shape = fit.shape
 
     def truncated(rank: int) -> Adapter:
-        return quantize_adapter(
-            *truncate(fit.a, fit.b, rank, fit.shape.groups), bits, fit.shape.groups
-        )
+        a, b = truncate(fit.a, fit.b, rank, shape.groups)
+        return quantize_adapter(a, b, bits, shape.groups)
 
-    adapter, none = truncated(rank), truncated(0)
-    if not rank:
-        return none
-    residual = quantized.residual
-    won = _error(residual, fit.shape, moment) - _error(
-        residual - adapter.matrix(), fit.shape, moment
-    )
-    return adapter if won > 0 else none
+    if rank:
+        adapter, residual = truncated(rank), matrix - fit.dequantized
+        if _error(residual - adapter.matrix(), shape, moment) < _error(residual, shape, moment):
+            return adapter
+    return truncated(0)
 
 
 def _error(residual: Tensor, shape: LayerShape, moment: Tensor | None) -> float:
@@ -142,20 +149,20 @@ def fit_in_order(
     order = [name for name in calibration.order if name in specs]
     done: dict[str, tuple[QuantizedLayer, Adapter]] = {}
     bar = tqdm(order, desc="fitting layers in order", leave=False, disable=not progress)
-    with simulate(model), Drift.over(calibration, model, order) as drift:
+    with simulate(model), closing(Drift(calibration, model, order)) as drift:
         for name in bar:
-            matrix, moment = calibration.matrix(name), calibration.moment(name)
-            target = matrix
+            matrix = calibration.matrix(name)
             inputs = drift.of(name)
-            if inputs is not None:
-                moment = inputs.moment
-                target = _towards(matrix, moment, inputs.cross)
+            if inputs is None:
+                target, moment = matrix, calibration.moment(name)
+            else:
+                target, moment = _towards(matrix, inputs.moment, inputs.cross), inputs.moment
             done[name] = _fit_together(
                 name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
             )
             quantized, adapter = done[name]
             layer: Any = model.get_submodule(name)
-            stored = quantized.rounded.dequantized + adapter.matrix()
+            stored = quantized.fit.dequantized + adapter.matrix()
             weight = quantized.fit.weight(stored)
             layer.weight = nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False)
             if inputs is not None and correct_means:
@@ -206,14 +213,16 @@ def _fit_together(
     product = torch.zeros_like(target)
     best: tuple[float, QuantizedLayer, Adapter] | None = None
     feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
-    for _ in range(_FITS if rank else 1):
+    for _ in range(_FITS):
         rounded = quantize_matrix(target - product, spec, name, feedback)
         quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
-        adapter = adapter_of(quantized, rank, adapter_bits, weighted)
+        adapter = _useful(quantized.fit, target, rank, adapter_bits, weighted)
         product = adapter.matrix()
         error = output_energy(target - rounded.dequantized - product, shape, ridged)
         if best is None or error < best[0]:
             best = error, quantized, adapter
+        if not adapter.rank:  # another round would be the first one again
+            break
     assert best is not None
     return best[1], best[2]
 
@@ -225,8 +234,6 @@ def is_closer(
     adapters: Mapping[str, Adapter],
 ) -> bool:
     """Whether layers fitted in order bring the held-out outputs closer to the float model's."""
-    weights = {
-        n: q.fit.weight(q.rounded.dequantized + adapters[n].matrix()) for n, q in before.items()
-    }
+    weights = {n: q.fit.weight(q.fit.dequantized + adapters[n].matrix()) for n, q in before.items()}
     independent = evaluator.score(evaluator.weights(weights)).mean()
     return bool(evaluator.score({}, network).mean() < independent)

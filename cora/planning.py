@@ -180,11 +180,14 @@ class Ladders:
         self, spec: QuantSpec, shape: LayerShape, residual: Tensor, stored: int, moment: Tensor
     ) -> list[Choice]:
         """The ways to store what the codes leave in an adapter."""
+        room = int(_ADAPTER_SHARE * shape.rows * shape.columns)
+        units = {bits: rank_bits(shape, bits) for bits in self.adapter_bits}
+        if all(unit > room for unit in units.values()):
+            return []
         a, b, _ = factors(residual, shape.groups, moment if self.fit == "weighted" else None)
         found = []
-        for bits in self.adapter_bits:
-            unit = rank_bits(shape, bits)
-            most = min(shape.full_rank, int(_ADAPTER_SHARE * shape.rows * shape.columns / unit))
+        for bits, unit in units.items():
+            most = min(shape.full_rank, room // unit)
             rank = 1
             while rank <= most:
                 part = truncate(a, b, rank, shape.groups)

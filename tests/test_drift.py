@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def inputs_of(
     calibration: Calibration, model: nn.Module, names: Sequence[str]
 ) -> dict[str, Inputs]:
     found = {}
-    with Drift.over(calibration, model, names) as drift:
+    with closing(Drift(calibration, model, names)) as drift:
         for name in names:
             inputs = drift.of(name)
             if inputs is not None:
@@ -208,7 +209,7 @@ def test_drift_of_a_model_that_changes_on_the_way(
     net, data = trained_net(), batches()
     calibration = Calibration(net, data, fold_bn=False, memory_limit=memory_limit)
     other = trained_net()
-    with Drift.over(calibration, other, ORDER) as drift:
+    with closing(Drift(calibration, other, ORDER)) as drift:
         for name in ORDER:
             found = drift.of(name)
             assert found is not None
@@ -248,18 +249,13 @@ def test_one_pass_for_all_layers_and_more_samples_where_less_is_held() -> None:
 
     names = ["wide", "second", "narrow", "last"]
     data = torch.randn(96, 1, 32, 32)
-    for limit, counts in ((2 << 30, [96] * 4), (6_000_000, [96, 17, 96, 96])):
+    for limit, second in ((2 << 30, [96]), (6_000_000, range(16, 48))):
         model = Funnel()
         calibration = Calibration(model, data, memory_limit=limit)
         calibration.moment("wide")  # and what else is computed once
-        calibration.model.runs = 0
         drift = Drift(calibration, model, names)
         found = list(drift._samples.values())
-        assert (
-            found[0] == found[2] == found[3] == 96
-            and found == counts
-            or (limit < 1 << 30 and 16 <= found[1] < 48)
-        )
+        assert [found[0], *found[2:]] == [96] * 3 and found[1] in second
         calibration.model.runs = 0
         inputs_of(calibration, model, names)
         restarts = 1 + sum(a != b for a, b in zip(found, found[1:], strict=False))
