@@ -24,7 +24,14 @@ from .batches import (
 from .fold import fold_batch_norms, fold_pairs
 from .lowrank import FloatLayer, LayerShape, unfold
 from .modules import QUANT_LAYERS, QuantLayer
-from .moments import add_products, draw, input_rows, output_energy, symmetric
+from .moments import (
+    add_products,
+    draw,
+    input_rows,
+    output_energy,
+    regularized,
+    symmetric,
+)
 
 __all__ = [
     "ActivationRange",
@@ -165,6 +172,9 @@ class Calibration:
                 break
         if not taken:
             raise ValueError("calibration: expected at least one sample, got none")
+        if len(taken) == 1 and len(taken[0]) > 1:  # what one half tells is tried on the other
+            half = len(taken[0]) // 2
+            taken = [taken[0][:half], taken[0][half:]]
         return taken
 
     @property
@@ -203,12 +213,16 @@ class Calibration:
         return self._teacher or []
 
     def _pass(
-        self, names: Iterable[str], see: Callable[[str, Tensor, Tensor], None], title: str
+        self, names: Iterable[str], see: Callable[[int, str, Tensor, Tensor], None], title: str
     ) -> None:
-        """One run over all batches under `watch`; the first one's outputs are kept as the teacher's."""
+        """One run over all batches: see(batch, layer, input, output) whenever one of the layers runs.
+
+        The first pass's outputs are kept as the teacher's.
+        """
         outputs: list[Any] = []
-        with torch.no_grad(), self.watch(names, see):
-            for batch in self.bar(self.batches, title):
+        index = 0
+        with torch.no_grad(), self.watch(names, lambda *run: see(index, *run)):
+            for index, batch in enumerate(self.bar(self.batches, title)):
                 output = self.run(batch)
                 if self._teacher is None:
                     outputs.append(output)
@@ -259,9 +273,9 @@ class Calibration:
                 handle.remove()
 
     def moment(self, name: str) -> Tensor:
-        """Second moment of a layer's input, summed over the positions of a sample: [groups, K, K].
+        """Second moment of a layer's input, summed over the positions of a sample: float32 [groups, K, K].
 
-        Regularised by a thousandth of its mean diagonal, so it is positive definite. float32.
+        Positive definite, see `moments.regularized`.
         """
         if name not in self._moments:
             self._collect_moments(self._chunk(name))
@@ -269,7 +283,7 @@ class Calibration:
 
     def _moment_bytes(self, name: str) -> int:
         shape = LayerShape.of(self.layers[name])
-        return 4 * shape.groups * shape.columns**2
+        return 2 * 4 * shape.groups * shape.columns**2  # of each half of the samples
 
     def _chunk(self, name: str) -> list[str]:
         """`name` and the layers after it whose moments fit in memory together."""
@@ -424,25 +438,24 @@ class Calibration:
             # A layer's own generator: its moment does not depend on which others share the pass.
             generators[name] = torch.Generator().manual_seed(self.seed)
 
-        def see(name: str, x: Tensor, output: Tensor) -> None:
+        def see(index: int, name: str, x: Tensor, output: Tensor) -> None:
             layer = self.layers[name]
             rows = input_rows(layer, x, limits[name], generators[name])
             positions = output.numel() // LayerShape.of(layer).rows
             if name not in sums:
-                sums[name] = rows.new_zeros(len(rows), rows.shape[2], rows.shape[2])
-            add_products(sums[name], rows, positions / max(rows.shape[1], 1))
+                sums[name] = rows.new_zeros(2, len(rows), rows.shape[2], rows.shape[2])
+            add_products(sums[name][index % 2], rows, positions / max(rows.shape[1], 1))
 
         self._pass(names, see, "second moments")
+        samples = [sum(map(len, self.batches[half::2])) for half in range(2)]
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
-                moment = symmetric(sums[name]).div_(self.samples)
+                halves = [symmetric(half) for half in sums.pop(name)]
+                self._moments[name] = regularized(*halves, samples)
             else:  # the layer never ran on the calibration data
-                moment = torch.zeros(shape.groups, shape.columns, shape.columns)
-            diagonal = moment.diagonal(dim1=-2, dim2=-1)
-            ridge = 1e-3 * diagonal.mean(-1, keepdim=True)
-            diagonal.add_(torch.where(ridge > 0, ridge, torch.ones_like(ridge)))
-            self._moments[name] = moment
+                eye = torch.eye(shape.columns)
+                self._moments[name] = eye.repeat(shape.groups, 1, 1)
 
     @torch.enable_grad()
     def sensitivity(self) -> dict[str, float]:
@@ -524,7 +537,7 @@ class Calibration:
         generators: dict[tuple[str, str], torch.Generator] = {}
         limit = -(-_RANGE_SAMPLES // len(self.batches))
 
-        def see(name: str, x: Tensor, output: Tensor) -> None:
+        def see(_index: int, name: str, x: Tensor, output: Tensor) -> None:
             for side, tensor in (("input", x), ("output", output)):
                 key, values = (name, side), tensor.detach().float().reshape(-1)
                 low, high = ends.get(key, (math.inf, -math.inf))

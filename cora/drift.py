@@ -107,14 +107,14 @@ class Inputs:
     """A layer's inputs x in the float model and y in the other one, at the same positions.
 
     Args:
-        moment: sum of y y^T, float32 [groups, K, K].
-        cross: sum of x y^T, float32 [groups, K, K].
-        mean_float: of x, [groups, K].
+        moments: mean of y y^T over one half of the samples and over the other, float32 [2, groups, K, K].
+        crosses: mean of x y^T likewise.
+        mean_float: of x over all samples, [groups, K].
         mean_other: of y, [groups, K].
     """
 
-    moment: Tensor
-    cross: Tensor
+    moments: Tensor
+    crosses: Tensor
     mean_float: Tensor
     mean_other: Tensor
 
@@ -150,18 +150,31 @@ class Drift:
             self._start(self._samples[name])
         positions = self._calibration.positions(name)
         layer = self._calibration.layers[name]
-        sums: tuple[Tensor, ...] = ()
-        count = 0
+        sums: list[tuple[Tensor, ...]] = [(), ()]
+        counts = [0, 0]
         for index, part in enumerate(self._parts):
             inputs = [run.at(index, name) for run in self._runs]
             if any(x is None for x in inputs):
                 continue
             limit = max(positions * len(part) // self._count, 1)
             own, other = (self._rows(layer, x, limit, index) for x in inputs)
-            count += own.shape[1]
+            half = index % 2
+            counts[half] += own.shape[1]
             found = other.mT @ other, own.mT @ other, own.sum(1), other.sum(1)
-            sums = tuple(a.add_(b) for a, b in zip(sums, found, strict=True)) if sums else found
-        return Inputs(*sums[:2], *(total / count for total in sums[2:])) if count else None
+            add = zip(sums[half], found, strict=True)
+            sums[half] = tuple(a.add_(b) for a, b in add) if sums[half] else found
+        if not any(counts):
+            return None
+        seen = [half if half else sums[1 - i] for i, half in enumerate(sums)]
+        moments, crosses, own, other = (torch.stack(pair) for pair in zip(*seen, strict=True))
+        parts = moments.new_tensor([count or counts[1 - i] for i, count in enumerate(counts)])
+        per_position = parts[:, None, None]
+        return Inputs(
+            moments / per_position[..., None],
+            crosses / per_position[..., None],
+            (own / per_position).mean(0),
+            (other / per_position).mean(0),
+        )
 
     def _rows(self, layer: Any, x: Tensor | None, limit: int, index: int) -> Tensor:
         """The same positions in both models: their draws have one seed."""
@@ -178,6 +191,8 @@ class Drift:
     def _start(self, samples: int) -> None:
         self.close()
         self._parts, self._count = self._calibration.first(samples), samples
+        if len(self._parts) == 1 and samples > 1:
+            self._parts = [self._parts[0][: samples // 2], self._parts[0][samples // 2 :]]
         self._runs = tuple(
             Lockstep(model, self._parts, self._left)
             for model in (self._calibration.model, self._model)

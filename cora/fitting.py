@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .calibration import Calibration
 from .drift import Drift
 from .evaluation import Evaluator
 from .lowrank import Adapter, LayerShape, factors, quantize_adapter, truncate
-from .moments import output_energy
+from .moments import output_energy, regularized
 from .quantizer import QuantSpec
 from .rounding import Feedback, Rounded, quantize_matrix
 
@@ -32,7 +33,8 @@ __all__ = [
 
 Fit = Literal["weighted", "plain"]
 
-_RIDGE = 0.1  # of the mean second moment: how hard a layer is held to its own weights
+# Shares of the mean second moment: how hard a layer is held to its own weights.
+_RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
 
 
@@ -156,7 +158,8 @@ def fit_in_order(
             if inputs is None:
                 target, moment = matrix, calibration.moment(name)
             else:
-                target, moment = _towards(matrix, inputs.moment, inputs.cross), inputs.moment
+                target = _towards(matrix, inputs.moments, inputs.crosses)
+                moment = regularized(*inputs.moments, (1, 1))
             done[name] = _fit_together(
                 name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
             )
@@ -179,18 +182,46 @@ def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
     return (matrix.reshape(len(mean), -1, matrix.shape[1]) @ mean[:, :, None]).flatten()
 
 
-def _towards(matrix: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
-    """The weight that makes up for the difference of the inputs: [N, K], see `fit_in_order`."""
-    groups = len(moment)
-    ridge = _RIDGE * moment.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    ridge = torch.where(ridge > 0, ridge, torch.ones_like(ridge))
-    eye = torch.eye(moment.shape[-1], dtype=torch.float64, device=moment.device)
-    eye = eye * ridge[:, None, None]
+def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
+    """The weight that makes up for the difference of the inputs: [N, K], see `fit_in_order`.
+
+    The ridge is the one with which what one half of the samples tells holds best for the other half.
+
+    Args:
+        moments, crosses: of each half, [2, groups, K, K].
+    """
+    groups = moments.shape[1]
     rows = matrix.double().reshape(groups, -1, matrix.shape[1])
+    moments, crosses = moments.double(), crosses.double()
     # As a difference from W, so that inputs that are the float model's leave W as it is, to the bit.
-    aim = rows @ (cross.double() - moment.double())
-    change = torch.cholesky_solve(aim.mT, torch.linalg.cholesky(moment.double() + eye)).mT
-    return (rows + change).float().reshape(matrix.shape).contiguous()
+    aims = rows @ (crosses - moments)
+    mean = moments.diagonal(dim1=-2, dim2=-1).mean((0, 2))
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+
+    def change(aim: Tensor, moment: Tensor, ridge: float) -> Tensor:
+        ridged = moment.clone()
+        ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * mean[:, None])
+        return torch.cholesky_solve(aim.mT, torch.linalg.cholesky(ridged)).mT
+
+    @functools.cache
+    def error(index: int) -> float:
+        """At the output, on the half that was not fitted, beyond that of W."""
+        total = 0.0
+        for fitted, other in ((0, 1), (1, 0)):
+            found = change(aims[fitted], moments[fitted], _RIDGES[index])
+            gain = found * (found @ moments[other] - 2 * aims[other])
+            total += float(gain.sum())
+        return total
+
+    best = _RIDGES.index(0.1)
+    for step in (1, -1):
+        while 0 <= best + step < len(_RIDGES) and error(best + step) < error(best):
+            best += step
+    if error(best) >= 0:
+        return matrix
+    # Of twice the samples there is half the noise.
+    found = change(aims.mean(0), moments.mean(0), _RIDGES[best] / 2)
+    return (rows + found).float().reshape(matrix.shape).contiguous()
 
 
 def _fit_together(
@@ -205,11 +236,7 @@ def _fit_together(
 ) -> tuple[QuantizedLayer, Adapter]:
     """Codes for what the adapter leaves, an adapter for what the codes leave; the best round is kept."""
     shape = LayerShape.of(calibration.layers[name])
-    ridged = moment.clone()
-    ridged.diagonal(dim1=-2, dim2=-1).add_(
-        1e-3 * moment.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) + 1e-20
-    )
-    weighted = ridged if fit == "weighted" else None
+    weighted = moment if fit == "weighted" else None
     product = torch.zeros_like(target)
     best: tuple[float, QuantizedLayer, Adapter] | None = None
     feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
@@ -218,7 +245,7 @@ def _fit_together(
         quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
         adapter = _useful(quantized.fit, target, rank, adapter_bits, weighted)
         product = adapter.matrix()
-        error = output_energy(target - rounded.dequantized - product, shape, ridged)
+        error = output_energy(target - rounded.dequantized - product, shape, moment)
         if best is None or error < best[0]:
             best = error, quantized, adapter
         if not adapter.rank:  # another round would be the first one again
