@@ -17,6 +17,7 @@ __all__ = [
     "divergences",
     "float_tensors",
     "gradients",
+    "in_parts",
     "output_logits",
     "required_inputs",
     "take",
@@ -94,6 +95,14 @@ class Batch:
 
     def run(self, model: Callable[..., Any]) -> Any:
         return model(*self.args, **self.kwargs)
+
+
+def in_parts(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """The batches, or the halves of a single one: two parts at least, unless there is but one sample."""
+    if len(batches) != 1 or len(batches[0]) < 2:
+        return batches
+    half = len(batches[0]) // 2
+    return [batches[0][:half], batches[0][half:]]
 
 
 def required_inputs(model: nn.Module) -> int:

@@ -18,6 +18,7 @@ from .batches import (
     divergence,
     float_tensors,
     gradients,
+    in_parts,
     output_logits,
     required_inputs,
 )
@@ -142,6 +143,7 @@ class Calibration:
                 self.kept_float.pop(norm, None)
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
+        self._ridges: dict[str, Tensor] = {}  # within the moments' diagonals
         self._seen: dict[str, float] | None = None
         self._sensitivity: dict[str, float] | None = None
         self._activations: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
@@ -172,9 +174,6 @@ class Calibration:
                 break
         if not taken:
             raise ValueError("calibration: expected at least one sample, got none")
-        if len(taken) == 1 and len(taken[0]) > 1:  # what one half tells is tried on the other
-            half = len(taken[0]) // 2
-            taken = [taken[0][:half], taken[0][half:]]
         return taken
 
     @property
@@ -213,23 +212,28 @@ class Calibration:
         return self._teacher or []
 
     def _pass(
-        self, names: Iterable[str], see: Callable[[int, str, Tensor, Tensor], None], title: str
+        self,
+        names: Iterable[str],
+        see: Callable[[int, str, Tensor, Tensor], None],
+        title: str,
+        batches: Sequence[Batch] | None = None,
     ) -> None:
         """One run over all batches: see(batch, layer, input, output) whenever one of the layers runs.
 
-        The first pass's outputs are kept as the teacher's.
+        The first pass's outputs on the batches as they came are kept as the teacher's.
         """
         outputs: list[Any] = []
         index = 0
         with torch.no_grad(), self.watch(names, lambda *run: see(index, *run)):
-            for index, batch in enumerate(self.bar(self.batches, title)):
+            for index, batch in enumerate(self.bar(batches or self.batches, title)):
                 output = self.run(batch)
-                if self._teacher is None:
+                if self._teacher is None and batches is None:
                     outputs.append(output)
         for index, output in enumerate(outputs):
             if any(tensor.isnan().any() for tensor in float_tensors(output)):
                 raise ValueError(f"model: output on calibration batch {index} is NaN")
-        self._teacher = self._teacher or outputs
+        if self._teacher is None and batches is None:
+            self._teacher = outputs
 
     def divergence(self, candidate: nn.Module) -> float:
         """Mean divergence of a model from the float one over the samples (see `divergence`)."""
@@ -348,7 +352,9 @@ class Calibration:
         """Root mean square of a layer's output (without its bias) over positions and channels."""
         matrix, shape = self.matrix(name), LayerShape.of(self.layers[name])
         energy = output_energy(matrix, shape, self.moment(name))
-        return (energy / (shape.rows * max(self.seen(name), 1.0))) ** 0.5
+        ridge = self._ridges[name].to(matrix.device)
+        energy -= float(ridge @ matrix.square().reshape(shape.groups, -1).sum(1))
+        return (max(energy, 1e-30) / (shape.rows * max(self.seen(name), 1.0))) ** 0.5
 
     @property
     def order(self) -> list[str]:
@@ -433,8 +439,10 @@ class Calibration:
         self._moments = {}
         sums: dict[str, Tensor] = {}
         limits, generators = {}, {}
+        # What one half of the samples tells is tried on the other.
+        parts = in_parts(self.batches)
         for name in names:
-            limits[name] = -(-self.positions(name) // len(self.batches))
+            limits[name] = -(-self.positions(name) // len(parts))
             # A layer's own generator: its moment does not depend on which others share the pass.
             generators[name] = torch.Generator().manual_seed(self.seed)
 
@@ -446,16 +454,17 @@ class Calibration:
                 sums[name] = rows.new_zeros(2, len(rows), rows.shape[2], rows.shape[2])
             add_products(sums[name][index % 2], rows, positions / max(rows.shape[1], 1))
 
-        self._pass(names, see, "second moments")
-        samples = [sum(map(len, self.batches[half::2])) for half in range(2)]
+        self._pass(names, see, "second moments", None if parts == self.batches else parts)
+        samples = [sum(map(len, parts[half::2])) for half in range(2)]
         for name in names:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
-                halves = [symmetric(half) for half in sums.pop(name)]
-                self._moments[name] = regularized(*halves, samples)
+                first, second = (symmetric(half) for half in sums.pop(name))
+                self._moments[name], self._ridges[name] = regularized(first, second, samples)
             else:  # the layer never ran on the calibration data
                 eye = torch.eye(shape.columns)
                 self._moments[name] = eye.repeat(shape.groups, 1, 1)
+                self._ridges[name] = torch.ones(shape.groups)
 
     @torch.enable_grad()
     def sensitivity(self) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
-from .batches import Batch, float_tensors
+from .batches import Batch, float_tensors, in_parts
 from .calibration import Calibration
 from .moments import input_rows
 
@@ -140,7 +140,7 @@ class Drift:
         self._calibration, self._model = calibration, model
         self._left = list(names)
         self._samples = self._counts(names)
-        self._parts: list[Batch] = []
+        self._parts: Sequence[Batch] = []
         self._runs: tuple[Lockstep, ...] = ()
         self._count = 0
 
@@ -148,7 +148,7 @@ class Drift:
         """What a layer sees when it first runs, at drawn positions; None if it does not run."""
         if self._samples[name] != self._count:
             self._start(self._samples[name])
-        positions = self._calibration.positions(name)
+        wanted = self._calibration.positions(name)
         layer = self._calibration.layers[name]
         sums: list[tuple[Tensor, ...]] = [(), ()]
         counts = [0, 0]
@@ -156,7 +156,7 @@ class Drift:
             inputs = [run.at(index, name) for run in self._runs]
             if any(x is None for x in inputs):
                 continue
-            limit = max(positions * len(part) // self._count, 1)
+            limit = max(wanted * len(part) // self._count, 1)
             own, other = (self._rows(layer, x, limit, index) for x in inputs)
             half = index % 2
             counts[half] += own.shape[1]
@@ -167,14 +167,9 @@ class Drift:
             return None
         seen = [half if half else sums[1 - i] for i, half in enumerate(sums)]
         moments, crosses, own, other = (torch.stack(pair) for pair in zip(*seen, strict=True))
-        parts = moments.new_tensor([count or counts[1 - i] for i, count in enumerate(counts)])
-        per_position = parts[:, None, None]
-        return Inputs(
-            moments / per_position[..., None],
-            crosses / per_position[..., None],
-            (own / per_position).mean(0),
-            (other / per_position).mean(0),
-        )
+        positions = moments.new_tensor([count or counts[1 - i] for i, count in enumerate(counts)])
+        each, total = positions[:, None, None, None], positions.sum()
+        return Inputs(moments / each, crosses / each, own.sum(0) / total, other.sum(0) / total)
 
     def _rows(self, layer: Any, x: Tensor | None, limit: int, index: int) -> Tensor:
         """The same positions in both models: their draws have one seed."""
@@ -190,9 +185,7 @@ class Drift:
 
     def _start(self, samples: int) -> None:
         self.close()
-        self._parts, self._count = self._calibration.first(samples), samples
-        if len(self._parts) == 1 and samples > 1:
-            self._parts = [self._parts[0][: samples // 2], self._parts[0][samples // 2 :]]
+        self._parts, self._count = in_parts(self._calibration.first(samples)), samples
         self._runs = tuple(
             Lockstep(model, self._parts, self._left)
             for model in (self._calibration.model, self._model)

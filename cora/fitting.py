@@ -159,7 +159,7 @@ def fit_in_order(
                 target, moment = matrix, calibration.moment(name)
             else:
                 target = _towards(matrix, inputs.moments, inputs.crosses)
-                moment = regularized(*inputs.moments, (1, 1))
+                moment, _ = regularized(inputs.moments[0], inputs.moments[1], (1, 1))
             done[name] = _fit_together(
                 name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
             )

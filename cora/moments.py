@@ -140,7 +140,7 @@ def output_energy(matrix: Tensor, shape: LayerShape, moment: Tensor) -> float:
     return max(energy, 0.0) or 1e-30
 
 
-def regularized(first: Tensor, second: Tensor, samples: Sequence[int]) -> Tensor:
+def regularized(first: Tensor, second: Tensor, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Mean second moment of an input that holds for samples that were not seen, positive definite.
 
     Args:
@@ -148,15 +148,16 @@ def regularized(first: Tensor, second: Tensor, samples: Sequence[int]) -> Tensor
         samples: of each half.
 
     Returns:
-        float32 [groups, K, K], per sample.
+        float32 [groups, K, K], per sample; what was added to its diagonals, [groups].
     """
     means = [half / max(count, 1) for half, count in zip((first, second), samples, strict=True)]
     ridge = likeliest_ridge(*means)
     moment = first.add_(second).div_(sum(samples))
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    added = ridge * diagonal.mean(-1, keepdim=True)
-    diagonal.add_(torch.where(added > 0, added, torch.ones_like(added)))
-    return moment
+    added = ridge * diagonal.mean(-1)
+    added = torch.where(added > 0, added, torch.ones_like(added))
+    diagonal.add_(added[:, None])
+    return moment, added
 
 
 _RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -29,6 +29,7 @@ from cora.calibration import (
     quantizable_layers,
 )
 from cora.lowrank import LayerShape, unfold
+from cora.moments import likeliest_ridge
 
 # --- Batches -------------------------------------------------------------------------------------
 
@@ -234,7 +235,7 @@ def test_input_rows_times_weight_is_the_output(name: str) -> None:
 
 
 def direct_moment(net: Net, name: str, data: list[Tensor]) -> Tensor:
-    """Sum over all positions of the outer products, a sample, in float64, with the ridge."""
+    """Sum over all positions of the outer products, a sample, in float64."""
     inputs: list[Tensor] = []
     layer = net.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0].clone()))
@@ -242,10 +243,16 @@ def direct_moment(net: Net, name: str, data: list[Tensor]) -> Tensor:
         net(x)
     handle.remove()
     rows = torch.cat([input_rows(layer, x).double() for x in inputs], dim=1)
-    moment = rows.transpose(1, 2) @ rows / sum(len(x) for x in data)
-    diagonal = moment.diagonal(dim1=1, dim2=2)
-    diagonal.add_(1e-3 * diagonal.mean(1, keepdim=True))
-    return moment
+    return rows.transpose(1, 2) @ rows / sum(len(x) for x in data)
+
+
+def without_ridge(calibration: Calibration, name: str) -> Tensor:
+    """A moment without what makes it hold for other samples, which is the same on all its diagonal."""
+    moment = calibration.moment(name).double()
+    ridge = calibration._ridges[name].double()
+    mean = moment.diagonal(dim1=1, dim2=2).mean(1)
+    assert ((ridge / (mean - ridge) * 1.001 >= 1e-3) & (ridge / (mean - ridge) < 3.01)).all()
+    return moment - ridge[:, None, None] * torch.eye(moment.shape[1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -253,11 +260,9 @@ def test_moments(inplace: bool) -> None:
     net, data = trained_net(inplace), batches()
     calibration = Calibration(net, data)
     for name in ("stem", "depthwise", "pointwise", "body.0", "head"):
-        moment = calibration.moment(name)
-        torch.testing.assert_close(
-            moment.double(), direct_moment(net, name, data), rtol=1e-4, atol=1e-4
-        )
-        assert (torch.linalg.eigvalsh(moment.double()) > 0).all()
+        found, expected = without_ridge(calibration, name), direct_moment(net, name, data)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (torch.linalg.eigvalsh(calibration.moment(name).double()) > 0).all()
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(301, 3), nn.Conv2d(30, 3, 3, padding=1)], ids=str)
@@ -266,10 +271,41 @@ def test_moments_made_by_blocks(layer: nn.Module) -> None:
     data = [torch.randn(size) for _ in range(3)]
     rows = torch.cat([input_rows(layer, x)[0] for x in data]).double()
     want = rows.T @ rows / sum(len(x) for x in data)
-    want.diagonal().add_(1e-3 * want.diagonal().mean())
-    moment = Calibration(nn.Sequential(layer), data).moment("0")[0]
+    calibration = Calibration(nn.Sequential(layer), data)
+    moment = calibration.moment("0")[0]
     assert torch.equal(moment, moment.T)
-    torch.testing.assert_close(moment.double(), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without_ridge(calibration, "0")[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_fewer_samples_take_more_ridge() -> None:
+    """And it is the right one: of all ridges about the likeliest for inputs that were not seen."""
+    root = torch.randn(48, 48) * torch.linspace(0.1, 1, 48)
+    unseen = torch.randn(20_000, 48) @ root
+    truth = unseen.T @ unseen / len(unseen)
+    found = []
+    for count in (16, 64, 256, 16_384):
+        first, second = (torch.randn(count // 2, 48) @ root for _ in range(2))
+        halves = [half.T @ half / len(half) for half in (first, second)]
+        found.append(likeliest_ridge(halves[0][None], halves[1][None]))
+
+        def surprise(ridge: float, moment: Tensor = halves[0]) -> float:
+            ridged = moment + ridge * moment.diagonal().mean() * torch.eye(48)
+            solved = torch.linalg.solve(ridged.double(), truth.double())
+            return float(solved.trace() + torch.logdet(ridged.double()))
+
+        best = min(map(surprise, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)))
+        assert surprise(found[-1]) < best + 6  # nats of 48 numbers
+    assert found == sorted(found, reverse=True) and found[0] >= 0.1 and found[-1] <= 0.003
+    assert likeliest_ridge(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)) > 0
+
+
+def test_a_single_batch_is_tried_on_its_halves() -> None:
+    layer, x = nn.Linear(64, 3), torch.randn(32, 64)
+    one = Calibration(layer, x)
+    assert one.samples == 32 and len(one.batches) == 1
+    two = Calibration(layer, [x[:16], x[16:]])
+    assert torch.equal(one.moment(""), two.moment(""))
+    assert float(one._ridges[""]) > 0.1  # 16 samples of 64 numbers say little
 
 
 class Recording(Calibration):

@@ -331,7 +331,7 @@ def test_constant_and_zero_layers() -> None:
         fitted = quantize(net, calibration, search=search, **more)
         assert torch.equal(fitted.pointwise.weight, net.pointwise.weight)
         assert torch.isfinite(plain(x)).all() and torch.isfinite(fitted(x)).all()
-        assert calibration.divergence(fitted) <= calibration.divergence(plain)
+        assert calibration.divergence(fitted) <= calibration.divergence(plain) + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -600,8 +600,8 @@ def test_layers_fitted_in_order_are_closer(budget: float) -> None:
 
 def test_inputs_that_did_not_drift_move_nothing() -> None:
     """The first layer sees what the float one sees: its aim is its weight, to the bit."""
-    moment = torch.randn(2, 40, 12)
-    moment = moment.mT @ moment
+    rows = torch.randn(2, 1, 40, 12)  # of two halves of the samples
+    moment = rows.mT @ rows
     matrix = torch.randn(6, 12)
     assert torch.equal(_towards(matrix, moment, moment.clone()), matrix)
     assert torch.equal(_towards(matrix, 0 * moment, 0 * moment), matrix)
