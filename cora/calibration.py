@@ -225,7 +225,9 @@ class Calibration:
         outputs: list[Any] = []
         index = 0
         with torch.no_grad(), self.watch(names, lambda *run: see(index, *run)):
-            for index, batch in enumerate(self.bar(batches or self.batches, title)):
+            for index, batch in enumerate(  # noqa: B007  # the hook reads it
+                self.bar(batches or self.batches, title)
+            ):
                 output = self.run(batch)
                 if self._teacher is None and batches is None:
                     outputs.append(output)
