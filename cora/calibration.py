@@ -350,13 +350,18 @@ class Calibration:
         )
         return min(samples, max(least, int(work / max(each, 1.0))))
 
+    def energy(self, name: str, matrix: Tensor) -> float:
+        """Mean energy of the output that a weight [N, K] in a layer's place has on these samples, at least tiny."""
+        shape = LayerShape.of(self.layers[name])
+        energy = output_energy(matrix, shape, self.moment(name))
+        squares = matrix.square().reshape(shape.groups, -1).sum(1)
+        energy -= float(self._ridges[name].to(squares.device) @ squares)
+        return max(energy, 1e-30)
+
     def output_size(self, name: str) -> float:
         """Root mean square of a layer's output (without its bias) over positions and channels."""
         matrix, shape = self.matrix(name), LayerShape.of(self.layers[name])
-        energy = output_energy(matrix, shape, self.moment(name))
-        ridge = self._ridges[name].to(matrix.device)
-        energy -= float(ridge @ matrix.square().reshape(shape.groups, -1).sum(1))
-        return (max(energy, 1e-30) / (shape.rows * max(self.seen(name), 1.0))) ** 0.5
+        return (self.energy(name, matrix) / (shape.rows * max(self.seen(name), 1.0))) ** 0.5
 
     @property
     def order(self) -> list[str]:

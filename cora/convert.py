@@ -28,7 +28,6 @@ from .modules import (
     fake_quantize_dynamic,
     replace_layers,
 )
-from .moments import output_energy
 from .planning import ADAPTER_WIDTHS, Ladders, PlanResult, cheapest_plan, search_plan
 from .quantizer import QuantSpec, weight_bits
 from .report import (
@@ -487,10 +486,9 @@ def _report(
         packed, float_layer = layers[name], calibration.layers[name]
         shape = q.fit.shape
         original = calibration.matrix(name)
-        moment = calibration.moment(name)
-        signal = output_energy(original, shape, moment) if original.any() else 1.0
-        before = output_energy(original - q.fit.dequantized, shape, moment)
-        after = output_energy(original - packed.matrix(), shape, moment)
+        signal = calibration.energy(name, original) if original.any() else 1.0
+        before = calibration.energy(name, original - q.fit.dequantized)
+        after = calibration.energy(name, original - packed.matrix())
         singular = q.fit.energies().sqrt()  # none where no adapter was wanted
         spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
         step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))

@@ -121,7 +121,6 @@ def test_energies_at_the_output(net: nn.Module, qnet: nn.Module) -> None:
 
         signal = energy(layer.weight)
         before, after = (energy(layer.weight - m.weight) / signal for m in (plain, packed))
-        # The moment's ridge of a thousandth moves these a little.
         assert row.residual_before == pytest.approx(before, rel=0.05)
         assert row.residual_after == pytest.approx(after, rel=0.05)
         assert row.sqnr_db == pytest.approx(-10 * math.log10(after), abs=0.3)
