@@ -351,7 +351,7 @@ class Calibration:
         return min(samples, max(least, int(work / max(each, 1.0))))
 
     def energy(self, name: str, matrix: Tensor) -> float:
-        """Mean energy of the output that a weight [N, K] in a layer's place has on these samples, at least tiny."""
+        """Mean energy of a layer's output on these samples with a weight [N, K], at least tiny."""
         shape = LayerShape.of(self.layers[name])
         energy = output_energy(matrix, shape, self.moment(name))
         squares = matrix.square().reshape(shape.groups, -1).sum(1)
