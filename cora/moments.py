@@ -187,7 +187,7 @@ def likeliest_ridge(first: Tensor, second: Tensor) -> float:
         lower, failed = torch.linalg.cholesky_ex(ridged)
         if failed.any():
             return math.inf
-        trace = torch.cholesky_solve(b, lower).diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
+        trace = (torch.cholesky_inverse(lower) * b).sum(dtype=torch.float64)
         return float(trace + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(dtype=torch.float64))
 
     best = _RIDGES.index(0.01)
