@@ -208,7 +208,7 @@ class Calibration:
     def teacher(self) -> list[Any]:
         """The float model's output on every batch."""
         if self._teacher is None:
-            self._pass((), lambda *_: None, "float outputs")
+            self._pass((), lambda *_: None, "float outputs", self.batches)
         return self._teacher or []
 
     def _pass(
@@ -216,25 +216,26 @@ class Calibration:
         names: Iterable[str],
         see: Callable[[int, str, Tensor, Tensor], None],
         title: str,
-        batches: Sequence[Batch] | None = None,
+        batches: Sequence[Batch],
     ) -> None:
-        """One run over all batches: see(batch, layer, input, output) whenever one of the layers runs.
+        """One run over batches: see(batch, layer, input, output) whenever one of the layers runs.
 
-        The first pass's outputs on the batches as they came are kept as the teacher's.
+        The first pass's outputs on the calibration batches are kept as the teacher's.
         """
         outputs: list[Any] = []
+        wanted = self._teacher is None and batches is self.batches
         index = 0
         with torch.no_grad(), self.watch(names, lambda *run: see(index, *run)):
             for index, batch in enumerate(  # noqa: B007  # the hook reads it
-                self.bar(batches or self.batches, title)
+                self.bar(batches, title)
             ):
                 output = self.run(batch)
-                if self._teacher is None and batches is None:
+                if wanted:
                     outputs.append(output)
         for index, output in enumerate(outputs):
             if any(tensor.isnan().any() for tensor in float_tensors(output)):
                 raise ValueError(f"model: output on calibration batch {index} is NaN")
-        if self._teacher is None and batches is None:
+        if wanted:
             self._teacher = outputs
 
     def divergence(self, candidate: nn.Module) -> float:
@@ -461,7 +462,9 @@ class Calibration:
                 sums[name] = rows.new_zeros(2, len(rows), rows.shape[2], rows.shape[2])
             add_products(sums[name][index % 2], rows, positions / max(rows.shape[1], 1))
 
-        self._pass(names, see, "second moments", None if parts == self.batches else parts)
+        if parts is not self.batches:
+            self.teacher()  # which tells of outputs that are NaN
+        self._pass(names, see, "second moments", parts)
         samples = [sum(map(len, parts[half::2])) for half in range(2)]
         for name in names:
             shape = LayerShape.of(self.layers[name])
@@ -563,7 +566,7 @@ class Calibration:
                     generators[key] = torch.Generator().manual_seed(self.seed)
                 kept.setdefault(key, []).append(values[draw(len(values), limit, generators[key])])
 
-        self._pass(self.layers, see, "activation ranges")
+        self._pass(self.layers, see, "activation ranges", self.batches)
         return {
             (name, side): (torch.cat(kept[name, side]), *ends[name, side])
             if (name, side) in kept

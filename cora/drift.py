@@ -165,9 +165,10 @@ class Drift:
             sums[half] = tuple(a.add_(b) for a, b in add) if sums[half] else found
         if not any(counts):
             return None
-        seen = [half if half else sums[1 - i] for i, half in enumerate(sums)]
-        moments, crosses, own, other = (torch.stack(pair) for pair in zip(*seen, strict=True))
-        positions = moments.new_tensor([count or counts[1 - i] for i, count in enumerate(counts)])
+        halves = [i if counts[i] else 1 - i for i in range(2)]  # one may stand for both
+        pairs = zip(*(sums[i] for i in halves), strict=True)
+        moments, crosses, own, other = (torch.stack(pair) for pair in pairs)
+        positions = moments.new_tensor([counts[i] for i in halves])
         each, total = positions[:, None, None, None], positions.sum()
         return Inputs(moments / each, crosses / each, own.sum(0) / total, other.sum(0) / total)
 

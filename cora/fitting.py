@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from .calibration import Calibration
 from .drift import Drift
 from .evaluation import Evaluator
 from .lowrank import Adapter, LayerShape, factors, quantize_adapter, truncate
-from .moments import output_energy, regularized
+from .moments import lowest, output_energy, regularized
 from .quantizer import QuantSpec
 from .rounding import Feedback, Rounded, quantize_matrix
 
@@ -203,24 +202,20 @@ def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
         ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * mean[:, None])
         return torch.cholesky_solve(aim.mT, torch.linalg.cholesky(ridged)).mT
 
-    @functools.cache
-    def error(index: int) -> float:
+    def error(ridge: float) -> float:
         """At the output, on the half that was not fitted, beyond that of W."""
         total = 0.0
         for fitted, other in ((0, 1), (1, 0)):
-            found = change(aims[fitted], moments[fitted], _RIDGES[index])
+            found = change(aims[fitted], moments[fitted], ridge)
             gain = found * (found @ moments[other] - 2 * aims[other])
             total += float(gain.sum())
         return total
 
-    best = _RIDGES.index(0.1)
-    for step in (1, -1):
-        while 0 <= best + step < len(_RIDGES) and error(best + step) < error(best):
-            best += step
-    if error(best) >= 0:
+    ridge, least = lowest(error, _RIDGES, 0.1)
+    if least >= 0:
         return matrix
     # Of twice the samples there is half the noise.
-    found = change(aims.mean(0), moments.mean(0), _RIDGES[best] / 2)
+    found = change(aims.mean(0), moments.mean(0), ridge / 2)
     return (rows + found).float().reshape(matrix.shape).contiguous()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ __all__ = [
     "draw",
     "input_rows",
     "likeliest_ridge",
+    "lowest",
     "output_energy",
     "regularized",
     "symmetric",
@@ -180,18 +181,25 @@ def likeliest_ridge(first: Tensor, second: Tensor) -> float:
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     a, b = first / mean[:, None, None], second / mean[:, None, None]
 
-    @functools.cache
-    def surprise(index: int) -> float:
+    def surprise(ridge: float) -> float:
         ridged = a.clone()
-        ridged.diagonal(dim1=-2, dim2=-1).add_(_RIDGES[index])
+        ridged.diagonal(dim1=-2, dim2=-1).add_(ridge)
         lower, failed = torch.linalg.cholesky_ex(ridged)
         if failed.any():
             return math.inf
         trace = (torch.cholesky_inverse(lower) * b).sum(dtype=torch.float64)
         return float(trace + 2 * lower.diagonal(dim1=-2, dim2=-1).log().sum(dtype=torch.float64))
 
-    best = _RIDGES.index(0.01)
-    for step in (1, -1):  # it has one minimum
-        while 0 <= best + step < len(_RIDGES) and surprise(best + step) < surprise(best):
+    return lowest(surprise, _RIDGES, 0.01)[0]
+
+
+def lowest(
+    cost: Callable[[float], float], grid: Sequence[float], start: float
+) -> tuple[float, float]:
+    """The value of a grid at which a cost with one minimum is lowest, and that cost; sought from `start`."""
+    known = functools.cache(cost)
+    best = grid.index(start)
+    for step in (1, -1):
+        while 0 <= best + step < len(grid) and known(grid[best + step]) < known(grid[best]):
             best += step
-    return _RIDGES[best]
+    return grid[best], known(grid[best])
