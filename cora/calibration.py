@@ -22,7 +22,7 @@ from .batches import (
     output_logits,
     required_inputs,
 )
-from .fold import fold_batch_norms, fold_pairs
+from .fold import FoldedBatchNorm, fold_batch_norms, fold_pairs
 from .lowrank import FloatLayer, LayerShape, unfold
 from .modules import QUANT_LAYERS, QuantLayer
 from .moments import (
@@ -184,8 +184,11 @@ class Calibration:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
         if self.folded:
             model = copy.deepcopy(model)
-            here = {name for name, _ in model.named_modules()}
-            fold_pairs(model, {a: b for a, b in self.folded.items() if {a, b} <= here})
+            here = dict(model.named_modules())
+            pairs = {a: b for a, b in self.folded.items() if {a, b} <= here.keys()}
+            # The kept copy itself is folded already.
+            pairs = {a: b for a, b in pairs.items() if not isinstance(here[b], FoldedBatchNorm)}
+            fold_pairs(model, pairs)
         layers, _ = quantizable_layers(model)
         for name in {**self.layers, **layers}:
             own, other = (

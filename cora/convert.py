@@ -17,8 +17,9 @@ from . import ops
 from .allocation import Budget, check_rank_budget
 from .calibration import ActivationRange, Calibration, correct_biases
 from .evaluation import Evaluator
-from .fitting import Fit, QuantizedLayer, adapter_of, fit_in_order, is_closer, quantize_layer
+from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
+from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_drop
 from .lowrank import ADAPTER_BITS, LayerShape
 from .modules import (
     QUANT_LAYERS,
@@ -28,7 +29,7 @@ from .modules import (
     fake_quantize_dynamic,
     replace_layers,
 )
-from .planning import ADAPTER_WIDTHS, Ladders, PlanResult, cheapest_plan, search_plan
+from .planning import ADAPTER_WIDTHS, Ladders, PlanResult, search_plan
 from .quantizer import QuantSpec, weight_bits
 from .report import (
     LayerReport,
@@ -48,9 +49,6 @@ __all__ = ["DEFAULT_TARGET_BITS", "dequantize", "quantize"]
 FirstLast = Literal["same", "8bit", "float"]
 
 _SPECTRUM_POINTS = 64
-
-
-DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
 
 
 def quantize(
@@ -96,8 +94,8 @@ def quantize(
         skip: names or patterns of layers that stay float.
         target_bits: stored bits a weight of the quantized layers, with scales, zero-points and adapters
             (if neither a quantizer nor `max_drop` is given 3.5, or the fewest that tiny layers can have).
-        max_drop: instead, the fewest bits at which at most so many points (0.5: half a percent) of the
-            held-out calibration samples change their answer.
+        max_drop: instead, the fewest bits found at which at most so many points (0.5: half a percent) of
+            the held-out calibration samples, half of all, change their answer.
         tune: how scales, biases and adapters are tuned at the end; None: not at all.
         propagate: quantize layers in their order, each fitted to the inputs that the quantized layers
             before it give (and to its quantized activations).
@@ -153,16 +151,34 @@ def quantize(
         ranges = {name: ranges[name] for name in specs}
     simulate = _activation_simulator(activation_bits, set(specs), ranges, activation)
 
-    def evaluator(offset: int = 0) -> Evaluator:
+    def evaluator(offset: int = 0, holdout: int = search.holdout) -> Evaluator:
         return Evaluator(
             calibration,
             search.samples,
             search.batch_size,
-            search.holdout,
+            holdout,
             search.seed + offset,
             simulate,
             search.loss,
             search.label_loss,
+        )
+
+    def fitted_to(
+        quantized: Mapping[str, QuantizedLayer],
+        ranks: Mapping[str, int],
+        widths: Mapping[str, int],
+        in_order: bool = True,
+    ) -> FittedLayers:
+        return fit_layers(
+            calibration,
+            quantized,
+            ranks,
+            widths,
+            fit,
+            evaluator(),
+            propagate and in_order,
+            bias_correction,
+            progress,
         )
 
     found: dict[str, Any]
@@ -170,21 +186,35 @@ def quantize(
         tried = ADAPTER_WIDTHS if adapter_bits is None else (adapter_bits,)
         fixed = _ends(specs) if first_last == "8bit" else ()
         ladders = Ladders(calibration, specs, fixed, tried if rank_budget else (), fit, progress)
-        planned = _plan(ladders, target_bits, max_drop, search, evaluator(), progress)
-        specs = {name: choice.spec for name, choice in planned.plan.choices.items()}
-        ranks = {name: choice.rank for name, choice in planned.plan.choices.items()}
-        widths = {n: c.adapter_bits or tried[0] for n, c in planned.plan.choices.items()}
+        iterations = search.iterations if search.plan == "search" else 0
+
+        def attempt(budget: float, in_order: bool) -> tuple[PlanResult, FittedLayers]:
+            planned = search_plan(ladders, budget, evaluator(), iterations, progress)
+            choices = planned.plan.choices
+            quantized = {
+                name: quantize_layer(name, calibration, choice.spec, fit if choice.rank else None)
+                for name, choice in choices.items()
+            }
+            ranks = {name: choice.rank for name, choice in choices.items()}
+            widths = {name: choice.adapter_bits or tried[0] for name, choice in choices.items()}
+            return planned, fitted_to(quantized, ranks, widths, in_order)
+
+        changed = None
+        if max_drop is None:
+            planned, fitted = attempt(budget_for_bits(ladders, target_bits), True)
+        else:
+            judge = evaluator(holdout=search.samples)
+            planned, fitted, changed = fit_within_drop(
+                ladders, max_drop / 100, judge, attempt, progress
+            )
         found = {
             "method": "joint",
             "target_bits": ladders.bits(planned.budget),
+            "changed": changed,
             "front": [
                 {"bits_per_weight": ladders.bits(plan.stored), "predicted": plan.loss}
                 for plan in planned.front
             ],
-        }
-        quantized = {
-            name: quantize_layer(name, calibration, spec, fit if ranks[name] else None)
-            for name, spec in specs.items()
         }
         interrupted, candidates = planned.interrupted, planned.candidates
         history = planned.history
@@ -192,7 +222,6 @@ def quantize(
     else:
         float_bits = float_weight_bits(calibration.layers[name] for name in specs)
         width = ADAPTER_WIDTHS[0] if adapter_bits is None else adapter_bits
-        widths = dict.fromkeys(specs, width)
         budget = Budget.of(shapes, rank_budget, float_bits, width)
         quantized = {
             name: quantize_layer(name, calibration, spec, fit if budget.bits else None)
@@ -213,28 +242,16 @@ def quantize(
             lambda adapter: (plain_bits + adapter) / weights,
             progress,
         )
-        ranks, found = result.ranks, {"method": result.method}
+        found = {"method": result.method}
         interrupted, candidates, history = result.interrupted, result.candidates, result.history
-
-    adapters = {
-        n: adapter_of(calibration, n, q, ranks[n], widths[n], fit) for n, q in quantized.items()
-    }
-    network = calibration.model  # whose biases are the packed layers'
-    if propagate:
-        again, fitted = fit_in_order(
-            calibration, specs, ranks, widths, fit, bias_correction, simulate, progress
-        )
-        if is_closer(evaluator(), fitted, quantized, adapters):
-            network = fitted
-            quantized = {n: again[n][0] for n in specs}
-            adapters = {n: again[n][1] for n in specs}
-    propagated = network is not calibration.model
+        fitted = fitted_to(quantized, result.ranks, dict.fromkeys(specs, width))
 
     qmodel: Any = copy.deepcopy(model).eval()
     layers: dict[str, QuantLayer] = {}
-    for name, q in quantized.items():
-        float_layer: Any = network.get_submodule(name)
-        packed = QuantWeight(q.rounded.packed(), q.rounded.qparams, adapters[name], shapes[name])
+    for name, q in fitted.layers.items():
+        float_layer: Any = fitted.network.get_submodule(name)
+        adapter = fitted.adapters[name]
+        packed = QuantWeight(q.rounded.packed(), q.rounded.qparams, adapter, shapes[name])
         layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
@@ -243,7 +260,7 @@ def quantize(
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
     qmodel = replace_layers(qmodel, {**layers, **places}).eval()
-    corrected = bias_correction and (propagated or correct_biases(qmodel, layers, calibration))
+    corrected = bias_correction and (fitted.in_order or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
     tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)
@@ -261,7 +278,7 @@ def quantize(
         "fold_bn": calibration.fold_bn,
         "folded": folded,
         "propagate": propagate,
-        "propagated": propagated,
+        "propagated": fitted.in_order,
         "bias_correction": bias_correction,
         "biases_corrected": corrected,
         "tune": dataclasses.asdict(tune),
@@ -273,40 +290,18 @@ def quantize(
         "versions": versions(),
     }
     found |= {
-        "ranks": {name: adapter.rank for name, adapter in adapters.items()},
-        "adapter_bits": {n: adapter.bits for n, adapter in adapters.items() if adapter.rank},
+        "ranks": {name: adapter.rank for name, adapter in fitted.adapters.items()},
+        "adapter_bits": {n: a.bits for n, a in fitted.adapters.items() if a.rank},
         "interrupted": interrupted or tuned.interrupted,
         "candidates": candidates,
         "history": history,
         # nan where nothing was measured
         "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
-    qmodel.report = _report(qmodel, model, calibration, quantized, layers, found, reasons, settings)
+    qmodel.report = _report(
+        qmodel, model, calibration, fitted.layers, layers, found, reasons, settings
+    )
     return qmodel
-
-
-def _plan(
-    ladders: Ladders,
-    target_bits: float | None,
-    max_drop: float | None,
-    search: SearchConfig,
-    evaluator: Evaluator,
-    progress: bool,
-) -> PlanResult:
-    """The plan for so many bits a weight, or the cheapest that changes few enough answers."""
-    if max_drop is None:
-        least = ladders.bits(ladders.least)
-        target = max(DEFAULT_TARGET_BITS, least) if target_bits is None else target_bits
-        if target < least:
-            raise ValueError(
-                f"target_bits must be at least {least:.2f} (2-bit codes, their "
-                f"scales and zero-points, and layers with bits of their own), got {target}"
-            )
-        budget = target * ladders.weights
-    else:
-        budget = cheapest_plan(ladders, max_drop / 100, evaluator, progress).stored
-    iterations = search.iterations if search.plan == "search" else 0
-    return search_plan(ladders, budget, evaluator, iterations, progress)
 
 
 def dequantize(qmodel: nn.Module) -> nn.Module:

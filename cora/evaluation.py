@@ -140,7 +140,7 @@ class Evaluator:
                 ]
             )
 
-    def changed(self, parameters: Mapping[str, Tensor]) -> float:
+    def changed(self, parameters: Mapping[str, Tensor], model: nn.Module | None = None) -> float:
         """Share of the held-out answers (most likely classes) that are not the float model's.
 
         Raises:
@@ -151,7 +151,7 @@ class Evaluator:
         with torch.no_grad():
             for index, rows in self.held_out:
                 batch, teacher = self.part(index, rows)
-                expected, got = logits(teacher), logits(self.outputs(parameters, batch))
+                expected, got = logits(teacher), logits(self.outputs(parameters, batch, model))
                 if expected is None or got is None:
                     raise ValueError("max_drop needs a model whose output holds logits of classes")
                 differ = expected.argmax(-1) != got.argmax(-1)

@@ -21,14 +21,7 @@ from .moments import lowest, output_energy, regularized
 from .quantizer import QuantSpec
 from .rounding import Feedback, Rounded, quantize_matrix
 
-__all__ = [
-    "Fit",
-    "QuantizedLayer",
-    "adapter_of",
-    "fit_in_order",
-    "is_closer",
-    "quantize_layer",
-]
+__all__ = ["Fit", "FittedLayers", "QuantizedLayer", "fit_layers", "quantize_layer"]
 
 Fit = Literal["weighted", "plain"]
 
@@ -88,21 +81,76 @@ def _fitted(
     return QuantizedLayer(spec, rounded, fitted)
 
 
-def adapter_of(
+@dataclass(frozen=True, slots=True)
+class FittedLayers:
+    """All quantized layers of a model, ready to be packed.
+
+    Args:
+        layers: their codes and residuals.
+        adapters: what is stored of the residuals.
+        network: a float model of their structure, whose biases are theirs; the float model itself where
+            each layer is fitted by itself.
+        in_order: each layer is fitted to what the quantized layers before it give.
+    """
+
+    layers: Mapping[str, QuantizedLayer]
+    adapters: Mapping[str, Adapter]
+    network: nn.Module
+    in_order: bool
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The layers' weights as they are stored, adapters in them."""
+        found = {}
+        for name, quantized in self.layers.items():
+            stored = quantized.fit.dequantized + self.adapters[name].matrix()
+            found[name] = quantized.fit.weight(stored)
+        return found
+
+
+def fit_layers(
     calibration: Calibration,
-    name: str,
-    quantized: QuantizedLayer,
-    rank: int,
-    bits: int,
+    layers: Mapping[str, QuantizedLayer],
+    ranks: Mapping[str, int],
+    widths: Mapping[str, int],
     fit: Fit,
-) -> Adapter:
-    """A layer's adapter of a rank, or of rank 0 where its own rounding costs more than it wins."""
-    moment = calibration.moment(name) if rank and fit == "weighted" else None
-    return _useful(quantized.fit, calibration.matrix(name), rank, bits, moment)
+    evaluator: Evaluator,
+    in_order: bool = True,
+    correct_means: bool = True,
+    progress: bool = True,
+) -> FittedLayers:
+    """Adapters of quantized layers; and all of them once more in order, if that is closer to the float model.
+
+    Args:
+        layers: each quantized by itself.
+        ranks, widths: of the adapters: ranks, and bits of their elements.
+        evaluator: of the float model, says what is closer.
+        in_order: whether to try.
+        correct_means: whether layers fitted in order get biases that keep the means of their outputs.
+    """
+    adapters = {}
+    for name, quantized in layers.items():
+        # Rank 0 where an adapter's own rounding costs more than it wins.
+        moment = calibration.moment(name) if ranks[name] and fit == "weighted" else None
+        matrix = calibration.matrix(name)
+        adapters[name] = _useful(quantized.fit, matrix, ranks[name], widths[name], moment)
+    alone = FittedLayers(layers, adapters, calibration.model, False)
+    if not in_order:
+        return alone
+    specs = {name: quantized.spec for name, quantized in layers.items()}
+    ordered = _fit_in_order(
+        calibration, specs, ranks, widths, fit, correct_means, evaluator.simulate, progress
+    )
+    losses = [evaluator.score(evaluator.weights(f.matrices()), f.network) for f in (ordered, alone)]
+    return ordered if losses[0].mean() < losses[1].mean() else alone
 
 
 def _useful(fit: LayerFit, matrix: Tensor, rank: int, bits: int, moment: Tensor | None) -> Adapter:
-    """See `adapter_of`; `matrix` is what was quantized."""
+    """An adapter of a rank, or of rank 0 where its own rounding costs more than it wins.
+
+    Args:
+        matrix: what was quantized.
+        moment: of the layer's input; None: the error of the weights counts.
+    """
     shape = fit.shape
 
     def truncated(rank: int) -> Adapter:
@@ -123,7 +171,7 @@ def _error(residual: Tensor, shape: LayerShape, moment: Tensor | None) -> float:
     return output_energy(residual, shape, moment)
 
 
-def fit_in_order(
+def _fit_in_order(
     calibration: Calibration,
     specs: Mapping[str, QuantSpec],
     ranks: Mapping[str, int],
@@ -132,7 +180,7 @@ def fit_in_order(
     correct_means: bool,
     simulate: Callable[[nn.Module], Any],
     progress: bool,
-) -> tuple[dict[str, tuple[QuantizedLayer, Adapter]], nn.Module]:
+) -> FittedLayers:
     """Quantize the layers once more, in the order they run, each fitted to what it will really see.
 
     With x the float inputs and y those that the quantized layers before give, the weight that brings
@@ -140,15 +188,13 @@ def fit_in_order(
     moment of y. Codes and adapter are fitted to each other in turns. The bias then brings the mean of the
     output to its float mean, unless `correct_means` is False.
 
-    Returns:
-        The layers, and the float model with their weights and biases in it.
-
     Source: the target of GPTAQ, arXiv 2504.02692, in one closed form a layer; with adapters and for
     k x k convolutions it is this project's.
     """
     model = copy.deepcopy(calibration.model)
     order = [name for name in calibration.order if name in specs]
-    done: dict[str, tuple[QuantizedLayer, Adapter]] = {}
+    layers: dict[str, QuantizedLayer] = {}
+    adapters: dict[str, Adapter] = {}
     bar = tqdm(order, desc="fitting layers in order", leave=False, disable=not progress)
     with simulate(model), closing(Drift(calibration, model, order)) as drift:
         for name in bar:
@@ -159,10 +205,10 @@ def fit_in_order(
             else:
                 target = _towards(matrix, inputs.moments, inputs.crosses)
                 moment, _ = regularized(inputs.moments[0], inputs.moments[1], (1, 1))
-            done[name] = _fit_together(
+            quantized, adapter = _fit_together(
                 name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
             )
-            quantized, adapter = done[name]
+            layers[name], adapters[name] = quantized, adapter
             layer: Any = model.get_submodule(name)
             stored = quantized.fit.dequantized + adapter.matrix()
             weight = quantized.fit.weight(stored)
@@ -173,7 +219,7 @@ def fit_in_order(
                 bias = shift if layer.bias is None else layer.bias + shift
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
             drift.release(name)
-    return done, model
+    return FittedLayers({n: layers[n] for n in specs}, {n: adapters[n] for n in specs}, model, True)
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
@@ -182,7 +228,7 @@ def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
 
 
 def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
-    """The weight that makes up for the difference of the inputs: [N, K], see `fit_in_order`.
+    """The weight that makes up for the difference of the inputs: [N, K], see `_fit_in_order`.
 
     The ridge is the one with which what one half of the samples tells holds best for the other half.
 
@@ -247,15 +293,3 @@ def _fit_together(
             break
     assert best is not None
     return best[1], best[2]
-
-
-def is_closer(
-    evaluator: Evaluator,
-    network: nn.Module,
-    before: Mapping[str, QuantizedLayer],
-    adapters: Mapping[str, Adapter],
-) -> bool:
-    """Whether layers fitted in order bring the held-out outputs closer to the float model's."""
-    weights = {n: q.fit.weight(q.fit.dequantized + adapters[n].matrix()) for n, q in before.items()}
-    independent = evaluator.score(evaluator.weights(weights)).mean()
-    return bool(evaluator.score({}, network).mean() < independent)

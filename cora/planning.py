@@ -232,6 +232,11 @@ class Ladders:
         """Stored bits of the cheapest plan."""
         return sum(steps[0].stored for steps in self.steps.values())
 
+    @property
+    def most(self) -> int:
+        """Stored bits of the dearest plan."""
+        return sum(steps[-1].stored for steps in self.steps.values())
+
     def best(self, budget: float, scale: Mapping[str, float] | None = None) -> Plan:
         """The plan of least predicted loss within a budget of stored bits.
 
@@ -283,8 +288,7 @@ class Ladders:
 
     def front(self, count: int = _FRONT) -> list[Plan]:
         """Plans from the cheapest to the best, evenly spaced in stored bits."""
-        most = sum(steps[-1].stored for steps in self.steps.values())
-        least = self.least
+        least, most = self.least, self.most
         budgets = [least + (most - least) * i / (count - 1) for i in range(count)]
         plans: dict[int, Plan] = {}
         for budget in budgets:

@@ -331,7 +331,8 @@ def test_constant_and_zero_layers() -> None:
         fitted = quantize(net, calibration, search=search, **more)
         assert torch.equal(fitted.pointwise.weight, net.pointwise.weight)
         assert torch.isfinite(plain(x)).all() and torch.isfinite(fitted(x)).all()
-        assert calibration.divergence(fitted) <= calibration.divergence(plain)
+        # The zero layer hides all that comes before it: what is left is the rounding of float32.
+        assert calibration.divergence(fitted) <= calibration.divergence(plain) + 1e-7
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

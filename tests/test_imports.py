@@ -15,7 +15,8 @@ CORA = Path(__file__).parents[1] / "cora"
 
 # A module may import those of lower layers; the right-hand ones are optional or stand beside.
 LAYERS = {
-    "cli": 11, "compare": 10, "roofline": 9, "serialization": 9, "fuse": 8, "convert": 8,
+    "cli": 12, "compare": 11, "roofline": 10, "serialization": 10, "fuse": 9, "convert": 9,
+    "joint": 8,
     "tracing": 7, "fitting": 7, "search": 7, "planning": 7, "tuning": 7,
     "diagnosis": 6, "allocation": 6, "evaluation": 6, "drift": 6,
     "report": 5,

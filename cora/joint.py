@@ -1,0 +1,89 @@
+"""Bits, groups and ranks chosen together for a target, and the layers fitted to the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from .evaluation import Evaluator
+from .fitting import FittedLayers
+from .planning import Ladders, PlanResult, cheapest_plan
+
+__all__ = ["DEFAULT_TARGET_BITS", "Attempt", "budget_for_bits", "fit_within_drop"]
+
+DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
+
+_ATTEMPTS = 3  # plans whose layers are fitted
+_CLOSE = 0.05  # bits a weight that are not worth another attempt
+
+Attempt = Callable[[float, bool], tuple[PlanResult, FittedLayers]]
+"""The plan for a budget of stored bits with its layers fitted, in order or each by itself."""
+
+
+def budget_for_bits(ladders: Ladders, target_bits: float | None) -> float:
+    """Stored bits of so many bits a weight.
+
+    Args:
+        target_bits: None: the default, or the fewest that tiny layers can have.
+
+    Raises:
+        ValueError: too few for any plan.
+    """
+    least = ladders.bits(ladders.least)
+    target = max(DEFAULT_TARGET_BITS, least) if target_bits is None else target_bits
+    if target < least:
+        raise ValueError(
+            f"target_bits must be at least {least:.2f} (2-bit codes, their "
+            f"scales and zero-points, and layers with bits of their own), got {target}"
+        )
+    return target * ladders.weights
+
+
+def fit_within_drop(
+    ladders: Ladders,
+    most_changed: float,
+    judge: Evaluator,
+    attempt: Attempt,
+    progress: bool = True,
+) -> tuple[PlanResult, FittedLayers, float]:
+    """The fewest bits found at which fitted layers change at most a share of the held-out answers.
+
+    The first plan is the cheapest that keeps enough answers with each layer quantized by itself.
+    Fitted in order the layers keep more, so that bits can go: one fewer changes about twice as many answers.
+
+    Args:
+        judge: counts the changed answers.
+
+    Returns:
+        The plan, its layers and the share that they change.
+
+    Raises:
+        ValueError: the model's output has no answers, or every plan changes more.
+    """
+    start = cheapest_plan(ladders, most_changed, judge, progress).stored
+    kept: tuple[PlanResult, FittedLayers, float] | None = None
+    failed, held = (
+        ladders.least - 1.0,
+        ladders.most + 1.0,
+    )  # budgets; nothing is known beyond the ladders
+    budget = float(start)
+    for _ in range(_ATTEMPTS):
+        planned, fitted = attempt(budget, True)
+        changed = _changed(judge, fitted)
+        if changed <= most_changed:
+            kept, held = (planned, fitted, changed), budget
+        else:
+            failed = budget
+        spare = math.log2(most_changed / max(changed, most_changed / 4))
+        guess = max(budget - spare * ladders.weights, float(ladders.least))
+        budget = guess if failed < guess < held else (failed + held) / 2
+        if kept is not None and held - budget < _CLOSE * ladders.weights:
+            break
+    if kept is None:  # the first plan holds with each layer by itself: that was measured
+        planned, fitted = attempt(start, False)
+        kept = planned, fitted, _changed(judge, fitted)
+    return kept
+
+
+def _changed(judge: Evaluator, fitted: FittedLayers) -> float:
+    return judge.changed(judge.weights(fitted.matrices()), fitted.network)

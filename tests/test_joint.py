@@ -1,0 +1,118 @@
+"""Budgets: from a target of bits, and the fewest bits at which fitted layers keep enough answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models import batches, trained_net
+
+import cora
+from cora import Calibration
+from cora.joint import budget_for_bits, fit_within_drop
+
+WEIGHTS = 1000
+
+
+@dataclass
+class Fake:
+    """Ladders from 2 to 8 bits, plans and judge of one: `alone` and `ordered` give the answers that change
+    at so many bits with layers quantized by themselves and in order."""
+
+    ordered: Callable[[float], float]
+    alone: Callable[[float], float] = lambda bits: 0.5 ** (bits + 2)
+    tried: list[tuple[float, bool]] = field(default_factory=list)
+    weights: int = WEIGHTS
+    least: int = 2 * WEIGHTS
+    most: int = 8 * WEIGHTS
+
+    def front(self) -> list[Any]:
+        return [SimpleNamespace(stored=250 * i) for i in range(8, 33)]
+
+    def bits(self, stored: float) -> float:
+        return stored / WEIGHTS
+
+    def parameters(self, plan: Any, _judge: Any) -> float:
+        return self.alone(self.bits(plan.stored))
+
+    def attempt(self, budget: float, in_order: bool) -> Any:
+        assert self.least <= budget <= self.most
+        self.tried.append((budget, in_order))
+        changed = (self.ordered if in_order else self.alone)(self.bits(budget))
+        return budget, SimpleNamespace(matrices=lambda: changed, network=None)
+
+    def run(self, most_changed: float) -> tuple[float, float]:
+        judge: Any = SimpleNamespace(changed=lambda value, _model=None: value, weights=lambda x: x)
+        ladders: Any = self
+        planned, _, changed = fit_within_drop(ladders, most_changed, judge, self.attempt, False)
+        return planned, changed  # type: ignore[return-value]
+
+
+def test_what_fitting_in_order_wins_is_spent() -> None:
+    """Layers in order change a quarter: nearly two bits go, in the attempts that there are."""
+    fake = Fake(lambda bits: 0.5 ** (bits + 4))
+    budget, changed = fake.run(0.005)
+    exact = WEIGHTS * (-math.log2(0.005) - 4)
+    assert changed <= 0.005
+    assert exact <= budget < exact + 150 < fake.tried[0][0] - 1500
+    assert len(fake.tried) <= 3 and all(ordered for _, ordered in fake.tried)
+
+
+def test_a_step_too_far_is_taken_back() -> None:
+    """Where a bit costs more than twice the answers, the guess misses and the middle is tried."""
+    fake = Fake(lambda bits: 0.2 ** (bits - 1), alone=lambda bits: 0.5 ** (bits + 1))
+    budget, changed = fake.run(0.02)
+    assert changed <= 0.02 and budget < fake.tried[0][0]
+    assert any(fake.ordered(b / WEIGHTS) > 0.02 for b, _ in fake.tried)
+    assert budget == min(b for b, _ in fake.tried if fake.ordered(b / WEIGHTS) <= 0.02)
+
+
+def test_layers_worse_in_order_get_more_bits() -> None:
+    fake = Fake(lambda bits: 0.5 ** (bits + 1.5))
+    budget, changed = fake.run(0.01)
+    assert changed <= 0.01 and budget > fake.tried[0][0]
+
+
+def test_layers_that_never_hold_in_order_stay_by_themselves() -> None:
+    fake = Fake(lambda _: 1.0)
+    budget, changed = fake.run(0.01)
+    assert fake.tried[-1] == (budget, False) and budget == fake.tried[0][0]
+    assert changed <= 0.01 and len(fake.tried) == 4
+
+
+def test_the_fewest_bits_of_all() -> None:
+    """No attempt goes below the ladders, and none is repeated."""
+    fake = Fake(lambda _: 0.0)
+    budget, changed = fake.run(0.05)
+    assert budget == fake.least and changed == 0
+    assert len(set(fake.tried)) == len(fake.tried)
+
+
+def test_a_budget_of_bits() -> None:
+    ladders: Any = Fake(lambda _: 0.0)
+    assert budget_for_bits(ladders, 3.0) == 3 * WEIGHTS
+    assert budget_for_bits(ladders, None) == 3.5 * WEIGHTS
+    with pytest.raises(ValueError, match="target_bits must be at least 2.00 .*, got 1.5"):
+        budget_for_bits(ladders, 1.5)
+    ladders.least = 4 * WEIGHTS
+    assert budget_for_bits(ladders, None) == 4 * WEIGHTS
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_of_a_real_model(propagate: bool) -> None:
+    """The share in the report is that of half of the samples, and kept; with layers in order it costs less."""
+    calibration = Calibration(trained_net(), batches(4))
+    options: dict[str, Any] = {"progress": False, "tune": None, "propagate": propagate}
+    qmodel: Any = cora.quantize(calibration.model, calibration, max_drop=6, **options)
+    changed = qmodel.report.search["changed"]
+    assert 0 <= changed <= 0.06
+    answers = calibration.samples // 2
+    assert changed * answers == pytest.approx(round(changed * answers))
+    fixed: Any = cora.quantize(calibration.model, calibration, target_bits=3.5, **options)
+    assert fixed.report.search["changed"] is None
+    assert torch.isfinite(qmodel(batches(1)[0])).all()
