@@ -48,6 +48,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
 _PERCENTILE = 0.9999
 _WORK = 1e12  # multiply-adds that the curvature's forward passes may take
+_MOMENT_WORK = 2.5e10  # multiply-adds of a layer's second moment beyond the fewest positions
 
 
 def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[str, str]]:
@@ -376,7 +377,9 @@ class Calibration:
         """Positions of a layer's input that are drawn for its second moment, over all samples."""
         shape = LayerShape.of(self.layers[name])
         # A depthwise layer has many small moments.
-        return max(16384 if shape.groups == 1 else 4096, 4 * shape.columns)
+        least = 16384 if shape.groups == 1 else 4096
+        affordable = int(_MOMENT_WORK / (shape.groups * shape.columns**2))
+        return max(least, 4 * shape.columns, min(4 * least, affordable))
 
     @torch.enable_grad()
     def curvature(

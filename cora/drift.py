@@ -23,7 +23,7 @@ from .moments import input_rows
 
 __all__ = ["Drift", "Inputs", "Lockstep"]
 
-_SAMPLES = (256, 512)  # run at least and at most, where the memory suffices
+_SAMPLES = (256, 1024)  # run at least and at most, where the memory suffices
 _FEWEST = 16  # run even if it does not
 _WORK = 1e12  # multiply-adds of a pass
 
