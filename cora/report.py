@@ -164,6 +164,12 @@ class Report:
             f"({t['compression']:.2f}x); {t['bits_per_weight']:.2f} bits a quantized weight, "
             f"adapters {t['adapter_share']:.2%} of the float weights",
         ]
+        changed = self.search.get("changed")
+        if changed is not None:
+            lines.append(
+                f"{changed:.2%} of the held-out answers changed before tuning, "
+                f"{self.settings['max_drop']:g} % were allowed"
+            )
         tuning = self.search.get("tuning", {})
         if tuning.get("step"):
             lines.append(
