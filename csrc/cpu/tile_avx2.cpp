@@ -84,44 +84,57 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
   }
 }
 
+// Every loop over a tile's accumulators is unrolled: one that is not puts the array into memory, and each sum is
+// then stored as soon as it is made.
 template <int kM>
 void tile_s8_fixed(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
                    int32_t* acc) {
   __m256i c[kM][2];
-  for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) c[i][h] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) c[i][0] = c[i][1] = _mm256_setzero_si256();
   for (int64_t t = 0; t < taps; ++t) {
     const uint8_t* x[kM];
+#pragma GCC unroll 4
     for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
     for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
-      const __m256i w[2] = {load(panel), load(panel + 32)};
-      const __m256i size = _mm256_or_si256(_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1]));
+      const __m256i w0 = load(panel), w1 = load(panel + 32);
+      const __m256i size = _mm256_or_si256(_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
       if (_mm256_testz_si256(size, _mm256_set1_epi8(static_cast<char>(0xc0)))) {
 #pragma GCC unroll 4
         for (int i = 0; i < kM; ++i) {
           const __m256i xi = broadcast4(x[i] + k);
-          for (int h = 0; h < 2; ++h) c[i][h] = add_products<false>(c[i][h], xi, w[h]);
+          c[i][0] = add_products<false>(c[i][0], xi, w0);
+          c[i][1] = add_products<false>(c[i][1], xi, w1);
         }
       } else {
+#pragma GCC unroll 4
         for (int i = 0; i < kM; ++i) {
           const __m256i xi = broadcast4(x[i] + k);
-          for (int h = 0; h < 2; ++h) c[i][h] = add_products<true>(c[i][h], xi, w[h]);
+          c[i][0] = add_products<true>(c[i][0], xi, w0);
+          c[i][1] = add_products<true>(c[i][1], xi, w1);
         }
       }
     }
   }
-  for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) store(acc + i * kLanes + h * 8, c[i][h]);
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) {
+    store(acc + i * kLanes, c[i][0]);
+    store(acc + i * kLanes + 8, c[i][1]);
+  }
 }
 
 template <int kM>
 void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
                     float* acc) {
   __m256 c[kM][2];
-  for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) c[i][h] = _mm256_loadu_ps(acc + i * kLanes + h * 8);
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i) {
+    c[i][0] = _mm256_loadu_ps(acc + i * kLanes);
+    c[i][1] = _mm256_loadu_ps(acc + i * kLanes + 8);
+  }
   for (int64_t t = 0; t < taps; ++t) {
     const float* x[kM];
+#pragma GCC unroll 6
     for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
     for (int64_t k = 0; k < run; ++k, panel += kLanes) {
       const __m256 w0 = _mm256_loadu_ps(panel), w1 = _mm256_loadu_ps(panel + 8);
@@ -133,8 +146,11 @@ void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, 
       }
     }
   }
-  for (int i = 0; i < kM; ++i)
-    for (int h = 0; h < 2; ++h) _mm256_storeu_ps(acc + i * kLanes + h * 8, c[i][h]);
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i) {
+    _mm256_storeu_ps(acc + i * kLanes, c[i][0]);
+    _mm256_storeu_ps(acc + i * kLanes + 8, c[i][1]);
+  }
 }
 
 inline __m256i lane_mask(int lanes) {
