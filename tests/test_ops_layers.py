@@ -121,6 +121,28 @@ def test_linear_constant_and_zero_input(isa: str) -> None:
     check_linear(torch.full((3, 20), -2.5), item)
 
 
+@pytest.mark.parametrize("widest", [1, 7, 15, 31, 63, 127])
+@pytest.mark.parametrize("bits", ALL_BITS)
+def test_linear_sums_at_their_largest(isa: str, bits: int, widest: int) -> None:
+    """Every code at its end, weights and A of one sign: no partial sum may pass what holds it."""
+    k, top = 203, 2**bits - 1
+    for m, n, (code, zero) in itertools.product(
+        (1, 3, 13), (5, 45), ((top, 0), (0, top), (top, top // 2))
+    ):
+        codes = torch.full((n, k), code, dtype=torch.uint8)
+        zeros = torch.full((n, 1), zero, dtype=torch.int32)
+        for sign in (-1, 1):
+            got = ops.linear_lowrank(
+                torch.full((m, k), 255.0), ops.pack_bits(codes, bits), torch.ones(n, 1), zeros, bits,
+                a=torch.full((1, k), sign * widest, dtype=torch.int8),
+                b=torch.ones(n, 1, dtype=torch.int8), adapter_scale=torch.ones(1),
+                x_bits=8, x_scale=torch.ones(1), x_zero_point=torch.zeros(1, dtype=torch.int32),
+            )  # fmt: skip
+            want = torch.full((m, n), 255.0 * k * (code - zero + sign * widest))
+            # AMX multiplies hidden values by B as two bfloat16.
+            torch.testing.assert_close(got, want, rtol=1e-4 if isa == "amx" else 0, atol=0)
+
+
 # --- Convolution
 # -----------------------------------------------------------------------------------
 

@@ -188,11 +188,12 @@ struct Pending {
   }
 };
 
-/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows.
+/// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows, of weights
+/// between -widest and widest.
 /// m is `block` or twice that; the second block's rows follow the first's in acc. An AMX tile works off `pending` (or null) meanwhile, on the
 /// vector units it does not use; the other levels leave it alone.
 using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                      int m, int block, int lanes, int32_t* acc, Pending* pending);
+                      int widest, int m, int block, int lanes, int32_t* acc, Pending* pending);
 
 // --- Floats on AMX: bfloat16 planes ---------------------------------------------------------------
 // AMX multiplies bfloat16 and sums in float32. Weights without their scale are integers of up to 8 bits,

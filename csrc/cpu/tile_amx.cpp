@@ -192,8 +192,8 @@ void configure(int block) {
 }
 void release() { _tile_release(); }
 
-void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int block, int lanes, int32_t* acc, Pending* pending) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+             int /*widest*/, int m, int block, int lanes, int32_t* acc, Pending* pending) {
   const int64_t steps = quads * kQuad / kStep<uint8_t>;
   multiply_tile(Operands<uint8_t, int8_t>{rows, 0, 1, tap, taps, steps, panel, block}, m, lanes, acc, pending);
 }

@@ -1,7 +1,8 @@
 // The layer kernels, AVX2 + FMA.
-// Method: the 12 x 32 tile is done in pieces of 16 weight rows: 6 x 16 floats (12 accumulators, two
-// panel vectors, one broadcast), or 4 x 16 integers. vpmaddubsw adds two products of an unsigned and a
-// signed byte into 16 bits: exact up to weights of 64; wider ones meet bit 7 of x apart.
+// Method: the 12 x 32 tile is done in pieces of 16 weight rows (8 where only so many are left): 6 x 16 floats
+// (12 accumulators, two panel vectors, one broadcast), or 3 or 4 x 16 integers. vpmaddubsw adds two products of
+// an unsigned and a signed byte into 16 bits. Up to weights of 31 several such sums fit 16 bits, which spares
+// most of the widening additions; up to 64 one does; wider ones meet bit 7 of x apart.
 #include "bits.h"
 #include "cpu/kernels.h"
 
@@ -9,6 +10,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 CORA_BEGIN_AVX2
 
@@ -42,14 +44,16 @@ inline __m256i add_products(__m256i acc, __m256i x, __m256i w) {
   return add_pairs(add_pairs(acc, _mm256_andnot_si256(bit7, x), w), _mm256_and_si256(bit7, x), w);
 }
 
-/// The four vectors of a quad-row's codes, eight lanes each.
-template <int kBits>
-inline void load_codes(const uint8_t* packed, __m256i codes[4]) {
+/// kCount of the four vectors of a quad-row's codes, eight lanes each.
+template <int kBits, int kFirst = 0, int kCount = 4>
+inline void load_codes(const uint8_t* packed, __m256i codes[kCount]) {
   constexpr Planes planes = planes_of(kBits);
 #pragma GCC unroll 3
   for (int p = 0; p < planes.count; ++p) {
     const int width = planes.width[p], shift = planes.shift[p];
-    for (int g = 0; g < 4; ++g) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kCount; ++i) {
+      const int g = kFirst + i;
       __m256i part;
       if (width == 8) {
         part = load(packed + g * 32);
@@ -64,7 +68,7 @@ inline void load_codes(const uint8_t* packed, __m256i codes[4]) {
         const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(broadcast4(packed + g * 4), which), bit);
         part = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(1));
       }
-      codes[g] = p == 0 ? part : _mm256_or_si256(codes[g], _mm256_slli_epi16(part, shift));
+      codes[i] = p == 0 ? part : _mm256_or_si256(codes[i], _mm256_slli_epi16(part, shift));
     }
     packed += kQuadRow / 8 * width;
   }
@@ -84,82 +88,170 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
   }
 }
 
+/// Sums of products of an unsigned byte and one of at most `widest`, two at a time, that fit 16 bits.
+constexpr int64_t sums_in_16_bits(int widest) { return 32767 / (2 * 255 * widest); }
+constexpr int kNarrow = 31;  // up to here that is two or more
+
 // Every loop over a tile's accumulators is unrolled: one that is not puts the array into memory, and each sum is
 // then stored as soon as it is made.
-template <int kM>
-void tile_s8_fixed(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                   int32_t* acc) {
-  __m256i c[kM][2];
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) c[i][0] = c[i][1] = _mm256_setzero_si256();
+
+/// kM rows of x by 8 * kV weight rows, none above kNarrow.
+template <int kM, int kV>
+void tile_s8_narrow(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                    int widest, int32_t* acc) {
+  const int64_t most = sums_in_16_bits(widest);
+  __m256i c[kM][kV];
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) c[i][v] = _mm256_setzero_si256();
   for (int64_t t = 0; t < taps; ++t) {
     const uint8_t* x[kM];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
-    for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
-      const __m256i w0 = load(panel), w1 = load(panel + 32);
-      const __m256i size = _mm256_or_si256(_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
-      if (_mm256_testz_si256(size, _mm256_set1_epi8(static_cast<char>(0xc0)))) {
-#pragma GCC unroll 4
+    for (int64_t k = 0; k < quads * kQuad;) {
+      const int64_t end = k + most * kQuad < quads * kQuad ? k + most * kQuad : quads * kQuad;
+      __m256i sum[kM][kV];
+#pragma GCC unroll 6
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v) sum[i][v] = _mm256_setzero_si256();
+      for (; k < end; k += kQuad, panel += kQuadRow) {
+        __m256i w[kV];
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v) w[v] = load(panel + v * 32);
+#pragma GCC unroll 6
         for (int i = 0; i < kM; ++i) {
           const __m256i xi = broadcast4(x[i] + k);
-          c[i][0] = add_products<false>(c[i][0], xi, w0);
-          c[i][1] = add_products<false>(c[i][1], xi, w1);
-        }
-      } else {
-#pragma GCC unroll 4
-        for (int i = 0; i < kM; ++i) {
-          const __m256i xi = broadcast4(x[i] + k);
-          c[i][0] = add_products<true>(c[i][0], xi, w0);
-          c[i][1] = add_products<true>(c[i][1], xi, w1);
+#pragma GCC unroll 2
+          for (int v = 0; v < kV; ++v) sum[i][v] = _mm256_add_epi16(sum[i][v], _mm256_maddubs_epi16(xi, w[v]));
         }
       }
+#pragma GCC unroll 6
+      for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v)
+          c[i][v] = _mm256_add_epi32(c[i][v], _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1)));
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) {
-    store(acc + i * kLanes, c[i][0]);
-    store(acc + i * kLanes + 8, c[i][1]);
-  }
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
 }
 
-template <int kM>
+/// kM rows of x by 8 * kV weight rows of any size.
+template <int kM, int kV>
+void tile_s8_wide(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                  int /*widest*/, int32_t* acc) {
+  __m256i c[kM][kV];
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) c[i][v] = _mm256_setzero_si256();
+  const auto step = [&](const uint8_t* const* x, int64_t k, const __m256i* w, auto wide) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) {
+      const __m256i xi = broadcast4(x[i] + k);
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) c[i][v] = add_products<decltype(wide)::value>(c[i][v], xi, w[v]);
+    }
+  };
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+#pragma GCC unroll 8
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
+      __m256i w[kV], size = _mm256_setzero_si256();
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) {
+        w[v] = load(panel + v * 32);
+        size = _mm256_or_si256(size, _mm256_abs_epi8(w[v]));
+      }
+      if (_mm256_testz_si256(size, _mm256_set1_epi8(static_cast<char>(0xc0))))
+        step(x, k, w, std::false_type());
+      else
+        step(x, k, w, std::true_type());
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
+}
+
+template <int kM, int kV>
 void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
                     float* acc) {
-  __m256 c[kM][2];
-#pragma GCC unroll 6
-  for (int i = 0; i < kM; ++i) {
-    c[i][0] = _mm256_loadu_ps(acc + i * kLanes);
-    c[i][1] = _mm256_loadu_ps(acc + i * kLanes + 8);
-  }
+  __m256 c[kM][kV];
+#pragma GCC unroll 12
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) c[i][v] = _mm256_loadu_ps(acc + i * kLanes + v * 8);
   for (int64_t t = 0; t < taps; ++t) {
     const float* x[kM];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
     for (int64_t k = 0; k < run; ++k, panel += kLanes) {
-      const __m256 w0 = _mm256_loadu_ps(panel), w1 = _mm256_loadu_ps(panel + 8);
-#pragma GCC unroll 6
+      __m256 w[kV];
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) w[v] = _mm256_loadu_ps(panel + v * 8);
+#pragma GCC unroll 12
       for (int i = 0; i < kM; ++i) {
         const __m256 xi = _mm256_broadcast_ss(x[i] + k);
-        c[i][0] = _mm256_fmadd_ps(xi, w0, c[i][0]);
-        c[i][1] = _mm256_fmadd_ps(xi, w1, c[i][1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v) c[i][v] = _mm256_fmadd_ps(xi, w[v], c[i][v]);
       }
     }
   }
-#pragma GCC unroll 6
-  for (int i = 0; i < kM; ++i) {
-    _mm256_storeu_ps(acc + i * kLanes, c[i][0]);
-    _mm256_storeu_ps(acc + i * kLanes + 8, c[i][1]);
-  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) _mm256_storeu_ps(acc + i * kLanes + v * 8, c[i][v]);
 }
 
 inline __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/// kM rows by the 16 lanes from 16 * half.
+/// Codes of up to four bits: some quad-rows at a time, summed in 16 bits, half of the lanes after the other.
+template <int kBits, int kM, int kHalf>
+inline void gemv_s8_half(const uint8_t* packed, int64_t begin, int64_t end, const uint8_t* x, int64_t ldx,
+                         int32_t* acc) {
+  __m256i sum[kM][2];
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
+  for (int64_t r = begin; r < end; ++r) {
+    __m256i w[2];
+    load_codes<kBits, 2 * kHalf, 2>(packed + r * quad_row_bytes(kBits), w);
+#pragma GCC unroll 4
+    for (int i = 0; i < kM; ++i) {
+      const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
+      sum[i][0] = _mm256_add_epi16(sum[i][0], _mm256_maddubs_epi16(xi, w[0]));
+      sum[i][1] = _mm256_add_epi16(sum[i][1], _mm256_maddubs_epi16(xi, w[1]));
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      int32_t* to = acc + i * kLanes + (2 * kHalf + v) * 8;
+      store(to, _mm256_add_epi32(load(to), _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1))));
+    }
+}
+
 template <int kBits, int kM>
 void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
+  if constexpr (kBits <= 4) {
+    constexpr int64_t most = sums_in_16_bits((1 << kBits) - 1);
+    std::memset(acc, 0, kM * kLanes * sizeof(int32_t));
+    for (int64_t r = 0; r < rows; r += most) {
+      const int64_t end = r + most < rows ? r + most : rows;
+      gemv_s8_half<kBits, kM, 0>(packed, r, end, x, ldx, acc);
+      gemv_s8_half<kBits, kM, 1>(packed, r, end, x, ldx, acc);
+    }
+    return;
+  }
   __m256i sum[kM][4];
   for (auto& row : sum)
     for (auto& v : row) v = _mm256_setzero_si256();
@@ -177,26 +269,45 @@ void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_
     for (int g = 0; g < 4; ++g) store(acc + i * kLanes + g * 8, sum[i][g]);
 }
 
-template <int kBits, int kM>
-void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
-                    float* c) {
+/// The lanes of kCount vectors from kFirst on.
+template <int kBits, int kM, int kFirst, int kCount>
+inline void gemv_f32_part(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+                          float* c) {
   const __m256i byte = _mm256_set1_epi32(0xff);
-  __m256 sum[kM][4];
-  for (auto& row : sum)
-    for (auto& v : row) v = _mm256_setzero_ps();
+  __m256 sum[kM][kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < kCount; ++g) sum[i][g] = _mm256_setzero_ps();
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
-    __m256i w[4];
-    load_codes<kBits>(packed, w);
+    __m256i w[kCount];
+    load_codes<kBits, kFirst, kCount>(packed, w);
+#pragma GCC unroll 4
     for (int j = 0; j < kQuad; ++j)
-      for (int g = 0; g < 4; ++g) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kCount; ++g) {
         const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w[g], 8 * j), byte));
-        const __m256 exact = _mm256_sub_ps(code, _mm256_loadu_ps(zero_point + g * 8));
+        const __m256 exact = _mm256_sub_ps(code, _mm256_loadu_ps(zero_point + (kFirst + g) * 8));
+#pragma GCC unroll 4
         for (int i = 0; i < kM; ++i)
           sum[i][g] = _mm256_fmadd_ps(exact, _mm256_broadcast_ss(x + i * ldx + r * kQuad + j), sum[i][g]);
       }
   }
+#pragma GCC unroll 4
   for (int i = 0; i < kM; ++i)
-    for (int g = 0; g < 4; ++g) _mm256_storeu_ps(c + i * kLanes + g * 8, sum[i][g]);
+#pragma GCC unroll 4
+    for (int g = 0; g < kCount; ++g) _mm256_storeu_ps(c + i * kLanes + (kFirst + g) * 8, sum[i][g]);
+}
+
+template <int kBits, int kM>
+void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
+                    float* c) {
+  if constexpr (kM <= 2) {
+    gemv_f32_part<kBits, kM, 0, 4>(packed, rows, zero_point, x, ldx, c);
+  } else {  // more sums than registers
+    gemv_f32_part<kBits, kM, 0, 2>(packed, rows, zero_point, x, ldx, c);
+    gemv_f32_part<kBits, kM, 2, 2>(packed, rows, zero_point, x, ldx, c);
+  }
 }
 
 }  // namespace
@@ -217,22 +328,41 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
     }
 }
 
-void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
-  static constexpr decltype(&tile_s8_fixed<1>) kTiles[4] = {tile_s8_fixed<1>, tile_s8_fixed<2>, tile_s8_fixed<3>,
-                                                            tile_s8_fixed<4>};
-  for (int n = 0; n < lanes; n += 16)
-    for (int i = 0; i < m; i += 4)
-      kTiles[(m - i < 4 ? m - i : 4) - 1](rows + i, tap, taps, quads, panel + n * kQuad, acc + i * kLanes + n);
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+             int widest, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+  using Tile = decltype(&tile_s8_wide<1, 1>);
+  static constexpr Tile kNarrow16[] = {tile_s8_narrow<1, 2>, tile_s8_narrow<2, 2>, tile_s8_narrow<3, 2>};
+  static constexpr Tile kNarrow8[] = {tile_s8_narrow<1, 1>, tile_s8_narrow<2, 1>, tile_s8_narrow<3, 1>,
+                                      tile_s8_narrow<4, 1>, tile_s8_narrow<5, 1>, tile_s8_narrow<6, 1>};
+  static constexpr Tile kWide16[] = {tile_s8_wide<1, 2>, tile_s8_wide<2, 2>, tile_s8_wide<3, 2>, tile_s8_wide<4, 2>};
+  static constexpr Tile kWide8[] = {tile_s8_wide<1, 1>, tile_s8_wide<2, 1>, tile_s8_wide<3, 1>, tile_s8_wide<4, 1>,
+                                    tile_s8_wide<5, 1>, tile_s8_wide<6, 1>, tile_s8_wide<7, 1>, tile_s8_wide<8, 1>};
+  const bool narrow = widest <= kNarrow;
+  for (int n = 0; n < lanes; n += 16) {
+    const bool few = lanes - n <= 8;
+    const Tile* const tiles = narrow ? few ? kNarrow8 : kNarrow16 : few ? kWide8 : kWide16;
+    const int most = (narrow ? 3 : 4) * (few ? 2 : 1);
+    for (int i = 0; i < m; i += most)
+      tiles[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, quads, panel + n * kQuad, widest,
+                                               acc + i * kLanes + n);
+  }
 }
 
 void tile_f32(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel, int m,
               int lanes, float* c) {
-  static constexpr decltype(&tile_f32_fixed<1>) kTiles[6] = {tile_f32_fixed<1>, tile_f32_fixed<2>, tile_f32_fixed<3>,
-                                                             tile_f32_fixed<4>, tile_f32_fixed<5>, tile_f32_fixed<6>};
-  for (int n = 0; n < lanes; n += 16)
-    for (int i = 0; i < m; i += 6)
-      kTiles[(m - i < 6 ? m - i : 6) - 1](rows + i, tap, taps, run, panel + n, c + i * kLanes + n);
+  using Tile = decltype(&tile_f32_fixed<1, 1>);
+  static constexpr Tile k16[] = {tile_f32_fixed<1, 2>, tile_f32_fixed<2, 2>, tile_f32_fixed<3, 2>,
+                                 tile_f32_fixed<4, 2>, tile_f32_fixed<5, 2>, tile_f32_fixed<6, 2>};
+  static constexpr Tile k8[] = {tile_f32_fixed<1, 1>,  tile_f32_fixed<2, 1>,  tile_f32_fixed<3, 1>,
+                                tile_f32_fixed<4, 1>,  tile_f32_fixed<5, 1>,  tile_f32_fixed<6, 1>,
+                                tile_f32_fixed<7, 1>,  tile_f32_fixed<8, 1>,  tile_f32_fixed<9, 1>,
+                                tile_f32_fixed<10, 1>, tile_f32_fixed<11, 1>, tile_f32_fixed<12, 1>};
+  for (int n = 0; n < lanes; n += 16) {
+    const bool few = lanes - n <= 8;
+    const int most = few ? 12 : 6;
+    for (int i = 0; i < m; i += most)
+      (few ? k8 : k16)[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, run, panel + n, c + i * kLanes + n);
+  }
 }
 
 void row_sums(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m, int32_t* sums) {
@@ -300,7 +430,25 @@ void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b
   }
 }
 
-void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+// Masked moves and calls of memcpy only where a vector is not whole: they take many times as long.
+inline __m256 load_floats(const float* from, int count) {
+  return count == 8 ? _mm256_loadu_ps(from) : _mm256_maskload_ps(from, lane_mask(count));
+}
+inline void store_floats(float* to, int count, __m256 v) {
+  count == 8 ? _mm256_storeu_ps(to, v) : _mm256_maskstore_ps(to, lane_mask(count), v);
+}
+inline __m128i load_bytes(const uint8_t* from, int count) {
+  int64_t bytes = 0;
+  count == 8 ? std::memcpy(&bytes, from, 8) : std::memcpy(&bytes, from, static_cast<size_t>(count));
+  return _mm_cvtsi64_si128(bytes);
+}
+inline void store_bytes(uint8_t* to, int count, __m128i v) {
+  const int64_t bytes = _mm_cvtsi128_si64(v);
+  count == 8 ? std::memcpy(to, &bytes, 8) : std::memcpy(to, &bytes, static_cast<size_t>(count));
+}
+
+void epilogue(const Epilogue& given, int m, int lanes, const int64_t* at, const int64_t* add_at) {
+  const Epilogue e = given;  // a copy: what is stored cannot change it
   const __m256 low = _mm256_set1_ps(e.codes ? e.code_low() : e.low);
   const __m256 high = _mm256_set1_ps(e.codes ? e.code_high() : e.high);
   for (int n = 0; n < lanes; n += 8) {
@@ -320,24 +468,22 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
           v = _mm256_fmadd_ps(_mm256_broadcast_ss(e.u + i * kLanes + j), _mm256_loadu_ps(e.b + j * kLanes + n), v);
       if (e.up != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(e.up + k));
       if (e.add != nullptr && e.add_codes) {
-        uint64_t bytes = 0;
-        std::memcpy(&bytes, static_cast<const uint8_t*>(e.add) + add_at[i] + n, static_cast<size_t>(count));
-        const __m256i codes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+        const __m128i bytes = load_bytes(static_cast<const uint8_t*>(e.add) + add_at[i] + n, count);
+        const __m256i codes = _mm256_cvtepu8_epi32(bytes);
         const __m256 a = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(e.add_zero));
         v = _mm256_fmadd_ps(a, _mm256_set1_ps(e.add_scale), v);
       } else if (e.add != nullptr) {
-        v = _mm256_add_ps(v, _mm256_maskload_ps(static_cast<const float*>(e.add) + add_at[i] + n, lane_mask(count)));
+        v = _mm256_add_ps(v, load_floats(static_cast<const float*>(e.add) + add_at[i] + n, count));
       }
       if (!e.codes) {
         v = _mm256_min_ps(_mm256_max_ps(v, low), high);
-        _mm256_maskstore_ps(static_cast<float*>(e.y) + at[i] + n, lane_mask(count), v);
+        store_floats(static_cast<float*>(e.y) + at[i] + n, count, v);
         continue;
       }
       v = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(e.inverse_scale)), low), high);
       const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(e.zero_point));
       const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-      const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
-      std::memcpy(static_cast<uint8_t*>(e.y) + at[i] + n, &bytes, static_cast<size_t>(count));
+      store_bytes(static_cast<uint8_t*>(e.y) + at[i] + n, count, _mm_packus_epi16(words, words));
     }
   }
 }

@@ -321,8 +321,8 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
   }
 }
 
-void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};
   kTiles[m - 1][lanes > 16](rows, tap, taps, quads, panel, acc);
 }

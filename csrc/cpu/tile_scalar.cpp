@@ -31,8 +31,8 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
       for (int n = 0; n < kLanes; ++n) out[n] = scale[n] * static_cast<float>(panel[n * kQuad + i] - far[n]);
 }
 
-void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel, int m,
-             int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
   std::fill_n(acc, m * kLanes, 0);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t q = 0; q < quads; ++q, panel += kQuadRow)

@@ -25,6 +25,7 @@ using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 16 * 1024, kMaxBlockTiles = 8;
+constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
 /// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
 /// `block` (the last one overlaps the one before it where that does not come out even).
@@ -45,6 +46,7 @@ template <typename X>
 class Tiles {
  public:
   static constexpr bool kInt = std::is_same_v<X, uint8_t>, kPlanes = std::is_same_v<X, cpu::Bf16>;
+  static constexpr bool kFloat = !kInt && !kPlanes;
   using Panel = std::conditional_t<kInt, int8_t, X>;  // an expanded weight
 
   Tiles(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output)
@@ -310,6 +312,14 @@ class Tiles {
       }
   }
 
+  /// The largest weight that codes without their offset can be.
+  int widest(const uint8_t* offset) const {
+    const int top = (1 << h_.bits) - 1;
+    int most = 1;
+    for (int n = 0; n < kLanes; ++n) most = std::max({most, int{offset[n]}, top - offset[n]});
+    return most;
+  }
+
   int64_t segment_size() const {  // of an expanded panel, elements
     return h_.taps * (kInt || kPlanes ? quads_ * kQuadRow : layer_.segment_run() * kLanes);
   }
@@ -329,9 +339,11 @@ class Tiles {
     int turn = 0;
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
+    Buffer<float> products;                    // of floats: [tiles][kMaxTileM][32]
     Buffer<float> up_weights;                  // B as the level multiplies it
     Buffer<float> alpha, a_alpha;              // [panels][32], [chunks][32]: weight scale times x's
     Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum
+    Buffer<int32_t> widest;                    // [panels][segments]
     Buffer<float> hidden, real;                // [tiles][chunks][kHiddenChunk]
   };
 
@@ -339,9 +351,10 @@ class Tiles {
     for (int64_t seg = 0; seg < h_.segments; ++seg) {
       Panel* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
       const int32_t* far = layer_.far(p, seg);
-      if constexpr (kInt)
+      if constexpr (kInt) {
         expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
-      else if constexpr (kPlanes)
+        s.widest[index * h_.segments + seg] = widest(layer_.offset(p, seg));
+      } else if constexpr (kPlanes)
         expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far,
                     panel);
       else
@@ -365,7 +378,7 @@ class Tiles {
       const int64_t at = g * h_.chunks + q;
       Panel* panel = s.chunks.get() + q * chunk_size();
       if (h_.adapter == AdapterKind::kFloat) {
-        if constexpr (!kInt && !kPlanes) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
+        if constexpr (kFloat) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
       } else if constexpr (kInt) {
         expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
         for (int n = 0; n < kLanes; ++n) {
@@ -416,8 +429,8 @@ class Tiles {
     static constexpr int32_t kZero[kMaxTileM] = {};
     alignas(64) int32_t acc[kMaxTileM * kLanes];
     cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
-                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), rows.m, block_of(rows),
-                            lanes, acc, &s.pending);
+                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), h_.a_widest, rows.m,
+                            block_of(rows), lanes, acc, &s.pending);
     if (in_.uniform)
       return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
                                                  lanes, u);
@@ -445,7 +458,29 @@ class Tiles {
       cpu::k_tile_f32()(pointers + i, &zero_tap, 1, k, panel, std::min(kFloatM, rows.m - i), lanes, c + i * kLanes);
   }
 
-  void multiply(Scratch& s, Rows& rows, int64_t p, int64_t index, const float* hidden) const {
+  /// The float products of some tiles with one panel: all take a stretch of K before the next one, which so is
+  /// read from L1. Sums are as in one go.
+  void multiply_floats(Scratch& s, Rows* rows, int64_t count, int64_t p, int64_t index) const {
+    const int lanes = lanes_of(layer_.group_n(), p % h_.panels * kLanes);
+    const int64_t run = layer_.segment_run(), taps = std::max<int64_t>(1, kStretch / run);
+    std::fill_n(s.products.get(), count * kMaxTileM * kLanes, 0.0f);
+    for (int64_t seg = 0; seg < h_.segments; ++seg) {
+      const float* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
+      for (int64_t t = 0; t < h_.taps; t += taps)
+        for (int64_t k = 0; k < run; k += kStretch) {
+          const int64_t some = std::min(taps, h_.taps - t), length = std::min(kStretch, run - k);
+          for (int64_t i = 0; i < count; ++i) {
+            const int64_t from = rows[i].tap[t] + k;
+            cpu::k_tile_f32.at(isa_)(segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length, panel,
+                                     rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
+          }
+          panel += some * length * kLanes;
+        }
+    }
+  }
+
+  /// One tile by one panel, and what follows the product; `product` holds it already where it is of floats.
+  void multiply(Scratch& s, Rows& rows, int64_t p, int64_t index, const float* hidden, const float* product) const {
     const int64_t first = p % h_.panels * kLanes;
     const int lanes = lanes_of(layer_.group_n(), first);
     const Panel* panel = s.panels.get() + index * h_.segments * segment_size();
@@ -455,8 +490,8 @@ class Tiles {
     if constexpr (kInt) {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
-        cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(), rows.m,
-                                block_of(rows), lanes, acc, &s.pending);
+        cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(),
+                                s.widest[index * h_.segments + seg], rows.m, block_of(rows), lanes, acc, &s.pending);
         if (!direct_) requantize(rows, p, seg, acc, c);
       }
       if (direct_) {
@@ -478,11 +513,7 @@ class Tiles {
       e.c = sum;
       if (h_.segments == 1) e.alpha = layer_.scale(p, 0);
     } else {
-      std::fill_n(c, rows.m * kLanes, 0.0f);
-      for (int64_t seg = 0; seg < h_.segments; ++seg)
-        cpu::k_tile_f32.at(isa_)(segment(rows, seg), rows.tap, h_.taps, layer_.segment_run(),
-                                 panel + seg * segment_size(), rows.m, lanes, c);
-      e.c = c;
+      e.c = product;
     }
     flush(s);
     if (h_.rank > 0) {
@@ -540,11 +571,12 @@ class Tiles {
     const cpu::TileSession session(isa_, static_cast<int>(grid_.block));
     const int64_t panel_size = h_.segments * segment_size(), tiles = t_end - t_begin;
     const int64_t block_panels = std::min({fitting_panels(), p_end - p_begin, h_.panels});
-    // Tiles that take turns with one panel, so that a panel which fits L1 stays there.
+    // Tiles that take turns with one panel, so that a panel which fits L1 stays there; of floats, a stretch of it.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
     const int64_t pixel_bytes = in_.pixel * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
     const int64_t block_tiles =
-        panel_bytes <= kL1Panel
+        kFloat ? kMaxBlockTiles
+        : panel_bytes <= kL1Panel
             ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * pixel_bytes), 1, kMaxBlockTiles)
             : 1;
     // Hidden values are kept for the group's next block of panels, if there is one.
@@ -559,7 +591,9 @@ class Tiles {
     s.panels = Buffer<Panel>(block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
     s.correction = Buffer<int32_t>(kInt ? block_panels * kLanes : 0);
-    if (!kInt && !kPlanes) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
+    s.widest = Buffer<int32_t>(kInt ? block_panels * h_.segments : 0);
+    s.products = Buffer<float>(kFloat ? block_tiles * kMaxTileM * kLanes : 0);
+    if (kFloat) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
     if (h_.rank > 0) {
       s.chunks = Buffer<Panel>(h_.chunks * chunk_size());
       s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
@@ -583,8 +617,11 @@ class Tiles {
           locate(s.rows[turn + i], t + i, g);
           if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
         }
-        for (int64_t panel = p; panel < block_end; ++panel)
-          for (int64_t i = 0; i < count; ++i) multiply(s, s.rows[turn + i], panel, panel - p, hidden(i));
+        for (int64_t panel = p; panel < block_end; ++panel) {
+          if constexpr (kFloat) multiply_floats(s, &s.rows[turn], count, panel, panel - p);
+          for (int64_t i = 0; i < count; ++i)
+            multiply(s, s.rows[turn + i], panel, panel - p, hidden(i), s.products.get() + i * kMaxTileM * kLanes);
+        }
       }
       flush(s);  // before its panels' scales are replaced
       group = g;

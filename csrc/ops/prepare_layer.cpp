@@ -174,6 +174,13 @@ int64_t widest_weight(const LayerSource& source, int bits) {
   return widest;
 }
 
+/// The largest code of A, at least 1.
+int32_t widest_a(const int8_t* codes, int64_t count) {
+  int widest = 1;
+  for (int64_t i = 0; i < count; ++i) widest = std::max(widest, std::abs(int{codes[i]}));
+  return widest;
+}
+
 /// Asks for large pages before the memory is first touched: plain reads past the caches run a third faster
 /// on them.
 void advise_large_pages([[maybe_unused]] uint8_t* data, [[maybe_unused]] int64_t bytes) {
@@ -251,6 +258,7 @@ Tensor prepare_layer(const LayerArgs& args, const Window& window) {
   const int64_t widest = widest_weight(source, h.bits);
   h.narrow = widest * 255 * source.q.group_size <= INT32_MAX;
   h.bf16 = widest <= cpu::kExactBf16;
+  h.a_widest = int8 ? widest_a(source.a_codes, a->numel()) : 0;
   h.depthwise ? plan_depthwise(h, source) : plan_arrays(h);
 
   Tensor blob = empty({h.bytes}, ScalarType::Byte);

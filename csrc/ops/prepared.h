@@ -48,7 +48,7 @@ struct LayerHeader {
   int64_t bytes;
   int64_t n, channels, kernel[2], stride[2], padding[2], dilation[2], groups;
   int64_t taps, run, segments, panels, chunks, rank;  // panels and chunks (of 32 ranks) a group
-  int32_t bits;
+  int32_t bits, a_widest;  // a_widest: the largest of an int8 adapter's A
   Walk walk;
   AdapterKind adapter;
   bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
