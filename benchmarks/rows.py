@@ -33,9 +33,9 @@ from torch import Tensor, nn
 
 import cora
 from cora import ops
-from cora.convert import replace_layers
 from cora.lowrank import Adapter, LayerShape
-from cora.modules import QUANT_LAYERS, QuantLayer, QuantWeight, quantize_matrix
+from cora.modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
+from cora.rounding import Rounded, quantize_matrix
 
 Call = Callable[[], object]
 RANK = 32  # of linear layers
@@ -282,8 +282,7 @@ def packed_layer(layer: nn.Conv2d | nn.Linear) -> QuantLayer:
     """4 bits, 8-bit inputs, and an adapter of 5 % of the full rank whose elements are random: the
     timings do not need the fit, which takes minutes for a ResNet-50."""
     shape = LayerShape.of(layer)
-    matrix = layer.weight.detach().reshape(shape.rows, shape.columns)
-    qparams, codes, _, residual = quantize_matrix(matrix, cora.QuantSpec(bits=4))
+    rounded, residual = rounded_layer(layer)
     rank = rank_of(SHARE, shape.rows, shape.columns)
     scale = torch.full((rank,), 1e-4 * float(residual.std()))
     adapter = Adapter(
@@ -292,8 +291,15 @@ def packed_layer(layer: nn.Conv2d | nn.Linear) -> QuantLayer:
         scale,
         8,
     )
-    weight = QuantWeight(codes, qparams, adapter, shape)
+    weight = QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
     return QUANT_LAYERS[type(layer)](layer, weight, 8)
+
+
+def rounded_layer(layer: nn.Conv2d | nn.Linear) -> tuple[Rounded, Tensor]:
+    """A layer at 4 bits, and the residual."""
+    matrix = layer.weight.detach().flatten(1)
+    rounded = quantize_matrix(matrix, cora.QuantSpec(bits=4))
+    return rounded, matrix - rounded.dequantized
 
 
 def _network(name: str, batch: int, threads: int) -> Contest:
@@ -379,8 +385,7 @@ def _svd(_: int) -> Contest:
     residuals = []
     for layer in network("ResNet-50").modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            matrix = layer.weight.detach().reshape(layer.weight.shape[0], -1)
-            residuals.append(quantize_matrix(matrix, cora.QuantSpec(bits=4))[3])
+            residuals.append(rounded_layer(layer)[1])
     worst: list[float] = []
 
     def ours() -> None:
