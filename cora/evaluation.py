@@ -159,11 +159,11 @@ class Evaluator:
         return changed / answers
 
 
-def is_better(gain: Tensor, doubtful: bool = True) -> bool:
-    """Whether paired gains of held-out samples are positive by more than their standard error.
+def is_better(gain: Tensor, errors: float = 1.0) -> bool:
+    """Whether paired gains of held-out samples are positive by more than so many standard errors.
 
     The losses have heavy tails and many proposals are tried: without doubt the search would fit the
     held-out samples.
     """
-    error = float(gain.std(correction=0)) / len(gain) ** 0.5 if doubtful else 0.0
-    return float(gain.mean()) > error
+    error = float(gain.std(correction=0)) / len(gain) ** 0.5
+    return float(gain.mean()) > errors * error

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .allocation import ALLOCATORS, Budget, LayerFit, allocate
+from .allocation import Budget, LayerFit, allocate
 from .calibration import Calibration
 from .evaluation import Evaluator, is_better
 
@@ -21,6 +21,8 @@ __all__ = [
     "butterworth_gain",
     "search_ranks",
 ]
+
+_ERRORS = 2.0  # standard errors by which a proposal must be better
 
 Method = Literal["gate", "sensitivity", "energy", "uniform"]
 PlanMethod = Literal["closed_form", "search"]
@@ -170,11 +172,11 @@ def search_ranks(
 ) -> SearchResult:
     """Find ranks within the budget; Ctrl-C ends the search early with the best ranks so far.
 
-    Every closed form is a candidate, the gate search starts from the best of them, and what it and the
-    exchanges propose is measured on held-out samples with the adapters truncated and rounded. A
-    proposal replaces the best so far if it is better by more than the standard error of the difference
-    (the losses have heavy tails, and many proposals are tried): the search may fail to improve on the
-    closed forms, but does not make things worse.
+    The closed form by sensitivity comes first. What the others, the gates and the exchanges propose is
+    measured on held-out samples with the adapters truncated and rounded. A proposal replaces the best so far
+    if it is better by more than twice the standard error of the difference and what sensitivities predict against
+    it: the losses have heavy tails, many proposals are tried, and samples that the float model was trained on
+    flatter what fits them.
 
     Args:
         fits: layer -> quantized weight and residual factors.
@@ -186,16 +188,21 @@ def search_ranks(
         return SearchResult(allocate(method, fits, budget, calibration), method)
     result = SearchResult({}, "gate")
     evaluator = _Ranks(calibration, fits, config, simulate, adapter_bits)
+    predicted = _predictor(fits, calibration.sensitivity())
     best: Tensor | None = None
+    scale = 1.0  # of predictions, so that the first one is what was measured
     bar = tqdm(total=config.iterations, desc="rank search", disable=not progress, leave=False)
 
     def consider(label: str, ranks: dict[str, int]) -> bool:
-        nonlocal best
+        nonlocal best, scale
         losses = evaluator.score_ranks(ranks)
         loss, used = float(losses.mean()), budget.used(ranks)
         accepted = best is None
-        if best is not None:
-            accepted = is_better(best - losses, doubtful=label not in ALLOCATORS)
+        if best is None:
+            scale = loss / max(predicted(ranks), 1e-30)
+        else:
+            doubt = scale * (predicted(ranks) - predicted(result.ranks))
+            accepted = is_better(best - losses - max(doubt, 0.0), _ERRORS)
         if accepted:
             best, result.ranks, result.loss = losses, dict(ranks), loss
         result.history.append(
@@ -215,7 +222,7 @@ def search_ranks(
         return accepted
 
     try:
-        for closed in ALLOCATORS:
+        for closed in ("sensitivity", "energy", "uniform"):
             consider(closed, allocate(closed, fits, budget, calibration))
         steps = config.iterations * 2 // 3
         _descend(evaluator, budget, config, steps, consider, result, bar)
@@ -227,6 +234,18 @@ def search_ranks(
     finally:
         bar.close()
     return result
+
+
+def _predictor(
+    fits: Mapping[str, LayerFit], sensitivity: Mapping[str, float]
+) -> Callable[[Mapping[str, int]], float]:
+    """Loss of the network with adapters of some ranks, up to a factor: what they leave of the residuals, times
+    the loss' sensitivity to it."""
+    left = {}
+    for name, fit in fits.items():
+        energies = fit.energies().double() * sensitivity[name]
+        left[name] = energies.flip(0).cumsum(0).flip(0).tolist() + [0.0]
+    return lambda ranks: sum(left[name][rank] for name, rank in ranks.items())
 
 
 def _descend(
