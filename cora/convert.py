@@ -19,7 +19,7 @@ from .calibration import ActivationRange, Calibration, correct_biases
 from .evaluation import Evaluator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
-from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_drop
+from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_budget, fit_within_drop
 from .lowrank import ADAPTER_BITS, LayerShape
 from .modules import (
     QUANT_LAYERS,
@@ -29,7 +29,7 @@ from .modules import (
     fake_quantize_dynamic,
     replace_layers,
 )
-from .planning import ADAPTER_WIDTHS, Ladders, PlanResult, search_plan
+from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
 from .quantizer import QuantSpec, weight_bits
 from .report import (
     LayerReport,
@@ -189,15 +189,19 @@ def quantize(
         iterations = search.iterations if search.plan == "search" else 0
 
         def attempt(budget: float, in_order: bool) -> tuple[PlanResult, FittedLayers]:
-            planned = search_plan(ladders, budget, evaluator(), iterations, progress)
-            choices = planned.plan.choices
-            quantized = {
-                name: quantize_layer(name, calibration, choice.spec, fit if choice.rank else None)
-                for name, choice in choices.items()
-            }
-            ranks = {name: choice.rank for name, choice in choices.items()}
-            widths = {name: choice.adapter_bits or tried[0] for name, choice in choices.items()}
-            return planned, fitted_to(quantized, ranks, widths, in_order)
+            def fitted_plan(plan: Plan) -> FittedLayers:
+                quantized = {
+                    name: quantize_layer(name, calibration, way.spec, fit if way.rank else None)
+                    for name, way in plan.choices.items()
+                }
+                ranks = {name: way.rank for name, way in plan.choices.items()}
+                widths = {name: way.adapter_bits or tried[0] for name, way in plan.choices.items()}
+                return fitted_to(quantized, ranks, widths, in_order)
+
+            def plan_of(ladders: Ladders) -> PlanResult:
+                return search_plan(ladders, budget, evaluator(), iterations, progress)
+
+            return fit_within_budget(ladders, plan_of, fitted_plan, evaluator())
 
         changed = None
         if max_drop is None:

@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .evaluation import Evaluator
+from .evaluation import Evaluator, is_better
 from .fitting import FittedLayers
-from .planning import Ladders, PlanResult, cheapest_plan
+from .planning import Ladders, Plan, PlanResult, cheapest_plan
 
-__all__ = ["DEFAULT_TARGET_BITS", "Attempt", "budget_for_bits", "fit_within_drop"]
+__all__ = [
+    "DEFAULT_TARGET_BITS",
+    "Attempt",
+    "budget_for_bits",
+    "fit_within_drop",
+    "fit_within_budget",
+]
 
 DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
 
@@ -37,6 +43,37 @@ def budget_for_bits(ladders: Ladders, target_bits: float | None) -> float:
             f"scales and zero-points, and layers with bits of their own), got {target}"
         )
     return target * ladders.weights
+
+
+def fit_within_budget(
+    ladders: Ladders,
+    search: Callable[[Ladders], PlanResult],
+    fit: Callable[[Plan], FittedLayers],
+    evaluator: Evaluator,
+) -> tuple[PlanResult, FittedLayers]:
+    """The plan that a search finds, with its layers fitted; without adapters, unless they pay.
+
+    A plan weighs an adapter against finer codes by what each leaves of a layer's error. Codes that are fitted
+    in order make up for more of it than was foreseen, so a plan with adapters is fitted beside one without.
+    It is kept if that brings the held-out samples closer by more than the standard error.
+
+    Args:
+        search: the plan for the budget from some ladders.
+        evaluator: measures what is closer.
+    """
+    planned = search(ladders)
+    fitted = fit(planned.plan)
+    if not any(choice.rank for choice in planned.plan.choices.values()):
+        return planned, fitted
+    plain = search(ladders.without_adapters())
+    plainly = fit(plain.plan)
+    with_, without = (
+        evaluator.score(evaluator.weights(f.matrices()), f.network) for f in (fitted, plainly)
+    )
+    found = (planned, fitted) if is_better(without - with_) else (plain, plainly)
+    found[0].interrupted = planned.interrupted or plain.interrupted
+    found[0].candidates |= {"adapters": float(with_.mean()), "no adapters": float(without.mean())}
+    return found
 
 
 def fit_within_drop(

@@ -7,6 +7,7 @@ closed form. The search then measures what the prediction cannot know, on held-o
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -133,15 +134,22 @@ class Ladders:
         # A layer whose gradient never reached the output still costs something.
         factors_ = {n: sum(curvature[n]) / max(probed[n], 1e-30) for n in names}
         least = min((f for f in factors_.values() if f > 0), default=1.0)
-        self.steps: dict[str, list[Choice]] = {}
-        # Also what only a mixture beats, to fill a budget with.
-        self.ways: dict[str, list[Choice]] = {}
+        self._measured: dict[str, list[Choice]] = {}
         for name in names:
             factor = max(factors_[name], 1e-3 * least)
-            self.ways[name] = _undominated(
-                replace(way, loss=factor * way.loss) for way in energies[name]
-            )
-            self.steps[name] = _hull(self.ways[name])
+            self._measured[name] = [replace(w, loss=factor * w.loss) for w in energies[name]]
+        self._climb(self._measured)
+
+    def _climb(self, measured: Mapping[str, Iterable[Choice]]) -> None:
+        # Also what only a mixture beats, to fill a budget with.
+        self.ways = {name: _undominated(choices) for name, choices in measured.items()}
+        self.steps = {name: _hull(ways) for name, ways in self.ways.items()}
+
+    def without_adapters(self) -> Ladders:
+        """The same with nothing but codes."""
+        plain = copy.copy(self)
+        plain._climb({n: [c for c in way if not c.rank] for n, way in self._measured.items()})
+        return plain
 
     def _measure(self, name: str, base: QuantSpec) -> tuple[list[Choice], list[Tensor], float]:
         """Every way, its loss the error at the layer's output; errors to learn the layer's curvature

@@ -14,7 +14,8 @@ from models import batches, trained_net
 
 import cora
 from cora import Calibration
-from cora.joint import budget_for_bits, fit_within_drop
+from cora.joint import budget_for_bits, fit_within_budget, fit_within_drop
+from cora.planning import Plan, PlanResult
 
 WEIGHTS = 1000
 
@@ -101,6 +102,39 @@ def test_a_budget_of_bits() -> None:
         budget_for_bits(ladders, 1.5)
     ladders.least = 4 * WEIGHTS
     assert budget_for_bits(ladders, None) == 4 * WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("adapted", "plain", "kept"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)]
+)
+def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
+    """By what is measured of the fitted layers, whatever was predicted."""
+    rank = SimpleNamespace(rank=1), SimpleNamespace(rank=0)
+    ladders: Any = SimpleNamespace(rank=0, without_adapters=lambda: SimpleNamespace(rank=1))
+    evaluator: Any = SimpleNamespace(
+        score=lambda loss, _model: torch.full((8,), loss), weights=lambda loss: loss
+    )
+
+    def search(from_: Any) -> Any:
+        plan = Plan({"layer": rank[from_.rank]})  # type: ignore[dict-item]
+        return PlanResult(plan, 1.0)
+
+    def fit(plan: Plan) -> Any:
+        loss = adapted if plan.choices["layer"].rank else plain
+        return SimpleNamespace(matrices=lambda: loss, network=None)
+
+    planned, fitted = fit_within_budget(ladders, search, fit, evaluator)
+    assert planned.plan.choices["layer"].rank == kept
+    assert fitted.matrices() == (adapted if kept else plain)
+    assert planned.candidates == {"adapters": adapted, "no adapters": plain}
+
+
+def test_without_adapters_in_the_plan_there_is_one_fit() -> None:
+    ladders: Any = SimpleNamespace()
+    result = PlanResult(Plan({"layer": SimpleNamespace(rank=0)}), 1.0)  # type: ignore[dict-item]
+    fits = []
+    found = fit_within_budget(ladders, lambda _: result, lambda p: fits.append(p) or "fit", None)  # type: ignore[arg-type, func-returns-value]
+    assert found == (result, "fit") and fits == [result.plan]
 
 
 @pytest.mark.parametrize("propagate", [True, False])

@@ -101,12 +101,19 @@ def test_ladders(calibration: Calibration, ladders: Ladders) -> None:
     assert ladders.bits(ladders.least) == ladders.least / ladders.weights > 2
 
 
-def test_what_a_step_says_is_what_is_stored(calibration: Calibration, ladders: Ladders) -> None:
-    """A plan's bits are those of the packed layers, and its weights those that are packed."""
+@pytest.mark.parametrize("pay", [True, False])
+def test_what_a_step_says_is_what_is_stored(
+    calibration: Calibration, ladders: Ladders, pay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan's bits are those of the packed layers, and its weights those that are packed; whether adapters pay
+    or not."""
+    monkeypatch.setattr("cora.joint.is_better", lambda _: pay)
     net = trained_net()
     for bits in (3.2, 5.0):
         options: dict[str, Any] = {"progress": False, "bias_correction": False}
-        plan = ladders.best(bits * ladders.weights)
+        adapted = ladders.best(bits * ladders.weights)
+        plan = adapted if pay else ladders.without_adapters().best(bits * ladders.weights)
+        assert any(choice.rank for choice in adapted.choices.values())
         qmodel = cora.quantize(
             net, calibration, target_bits=bits, tune=None, propagate=False, **options
         )
@@ -118,6 +125,23 @@ def test_what_a_step_says_is_what_is_stored(calibration: Calibration, ladders: L
         for name, choice in plan.choices.items():
             weight = qmodel.get_submodule(name).weight
             torch.testing.assert_close(weight, ladders.weight(name, choice), atol=1e-6, rtol=1e-5)
+
+
+def test_ladders_without_adapters(ladders: Ladders) -> None:
+    """Every way of codes alone is there, those that adapters had beaten too; the ladders stay as they were."""
+    before = {name: list(steps) for name, steps in ladders.steps.items()}
+    plain = ladders.without_adapters()
+    assert ladders.steps == before and any(w.rank for ways in ladders.ways.values() for w in ways)
+    beaten = 0
+    for name, ways in plain.ways.items():
+        assert not any(way.rank for way in ways)
+        known = [way for way in ladders.ways[name] if not way.rank]
+        assert all(way in ways for way in known)
+        beaten += len(ways) - len(known)
+        assert_convex(plain.steps[name])
+    assert beaten > 0
+    for budget in budgets_of(ladders, 7):
+        assert plain.best(budget).loss >= ladders.best(budget).loss * (1 - 1e-9)
 
 
 def test_adapters_of_each_width_are_ways_to_store_a_layer() -> None:
