@@ -2,7 +2,7 @@
 // Method: the 12 x 32 tile is done in pieces of 16 weight rows (8 where only so many are left): 6 x 16 floats
 // (12 accumulators, two panel vectors, one broadcast), or 3 or 4 x 16 integers. vpmaddubsw adds two products of
 // an unsigned and a signed byte into 16 bits. Up to weights of 31 several such sums fit 16 bits, which spares
-// most of the widening additions; up to 64 one does; wider ones meet bit 7 of x apart.
+// most of the widening additions; up to 64 one does; wider ones are taken by halves of four bits.
 #include "bits.h"
 #include "cpu/kernels.h"
 
@@ -10,7 +10,6 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <type_traits>
 
 CORA_BEGIN_AVX2
 
@@ -90,7 +89,7 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
 
 /// Sums of products of an unsigned byte and one of at most `widest`, two at a time, that fit 16 bits.
 constexpr int64_t sums_in_16_bits(int widest) { return 32767 / (2 * 255 * widest); }
-constexpr int kNarrow = 31;  // up to here that is two or more
+constexpr int kNarrow = 31, kMedium = 64;  // up to here that is two or more, and one
 
 // Every loop over a tile's accumulators is unrolled: one that is not puts the array into memory, and each sum is
 // then stored as soon as it is made.
@@ -140,44 +139,75 @@ void tile_s8_narrow(const uint8_t* const* rows, const int64_t* tap, int64_t taps
     for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
 }
 
-/// kM rows of x by 8 * kV weight rows of any size.
+/// kM rows of x by 8 * kV weight rows, none above 64: one sum of two fits 16 bits.
 template <int kM, int kV>
-void tile_s8_wide(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                  int /*widest*/, int32_t* acc) {
+void tile_s8_medium(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                    int /*widest*/, int32_t* acc) {
   __m256i c[kM][kV];
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kV; ++v) c[i][v] = _mm256_setzero_si256();
-  const auto step = [&](const uint8_t* const* x, int64_t k, const __m256i* w, auto wide) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kM; ++i) {
-      const __m256i xi = broadcast4(x[i] + k);
-#pragma GCC unroll 2
-      for (int v = 0; v < kV; ++v) c[i][v] = add_products<decltype(wide)::value>(c[i][v], xi, w[v]);
-    }
-  };
   for (int64_t t = 0; t < taps; ++t) {
     const uint8_t* x[kM];
 #pragma GCC unroll 8
     for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
     for (int64_t k = 0; k < quads * kQuad; k += kQuad, panel += kQuadRow) {
-      __m256i w[kV], size = _mm256_setzero_si256();
+      __m256i w[kV];
 #pragma GCC unroll 2
-      for (int v = 0; v < kV; ++v) {
-        w[v] = load(panel + v * 32);
-        size = _mm256_or_si256(size, _mm256_abs_epi8(w[v]));
+      for (int v = 0; v < kV; ++v) w[v] = load(panel + v * 32);
+#pragma GCC unroll 8
+      for (int i = 0; i < kM; ++i) {
+        const __m256i xi = broadcast4(x[i] + k);
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v) c[i][v] = add_pairs(c[i][v], xi, w[v]);
       }
-      if (_mm256_testz_si256(size, _mm256_set1_epi8(static_cast<char>(0xc0))))
-        step(x, k, w, std::false_type());
-      else
-        step(x, k, w, std::true_type());
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
+}
+
+/// kM rows of x by 8 weight rows of any size, as 16 * high + low with low in 0..15 and high in -8..7.
+template <int kM>
+void tile_s8_wide(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                  int /*widest*/, int32_t* acc) {
+  constexpr int64_t most = sums_in_16_bits(15) * kQuad;
+  const __m256i nibble = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(8);
+  __m256i c[kM];
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) c[i] = _mm256_setzero_si256();
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+#pragma GCC unroll 4
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    for (int64_t k = 0; k < quads * kQuad;) {
+      const int64_t end = k + most < quads * kQuad ? k + most : quads * kQuad;
+      __m256i low[kM], high[kM];
+#pragma GCC unroll 4
+      for (int i = 0; i < kM; ++i) low[i] = high[i] = _mm256_setzero_si256();
+      for (; k < end; k += kQuad, panel += kQuadRow) {
+        const __m256i w = load(panel), wl = _mm256_and_si256(w, nibble);
+        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
+        const __m256i wh = _mm256_sub_epi8(_mm256_xor_si256(upper, eight), eight);
+#pragma GCC unroll 4
+        for (int i = 0; i < kM; ++i) {
+          const __m256i xi = broadcast4(x[i] + k);
+          low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(xi, wl));
+          high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(xi, wh));
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < kM; ++i) {
+        c[i] = _mm256_add_epi32(c[i], _mm256_madd_epi16(low[i], _mm256_set1_epi16(1)));
+        c[i] = _mm256_add_epi32(c[i], _mm256_madd_epi16(high[i], _mm256_set1_epi16(16)));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i) store(acc + i * kLanes, c[i]);
 }
 
 template <int kM, int kV>
@@ -330,21 +360,25 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int widest, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
-  using Tile = decltype(&tile_s8_wide<1, 1>);
+  using Tile = decltype(&tile_s8_wide<1>);
   static constexpr Tile kNarrow16[] = {tile_s8_narrow<1, 2>, tile_s8_narrow<2, 2>, tile_s8_narrow<3, 2>};
   static constexpr Tile kNarrow8[] = {tile_s8_narrow<1, 1>, tile_s8_narrow<2, 1>, tile_s8_narrow<3, 1>,
                                       tile_s8_narrow<4, 1>, tile_s8_narrow<5, 1>, tile_s8_narrow<6, 1>};
-  static constexpr Tile kWide16[] = {tile_s8_wide<1, 2>, tile_s8_wide<2, 2>, tile_s8_wide<3, 2>, tile_s8_wide<4, 2>};
-  static constexpr Tile kWide8[] = {tile_s8_wide<1, 1>, tile_s8_wide<2, 1>, tile_s8_wide<3, 1>, tile_s8_wide<4, 1>,
-                                    tile_s8_wide<5, 1>, tile_s8_wide<6, 1>, tile_s8_wide<7, 1>, tile_s8_wide<8, 1>};
-  const bool narrow = widest <= kNarrow;
-  for (int n = 0; n < lanes; n += 16) {
-    const bool few = lanes - n <= 8;
-    const Tile* const tiles = narrow ? few ? kNarrow8 : kNarrow16 : few ? kWide8 : kWide16;
-    const int most = (narrow ? 3 : 4) * (few ? 2 : 1);
+  static constexpr Tile kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,
+                                       tile_s8_medium<4, 2>};
+  static constexpr Tile kMedium8[] = {tile_s8_medium<1, 1>, tile_s8_medium<2, 1>, tile_s8_medium<3, 1>,
+                                      tile_s8_medium<4, 1>, tile_s8_medium<5, 1>, tile_s8_medium<6, 1>,
+                                      tile_s8_medium<7, 1>, tile_s8_medium<8, 1>};
+  static constexpr Tile kWide8[] = {tile_s8_wide<1>, tile_s8_wide<2>, tile_s8_wide<3>, tile_s8_wide<4>};
+  const bool narrow = widest <= kNarrow, wide = widest > kMedium;
+  for (int n = 0; n < lanes;) {
+    const bool few = wide || lanes - n <= 8;
+    const Tile* const tiles = wide ? kWide8 : narrow ? few ? kNarrow8 : kNarrow16 : few ? kMedium8 : kMedium16;
+    const int most = wide ? 4 : (narrow ? 3 : 4) * (few ? 2 : 1);
     for (int i = 0; i < m; i += most)
       tiles[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, quads, panel + n * kQuad, widest,
                                                acc + i * kLanes + n);
+    n += few ? 8 : 16;
   }
 }
 
