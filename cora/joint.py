@@ -19,7 +19,7 @@ __all__ = [
 
 DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
 
-_ATTEMPTS = 3  # plans whose layers are fitted
+_ATTEMPTS = 4  # plans whose layers are fitted
 _CLOSE = 0.05  # bits a weight that are not worth another attempt
 
 Attempt = Callable[[float, bool], tuple[PlanResult, FittedLayers]]
@@ -99,22 +99,26 @@ def fit_within_drop(
     """
     start = cheapest_plan(ladders, most_changed, judge, progress).stored
     kept: tuple[PlanResult, FittedLayers, float] | None = None
-    failed, held = (
-        ladders.least - 1.0,
-        ladders.most + 1.0,
-    )  # budgets; nothing is known beyond the ladders
+    # Budgets that change too many answers and few enough, each with how often its share doubles the allowed
+    # one; nothing is known beyond the ladders.
+    failed: tuple[float, float | None] = ladders.least - 1.0, None
+    held: tuple[float, float | None] = ladders.most + 1.0, None
     budget = float(start)
     for _ in range(_ATTEMPTS):
         planned, fitted = attempt(budget, True)
         changed = _changed(judge, fitted)
+        doublings = math.log2(max(changed, most_changed / 4) / most_changed)
         if changed <= most_changed:
-            kept, held = (planned, fitted, changed), budget
+            kept, held = (planned, fitted, changed), (budget, doublings)
         else:
-            failed = budget
-        spare = math.log2(most_changed / max(changed, most_changed / 4))
-        guess = max(budget - spare * ladders.weights, float(ladders.least))
-        budget = guess if failed < guess < held else (failed + held) / 2
-        if kept is not None and held - budget < _CLOSE * ladders.weights:
+            failed = budget, doublings
+        guess = budget + doublings * ladders.weights
+        if failed[1] is not None and held[1] is not None:
+            crossing = held[1] / (held[1] - failed[1])
+            guess = held[0] - min(max(crossing, 0.25), 0.75) * (held[0] - failed[0])
+        guess = max(guess, float(ladders.least))
+        budget = guess if failed[0] < guess < held[0] else (failed[0] + held[0]) / 2
+        if kept is not None and held[0] - budget < _CLOSE * ladders.weights:
             break
     if kept is None:  # the first plan holds with each layer by itself: that was measured
         planned, fitted = attempt(start, False)

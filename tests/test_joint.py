@@ -61,7 +61,7 @@ def test_what_fitting_in_order_wins_is_spent() -> None:
     exact = WEIGHTS * (-math.log2(0.005) - 4)
     assert changed <= 0.005
     assert exact <= budget < exact + 150 < fake.tried[0][0] - 1500
-    assert len(fake.tried) <= 3 and all(ordered for _, ordered in fake.tried)
+    assert len(fake.tried) <= 4 and all(ordered for _, ordered in fake.tried)
 
 
 def test_a_step_too_far_is_taken_back() -> None:
@@ -71,6 +71,8 @@ def test_a_step_too_far_is_taken_back() -> None:
     assert changed <= 0.02 and budget < fake.tried[0][0]
     assert any(fake.ordered(b / WEIGHTS) > 0.02 for b, _ in fake.tried)
     assert budget == min(b for b, _ in fake.tried if fake.ordered(b / WEIGHTS) <= 0.02)
+    exact = WEIGHTS * (1 - math.log(0.02) / math.log(5))
+    assert budget - exact < 0.25 * WEIGHTS < fake.tried[0][0] - exact
 
 
 def test_layers_worse_in_order_get_more_bits() -> None:
@@ -83,7 +85,7 @@ def test_layers_that_never_hold_in_order_stay_by_themselves() -> None:
     fake = Fake(lambda _: 1.0)
     budget, changed = fake.run(0.01)
     assert fake.tried[-1] == (budget, False) and budget == fake.tried[0][0]
-    assert changed <= 0.01 and len(fake.tried) == 4
+    assert changed <= 0.01 and len(fake.tried) == 5
 
 
 def test_the_fewest_bits_of_all() -> None:
