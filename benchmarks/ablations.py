@@ -18,6 +18,7 @@ from cora.tasks import Task
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of the float bits, what adapters may take
 METHODS = ("uniform", "energy", "sensitivity", "gate")
+_OVER_BITS = ("steps", "adapters")  # ablations whose axis is bits
 ONE = {"propagate": False, "tune": None}  # the step that is looked at, without those after it
 
 
@@ -55,7 +56,7 @@ class _Ways:
     ) -> Any:
         calibration = calibration or self.calibration
         options.setdefault("search", self.search())
-        label = series if x == bits else f"{series}, {bits:g} bits"
+        label = series if self.ablation in _OVER_BITS else f"{series}, {bits:g} bits"
         place = {"ablation": self.ablation, "series": label, "x": x}
         return (
             f"{self.ablation}: {series}, {x}",

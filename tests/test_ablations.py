@@ -42,6 +42,11 @@ def test_rows_of_an_ablation(name: str, task: Any, calibration: Calibration) -> 
     assert len({(label, bits) for label, bits, *_ in ways}) == len(ways) >= 8
     places = [(place["ablation"], place["series"], place["x"]) for *_, place in ways]
     assert len(set(places)) == len(ways) and {p[0] for p in places} == {name}
+    # A series is of one width, unless its axis is the width.
+    widths: dict[str, set[float]] = {}
+    for (_, bits, *_), (_, series, _) in zip(ways, places, strict=True):
+        widths.setdefault(series, set()).add(bits)
+    assert name in ("steps", "adapters") or all(len(found) == 1 for found in widths.values())
 
 
 @pytest.mark.parametrize("name", ["steps", "composition", "clip"])
