@@ -111,8 +111,10 @@ def quantize_matrix(
         matrix, spec, _SHARES[spec.bits] if spec.clip == "mse" else [1.0], layer
     )
     if spec.granularity == "per_group" and len(scales) > 1:
-        # A group's error depends on the other groups' choices: each takes its own best first.
-        scales, zeros = _best_by_group(matrix, spec, feedback.seen, scales, zeros)
+        # A group's error depends on the other groups' choices, too many to try: each takes its own best, or all
+        # groups of a row the same share of their range. Neighbouring shares differ little.
+        own = _best_by_group(matrix, spec, feedback.seen, scales, zeros)
+        scales, zeros = torch.cat([own[0], scales[::2]]), torch.cat([own[1], zeros[::2]])
     best: tuple[Tensor, ...] | None = None
     for scale, zero in zip(scales, zeros, strict=True):
         codes, error = ops.error_feedback(
