@@ -20,6 +20,7 @@ from .quantizer import (
     candidate_qparams,
     choose_qparams,
     make_qparams,
+    zero_point_bits,
 )
 
 __all__ = ["Feedback", "Rounded", "quantize_matrix"]
@@ -114,7 +115,14 @@ def quantize_matrix(
         # A group's error depends on the other groups' choices, too many to try: each takes its own best, or all
         # groups of a row the same share of their range. Neighbouring shares differ little.
         own = _best_by_group(matrix, spec, feedback.seen, scales, zeros)
-        scales, zeros = torch.cat([own[0], scales[::2]]), torch.cat([own[1], zeros[::2]])
+        # Groups of nearly equal weights have zero-points far off: no share may widen how they are stored.
+        stored_as = zero_point_bits(own[1], spec.bits, spec.symmetric)
+        near = [
+            i
+            for i in range(0, len(zeros), 2)
+            if zero_point_bits(zeros[i], spec.bits, spec.symmetric) <= stored_as
+        ]
+        scales, zeros = torch.cat([own[0], scales[near]]), torch.cat([own[1], zeros[near]])
     best: tuple[Tensor, ...] | None = None
     for scale, zero in zip(scales, zeros, strict=True):
         codes, error = ops.error_feedback(
