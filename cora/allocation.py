@@ -175,10 +175,11 @@ def _sensitivity(
     return _greedy({n: fit.energies() * weight[n] for n, fit in fits.items()}, budget)
 
 
+# The search starts from the first one.
 ALLOCATORS: dict[str, Callable[..., dict[str, int]]] = {
-    "uniform": _uniform,
-    "energy": _energy,
     "sensitivity": _sensitivity,
+    "energy": _energy,
+    "uniform": _uniform,
 }
 
 

@@ -106,6 +106,14 @@ class FittedLayers:
             found[name] = quantized.fit.weight(stored)
         return found
 
+    def losses(self, evaluator: Evaluator) -> Tensor:
+        """Loss of each held-out sample: float32 [n]."""
+        return evaluator.score(evaluator.weights(self.matrices()), self.network)
+
+    def changed(self, evaluator: Evaluator) -> float:
+        """Share of the held-out answers that are not the float model's."""
+        return evaluator.changed(evaluator.weights(self.matrices()), self.network)
+
 
 def fit_layers(
     calibration: Calibration,
@@ -140,8 +148,7 @@ def fit_layers(
     ordered = _fit_in_order(
         calibration, specs, ranks, widths, fit, correct_means, evaluator.simulate, progress
     )
-    losses = [evaluator.score(evaluator.weights(f.matrices()), f.network) for f in (ordered, alone)]
-    return ordered if losses[0].mean() < losses[1].mean() else alone
+    return ordered if ordered.losses(evaluator).mean() < alone.losses(evaluator).mean() else alone
 
 
 def _useful(fit: LayerFit, matrix: Tensor, rank: int, bits: int, moment: Tensor | None) -> Adapter:

@@ -67,9 +67,7 @@ def fit_within_budget(
         return planned, fitted
     plain = search(ladders.without_adapters())
     plainly = fit(plain.plan)
-    with_, without = (
-        evaluator.score(evaluator.weights(f.matrices()), f.network) for f in (fitted, plainly)
-    )
+    with_, without = fitted.losses(evaluator), plainly.losses(evaluator)
     found = (planned, fitted) if is_better(without - with_) else (plain, plainly)
     found[0].interrupted = planned.interrupted or plain.interrupted
     found[0].candidates |= {"adapters": float(with_.mean()), "no adapters": float(without.mean())}
@@ -106,7 +104,7 @@ def fit_within_drop(
     budget = float(start)
     for _ in range(_ATTEMPTS):
         planned, fitted = attempt(budget, True)
-        changed = _changed(judge, fitted)
+        changed = fitted.changed(judge)
         doublings = math.log2(max(changed, most_changed / 4) / most_changed)
         if changed <= most_changed:
             kept, held = (planned, fitted, changed), (budget, doublings)
@@ -122,9 +120,5 @@ def fit_within_drop(
             break
     if kept is None:  # the first plan holds with each layer by itself: that was measured
         planned, fitted = attempt(start, False)
-        kept = planned, fitted, _changed(judge, fitted)
+        kept = planned, fitted, fitted.changed(judge)
     return kept
-
-
-def _changed(judge: Evaluator, fitted: FittedLayers) -> float:
-    return judge.changed(judge.weights(fitted.matrices()), fitted.network)

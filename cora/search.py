@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .allocation import Budget, LayerFit, allocate
+from .allocation import ALLOCATORS, Budget, LayerFit, allocate
 from .calibration import Calibration
 from .evaluation import Evaluator, is_better
 
@@ -222,7 +222,7 @@ def search_ranks(
         return accepted
 
     try:
-        for closed in ("sensitivity", "energy", "uniform"):
+        for closed in ALLOCATORS:
             consider(closed, allocate(closed, fits, budget, calibration))
         steps = config.iterations * 2 // 3
         _descend(evaluator, budget, config, steps, consider, result, bar)

@@ -45,10 +45,10 @@ class Fake:
         assert self.least <= budget <= self.most
         self.tried.append((budget, in_order))
         changed = (self.ordered if in_order else self.alone)(self.bits(budget))
-        return budget, SimpleNamespace(matrices=lambda: changed, network=None)
+        return budget, SimpleNamespace(changed=lambda judge: judge.changed(changed))
 
     def run(self, most_changed: float) -> tuple[float, float]:
-        judge: Any = SimpleNamespace(changed=lambda value, _model=None: value, weights=lambda x: x)
+        judge: Any = SimpleNamespace(changed=lambda value: value)
         ladders: Any = self
         planned, _, changed = fit_within_drop(ladders, most_changed, judge, self.attempt, False)
         return planned, changed  # type: ignore[return-value]
@@ -113,9 +113,7 @@ def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
     """By what is measured of the fitted layers, whatever was predicted."""
     rank = SimpleNamespace(rank=1), SimpleNamespace(rank=0)
     ladders: Any = SimpleNamespace(rank=0, without_adapters=lambda: SimpleNamespace(rank=1))
-    evaluator: Any = SimpleNamespace(
-        score=lambda loss, _model: torch.full((8,), loss), weights=lambda loss: loss
-    )
+    evaluator: Any = SimpleNamespace(score=lambda loss: torch.full((8,), loss))
 
     def search(from_: Any) -> Any:
         plan = Plan({"layer": rank[from_.rank]})  # type: ignore[dict-item]
@@ -123,11 +121,11 @@ def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
 
     def fit(plan: Plan) -> Any:
         loss = adapted if plan.choices["layer"].rank else plain
-        return SimpleNamespace(matrices=lambda: loss, network=None)
+        return SimpleNamespace(losses=lambda evaluator: evaluator.score(loss))
 
     planned, fitted = fit_within_budget(ladders, search, fit, evaluator)
     assert planned.plan.choices["layer"].rank == kept
-    assert fitted.matrices() == (adapted if kept else plain)
+    assert (fitted.losses(evaluator) == (adapted if kept else plain)).all()
     assert planned.candidates == {"adapters": adapted, "no adapters": plain}
 
 
