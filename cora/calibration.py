@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .attention import split_attention
 from .batches import (
     Batch,
     divergence,
@@ -65,9 +66,9 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[st
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside_attention):
             continue
-        if isinstance(module, nn.MultiheadAttention):
+        if isinstance(module, nn.MultiheadAttention):  # see `cora.attention`
             inside_attention.append(f"{name}." if name else "")
-            kept[name] = "MultiheadAttention reads its weights itself"
+            kept[name] = f"{type(module).__name__} reads its weights itself"
         elif type(module) in QUANT_LAYERS:
             layers[name] = module
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -118,7 +119,7 @@ class Calibration:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = split_attention(copy.deepcopy(model).eval().requires_grad_(False))
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
@@ -183,8 +184,8 @@ class Calibration:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
+        model = split_attention(copy.deepcopy(model))
         if self.folded:
-            model = copy.deepcopy(model)
             here = dict(model.named_modules())
             pairs = {a: b for a, b in self.folded.items() if {a, b} <= here.keys()}
             # The kept copy itself is folded already.

@@ -27,6 +27,7 @@ import cora
 from cora import Calibration, QuantSpec, SearchConfig, TuneConfig, ops
 from cora.bench import bench, in_memory_bytes
 from cora.convert import DEFAULT_TARGET_BITS
+from cora.quantizer import SUPPORTED_BITS
 from cora.report import float_state_bits, versions
 from cora.serialization import read_header
 from cora.tables import comparison_table, kib, text_table
@@ -79,6 +80,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"cora: error: {message} (see `{self.prog} --help`)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def _embedding_bits(text: str) -> int | None:
+    if text == "float":
+        return None
+    if text not in map(str, SUPPORTED_BITS):
+        raise argparse.ArgumentTypeError(f"expected 2..8 or float, got {text!r}")
+    return int(text)
 
 
 def _positive(text: str) -> int:
@@ -239,6 +248,13 @@ def _quantize_arguments(command: Any) -> None:
     add("--tune", type=int, default=120, metavar="N", help="gradient steps of the last tuning")
     add("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay float")
     add("--first-last", choices=("same", "8bit", "float"), default="same")
+    add(
+        "--embedding-bits",
+        type=_embedding_bits,
+        default=8,
+        metavar="N",
+        help="2..8, or float (default 8)",
+    )
     activations = command.add_argument_group("activations")
     add = activations.add_argument
     add("--activation-bits", type=int, choices=range(2, 9))
@@ -392,6 +408,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         activation=args.activation,
         activation_range=args.activation_range,
         bias_correction=not args.no_bias_correction,
+        embedding_bits=args.embedding_bits,
     )
     seconds = time.perf_counter() - clock
     cora.save(qmodel, args.output)

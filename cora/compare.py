@@ -65,6 +65,7 @@ def compare(
             "propagate",
         )
     }
+    options["embedding_bits"] = settings.get("embedding_bits")  # an older file has none
     options["tune"] = TuneConfig(**settings["tune"])
     options["search"] = SearchConfig(**settings["search"])
     if settings["activation_bits"]:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .allocation import Budget, check_rank_budget
+from .attention import split_attention
 from .calibration import ActivationRange, Calibration, correct_biases
+from .embedding import QuantEmbedding, check_embedding_bits, pack_embeddings
 from .evaluation import Evaluator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
@@ -32,6 +34,7 @@ from .modules import (
 from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
 from .quantizer import QuantSpec, weight_bits
 from .report import (
+    EmbeddingReport,
     LayerReport,
     Report,
     float_entries,
@@ -72,12 +75,14 @@ def quantize(
     activation_range: ActivationRange = "mse",
     fold_bn: bool = True,
     bias_correction: bool = True,
+    embedding_bits: int | None = 8,
 ) -> nn.Module:
     """Quantize a model's weights to packed codes and win back the loss with low-rank adapters.
 
     Args:
         model: the float model; it is not changed. Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers
-            are quantized, everything else stays float and is named in the report.
+            are quantized (those of a MultiheadAttention too), embeddings packed by rows, everything else
+            stays float and is named in the report.
         calibration: iterable of batches, each a tensor, a tuple (inputs, labels) or a dict, with or
             without labels; or a `Calibration` of this model.
         weight: one quantizer for all layers; or a dict from name patterns (fnmatch, the first that
@@ -111,6 +116,8 @@ def quantize(
             `Calibration` has its own.
         bias_correction: shift biases so that output channels keep their float means on the calibration
             data, if that lowers the divergence from the float model.
+        embedding_bits: 2..8, width of the codes of embeddings, rounded to nearest with a scale a row; None:
+            they stay float. `target_bits` does not count them.
 
     Returns:
         A packed copy of the model in eval mode, with a `report` attribute.
@@ -135,6 +142,7 @@ def quantize(
         raise TypeError(f"tune must be a TuneConfig or None, got {type(tune).__name__}")
     check_rank_budget(rank_budget)
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
+    check_embedding_bits(embedding_bits)
     if isinstance(calibration, Calibration):
         calibration.check(model)
     else:
@@ -142,6 +150,7 @@ def quantize(
             model, calibration, search.samples, search.seed, progress=progress, fold_bn=fold_bn
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
+    embeddings = pack_embeddings(calibration.model, embedding_bits, skip)
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -250,7 +259,7 @@ def quantize(
         interrupted, candidates, history = result.interrupted, result.candidates, result.history
         fitted = fitted_to(quantized, result.ranks, dict.fromkeys(specs, width))
 
-    qmodel: Any = copy.deepcopy(model).eval()
+    qmodel: Any = split_attention(copy.deepcopy(model).eval())
     layers: dict[str, QuantLayer] = {}
     for name, q in fitted.layers.items():
         float_layer: Any = fitted.network.get_submodule(name)
@@ -260,10 +269,10 @@ def quantize(
         if name in ranges:
             layers[name].set_activation_range(*ranges[name])
             layers[name].set_output_range(*outputs[name])
-        layers[name].float_bias = model.get_submodule(name).bias is not None
+        layers[name].float_bias = qmodel.get_submodule(name).bias is not None
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
-    qmodel = replace_layers(qmodel, {**layers, **places}).eval()
+    qmodel = replace_layers(qmodel, {**layers, **places, **embeddings}).eval()
     corrected = bias_correction and (fitted.in_order or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
@@ -281,6 +290,7 @@ def quantize(
         "first_last": first_last,
         "fold_bn": calibration.fold_bn,
         "folded": folded,
+        "embedding_bits": embedding_bits,
         "propagate": propagate,
         "propagated": fitted.in_order,
         "bias_correction": bias_correction,
@@ -303,7 +313,7 @@ def quantize(
         "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
     qmodel.report = _report(
-        qmodel, model, calibration, fitted.layers, layers, found, reasons, settings
+        qmodel, model, calibration, fitted.layers, layers, embeddings, found, reasons, settings
     )
     return qmodel
 
@@ -313,8 +323,9 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
 
     Activations are not quantized in it. The packed model is not changed.
     """
-    layers = {n: m.to_float() for n, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
-    if not layers:
+    kinds = (QuantLayer, QuantEmbedding)
+    layers = {n: m.to_float() for n, m in qmodel.named_modules() if isinstance(m, kinds)}
+    if not any(isinstance(m, QuantLayer) for m in qmodel.modules()):
         raise ValueError("qmodel: expected a model with packed layers, found none")
     report = qmodel.__dict__.pop("report", None)
     try:
@@ -375,7 +386,10 @@ def _specs(
 ) -> tuple[dict[str, QuantSpec], dict[str, str]]:
     """Each quantized layer's quantizer, and why other layers stay float."""
     names = list(calibration.layers)
-    reasons = dict(calibration.kept_float)
+    reasons = {
+        name: "named in skip" if _matches(name, skip) else reason
+        for name, reason in calibration.kept_float.items()
+    }
     for pattern in skip:
         known = [*names, *calibration.kept_float, *calibration.folded.values()]
         if not fnmatch.filter(known, pattern):
@@ -388,7 +402,7 @@ def _specs(
             raise ValueError(f"weight: no layer that can be quantized matches {pattern!r}")
     specs: dict[str, QuantSpec] = {}
     for name in names:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
+        if _matches(name, skip):
             reasons[name] = "named in skip"
         elif isinstance(weight, QuantSpec):
             specs[name] = weight
@@ -411,6 +425,10 @@ def _specs(
     for name, spec in specs.items():
         spec.groups_of(LayerShape.of(calibration.layers[name]).columns, name)
     return specs, reasons
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _ends(specs: Mapping[str, QuantSpec]) -> set[str]:
@@ -476,6 +494,7 @@ def _report(
     calibration: Calibration,
     quantized: Mapping[str, QuantizedLayer],
     layers: Mapping[str, QuantLayer],
+    embeddings: Mapping[str, QuantEmbedding],
     found: dict[str, Any],
     reasons: dict[str, str],
     settings: dict[str, Any],
@@ -511,14 +530,30 @@ def _report(
                 spectrum=[round(v, 6) for v in spectrum[::step]],
             )
         )
+    held = {name for name, _ in qmodel.named_modules()}
+    packed_embeddings = [
+        EmbeddingReport(
+            name=name,
+            rows=packed.num_embeddings,
+            columns=packed.embedding_dim,
+            bits=packed.bits,
+            stored_bits=packed.stored_bits(),
+            weight_error=_relative_error(
+                calibration.model.get_submodule(name).get_parameter("weight").float(), packed.weight
+            ),
+        )
+        for name, packed in embeddings.items()
+        if name in held  # once each
+    ]
     entries = float_entries(qmodel, reasons)
     float_bits = float_weight_bits(calibration.layers[name] for name in quantized)
     return Report(
         layers=rows,
         float_entries=entries,
-        totals=totals_of(rows, entries, float_bits, float_state_bits(model)),
+        totals=totals_of(rows, packed_embeddings, entries, float_bits, float_state_bits(model)),
         settings=settings,
         search=found,
+        embeddings=packed_embeddings,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embedding import QuantEmbedding
 from .lowrank import FloatLayer
 from .modules import QuantLayer
 
 __all__ = [
+    "EmbeddingReport",
     "FloatEntry",
     "LayerReport",
     "Report",
@@ -86,6 +89,18 @@ class LayerReport:
 
 
 @dataclass(slots=True)
+class EmbeddingReport:
+    """A packed embedding [rows, columns]; weight_error: squared error over its energy."""
+
+    name: str
+    rows: int
+    columns: int
+    bits: int
+    stored_bits: int
+    weight_error: float
+
+
+@dataclass(slots=True)
 class FloatEntry:
     """A module that keeps float parameters or buffers, and why."""
 
@@ -107,6 +122,7 @@ class Report:
         search: method, ranks, history, losses of the candidates on held-out calibration samples; where
             bits were chosen the front of plans; what tuning did (see `cora.tuning.TuneResult`).
         comparison: rows put beside the result by `cora.compare`, empty otherwise.
+        embeddings: the packed embeddings.
     """
 
     layers: list[LayerReport]
@@ -115,6 +131,7 @@ class Report:
     settings: dict[str, Any]
     search: dict[str, Any]
     comparison: list[dict[str, Any]] = field(default_factory=list)
+    embeddings: list[EmbeddingReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -130,6 +147,7 @@ class Report:
             settings=values["settings"],
             search=values["search"],
             comparison=values.get("comparison", []),
+            embeddings=[EmbeddingReport(**entry) for entry in values.get("embeddings", [])],
         )
 
     def to_html(self, path: str | Path) -> None:
@@ -151,6 +169,15 @@ class Report:
             lines.append(
                 f"{layer.name:<28} {shape:<18} {layer.bits:>4} {rank:>9} {kib:>6.1f} KiB "
                 f"{layer.sqnr_db:>5.1f} dB"
+            )
+        for packed in self.embeddings:
+            kib, decibels = (
+                packed.stored_bits / 8192,
+                -10 * math.log10(packed.weight_error or 1e-99),
+            )
+            lines.append(
+                f"{packed.name:<28} {f'{packed.rows}x{packed.columns}':<18} {packed.bits:>4} {'':>9} "
+                f"{kib:>6.1f} KiB {decibels:>5.1f} dB"
             )
         for entry in self.float_entries:
             kib = entry.stored_bits / 8192
@@ -194,7 +221,11 @@ def report_of(qmodel: nn.Module) -> Report:
 
 
 def totals_of(
-    layers: list[LayerReport], entries: list[FloatEntry], float_weights: int, float_total: int
+    layers: list[LayerReport],
+    embeddings: list[EmbeddingReport],
+    entries: list[FloatEntry],
+    float_weights: int,
+    float_total: int,
 ) -> dict[str, float]:
     """Sums over a quantized model, in bits; total_bits is the file without its header.
 
@@ -208,20 +239,23 @@ def totals_of(
     weights = sum(layer.weights for layer in layers)
     quantized = sum(layer.total_bits for layer in layers)
     bias = sum(layer.stored_bits["bias"] for layer in layers)
+    looked_up = sum(embedding.stored_bits for embedding in embeddings)
     rest = sum(entry.stored_bits for entry in entries)
+    total = quantized + looked_up + rest
     return {
-        "total_bits": quantized + rest,
+        "total_bits": total,
         "weight_bits": sum(layer.stored_bits["weight"] for layer in layers),
         "adapter_bits": adapter,
         "bias_bits": bias,
         "activation_bits": sum(layer.stored_bits["activation"] for layer in layers),
+        "embedding_bits": looked_up,
         "float_bits": rest,
         "float_total_bits": float_total,
         "float_weight_bits": float_weights,
         "quantized_weights": weights,
         "bits_per_weight": (quantized - bias) / weights,
         "adapter_share": adapter / float_weights,
-        "compression": float_total / (quantized + rest),
+        "compression": float_total / total,
     }
 
 
@@ -230,7 +264,7 @@ def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry
     entries: list[FloatEntry] = []
     seen: set[int] = set()
     for name, module in qmodel.named_modules():
-        if isinstance(module, QuantLayer):
+        if isinstance(module, QuantLayer | QuantEmbedding):
             continue
         bits = 0
         own = {**module._parameters, **module._buffers}

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .attention import SplitAttention, split_attention
+from .embedding import QuantEmbedding, names_sharing
 from .files import write_file
 from .fold import FoldedBatchNorm
 from .lowrank import Adapter, FloatLayer, LayerShape
@@ -34,6 +36,10 @@ FORMAT_VERSION = 1
 _KEY = "cora"
 # What a layer does beside its weight's shape; a file is for layers that do the same.
 _GEOMETRY = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding")
+_EMBEDDING_TYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 _INTEGERS = {8: torch.int8, 16: torch.int16, 32: torch.int32}
 
 
@@ -49,11 +55,16 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         OSError: the file cannot be written.
     """
     layers: dict[str, Any] = {}
+    embeddings: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, module in qmodel.named_modules():
         if isinstance(module, QuantLayer):
             layers[name], stored = _pack_layer(module)
-            tensors.update({_join(name, key): value for key, value in stored.items()})
+        elif isinstance(module, QuantEmbedding):
+            embeddings[name], stored = _pack_embedding(module)
+        else:
+            continue
+        tensors.update({_join(name, key): value for key, value in stored.items()})
     if not layers:
         raise ValueError("qmodel: expected a model with packed layers, found none")
     for key, tensor in _float_tensors(qmodel):
@@ -62,6 +73,8 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
     header = {
         "format": FORMAT_VERSION,
         "layers": layers,
+        "embeddings": embeddings,
+        "attention": _attention(qmodel),
         "folded": sorted(n for n, m in qmodel.named_modules() if isinstance(m, FoldedBatchNorm)),
         "report": _stored_report(getattr(qmodel, "report", None)),
     }
@@ -86,21 +99,31 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(Path(path))
     report = header["report"]
+    report_attribute = model.__dict__.get("report")
+    qmodel: Any = copy.deepcopy(model).eval()
+    if report_attribute is not None:
+        qmodel.__dict__.pop("report")
+    if attention := header.get("attention"):
+        qmodel = split_attention(qmodel)
+        if (here := _attention(qmodel)) != attention:
+            raise ValueError(
+                f"{path}: the file is of another architecture: its attention is {', '.join(attention)}, "
+                f"the model's {', '.join(here) or 'none'}"
+            )
     layers: dict[str, nn.Module] = {}
-    available = dict(model.named_modules())
+    available = dict(qmodel.named_modules())
     for name, config in header["layers"].items():
         float_layer: FloatLayer = available.get(name)
         _check_layer(path, name, float_layer, config)
-        prefix = _join(name, "")
-        stored = {
-            key.removeprefix(prefix): tensors.pop(key)
-            for key in [_join(name, part) for part in config["tensors"]]
-            if key in tensors
-        }
-        missing = set(config["tensors"]) - set(stored)
-        if missing:
-            raise ValueError(f"{path}: layer {name!r} lacks {', '.join(sorted(missing))}")
-        layers[name] = _unpack_layer(float_layer, config, stored)
+        layers[name] = _unpack_layer(float_layer, config, _take(path, name, config, tensors))
+    for name, config in header.get("embeddings", {}).items():
+        embedding: Any = available.get(name)
+        _check_weight(path, name, embedding, config)
+        stored = _take(path, name, config, tensors)
+        dtype = _EMBEDDING_TYPES[config["dtype"]]
+        qparams = _unpack_qparams(config, stored)
+        packed = QuantEmbedding(embedding, stored["codes"], qparams, dtype)
+        layers |= dict.fromkeys(names_sharing(qmodel, embedding), packed)
     for name in header.get("folded", []):
         if not isinstance(available.get(name), nn.modules.batchnorm._BatchNorm | FoldedBatchNorm):
             found = type(available[name]).__name__ if name in available else "nothing"
@@ -109,10 +132,6 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
                 f"the model has {found}"
             )
         layers[name] = FoldedBatchNorm().eval()
-    report_attribute = model.__dict__.get("report")
-    qmodel: Any = copy.deepcopy(model).eval()
-    if report_attribute is not None:
-        qmodel.__dict__.pop("report")
     qmodel = replace_layers(qmodel, layers)
     _load_float(path, qmodel, tensors)
     if report is not None:
@@ -135,6 +154,10 @@ def _join(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
+def _attention(model: nn.Module) -> list[str]:
+    return sorted(name for name, m in model.named_modules() if isinstance(m, SplitAttention))
+
+
 def _geometry(layer: nn.Module) -> dict[str, Any]:
     values = {key: getattr(layer, key) for key in _GEOMETRY if hasattr(layer, key)}
     values = {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
@@ -142,9 +165,19 @@ def _geometry(layer: nn.Module) -> dict[str, Any]:
     return {**values, "bias": bias}
 
 
-def _check_layer(
-    path: str | Path, name: str, layer: FloatLayer | None, config: dict[str, Any]
-) -> None:
+def _check_layer(path: str | Path, name: str, layer: FloatLayer, config: dict[str, Any]) -> None:
+    _check_weight(path, name, layer, config)
+    geometry = _geometry(layer)
+    for key, value in config["geometry"].items():
+        if geometry[key] != value:
+            raise ValueError(
+                f"{path}: the file is of another architecture: layer {name!r} has {key} {value!r} "
+                f"in the file, {geometry[key]!r} in the model"
+            )
+
+
+def _check_weight(path: str | Path, name: str, layer: Any, config: dict[str, Any]) -> None:
+    """The model must have a layer of the kind and size that the file has."""
     kind, shape = config["kind"], config["weight_shape"]
     if layer is None or type(layer).__name__ != kind or list(layer.weight.shape) != shape:
         found = "nothing" if layer is None else type(layer).__name__
@@ -154,13 +187,16 @@ def _check_layer(
             f"{path}: the file is of another architecture: layer {name!r} is {kind} {shape} in the "
             f"file, the model has {found}"
         )
-    geometry = _geometry(layer)
-    for key, value in config["geometry"].items():
-        if geometry[key] != value:
-            raise ValueError(
-                f"{path}: the file is of another architecture: layer {name!r} has {key} {value!r} "
-                f"in the file, {geometry[key]!r} in the model"
-            )
+
+
+def _take(
+    path: str | Path, name: str, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """A layer's tensors out of the file's."""
+    found = {part: tensors.pop(_join(name, part), None) for part in config["tensors"]}
+    if missing := [part for part, tensor in found.items() if tensor is None]:
+        raise ValueError(f"{path}: layer {name!r} lacks {', '.join(sorted(missing))}")
+    return {part: tensor for part, tensor in found.items() if tensor is not None}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -178,7 +214,7 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(key, tensor) of every parameter and persistent buffer outside packed layers, once each."""
     seen: set[int] = set()
     for name, module in model.named_modules():
-        if isinstance(module, QuantLayer):
+        if isinstance(module, QuantLayer | QuantEmbedding):
             continue
         for key, tensor in {**module._parameters, **module._buffers}.items():
             if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
@@ -191,14 +227,7 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _pack_layer(layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    width = zero_point_bits(layer.zero_point, layer.bits, layer.symmetric)
-    tensors = {"codes": layer.codes, "scale": layer.scale.to(layer.scale_dtype)}
-    if width == layer.bits:
-        tensors["zero_point"] = ops.pack_bits(
-            layer.zero_point.reshape(1, -1).to(torch.uint8), width
-        )
-    elif width:
-        tensors["zero_point"] = layer.zero_point.to(_INTEGERS[width])
+    config, tensors = _pack_codes(layer.codes, layer.packed_weight().qparams)
     if layer.rank:
         tensors["adapter_a"] = _pack_adapter(layer.adapter_a, layer.adapter_bits)
         tensors["adapter_b"] = _pack_adapter(layer.adapter_b.T.contiguous(), layer.adapter_bits)
@@ -206,13 +235,10 @@ def _pack_layer(layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key in ("adapter_scale", "bias", *ranges):
         if getattr(layer, key) is not None:
             tensors[key] = getattr(layer, key)
-    config = {
+    config |= {
         "kind": layer.float_type.__name__,
         "weight_shape": list(layer.weight_shape),
         "geometry": _geometry(layer),
-        "bits": layer.bits,
-        "scale_shape": list(layer.scale.shape),
-        "zero_point_bits": width,
         "rank": layer.rank,
         "adapter_bits": layer.adapter_bits,
         "activation_bits": layer.activation_bits,
@@ -224,25 +250,14 @@ def _pack_layer(layer: QuantLayer) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _unpack_layer(
     float_layer: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> QuantLayer:
-    shape = LayerShape.of(float_layer)
-    bits, width, rank = config["bits"], config["zero_point_bits"], config["rank"]
-    scale_shape = config["scale_shape"]
-    scale = tensors["scale"]
-    if width == 0:
-        zero = torch.full(scale_shape, 2 ** (bits - 1), dtype=torch.int32)
-    elif width == bits:
-        zero = ops.unpack_bits(tensors["zero_point"], bits, scale.numel()).to(torch.int32)
-    else:
-        zero = tensors["zero_point"].to(torch.int32)
-    qparams = QParams(scale.float(), zero.reshape(scale_shape), bits, scale.dtype, width == 0)
-    adapter_bits = config["adapter_bits"]
-    if rank:
+    shape, adapter_bits = LayerShape.of(float_layer), config["adapter_bits"]
+    if config["rank"]:
         a = _unpack_adapter(tensors["adapter_a"], adapter_bits, shape.columns)
         b = _unpack_adapter(tensors["adapter_b"], adapter_bits, shape.rows).T.contiguous()
     else:
         a, b = torch.zeros(0, shape.columns), torch.zeros(shape.rows, 0)
     adapter = Adapter(a, b, tensors.get("adapter_scale"), adapter_bits)
-    weight = QuantWeight(tensors["codes"], qparams, adapter, shape)
+    weight = QuantWeight(tensors["codes"], _unpack_qparams(config, tensors), adapter, shape)
     layer = QUANT_LAYERS[type(float_layer)](float_layer, weight, config["activation_bits"])
     layer.bias = tensors.get("bias")
     if "x_scale" in tensors:
@@ -252,6 +267,42 @@ def _unpack_layer(
     else:
         layer.prepare()
     return layer.eval()
+
+
+def _pack_embedding(embedding: QuantEmbedding) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, tensors = _pack_codes(embedding.codes, embedding.qparams)
+    config |= {
+        "kind": "Embedding",
+        "weight_shape": [embedding.num_embeddings, embedding.embedding_dim],
+        "dtype": str(embedding.like.dtype).removeprefix("torch."),
+        "tensors": sorted(tensors),
+    }
+    return config, tensors
+
+
+def _pack_codes(codes: Tensor, qparams: QParams) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Codes, scales and zero-points as stored, and what it takes to read them."""
+    bits, zero_point = qparams.bits, qparams.zero_point
+    width = zero_point_bits(zero_point, bits, qparams.symmetric)
+    tensors = {"codes": codes, "scale": qparams.scale.to(qparams.scale_dtype)}
+    if width == bits:
+        tensors["zero_point"] = ops.pack_bits(zero_point.reshape(1, -1).to(torch.uint8), width)
+    elif width:
+        tensors["zero_point"] = zero_point.to(_INTEGERS[width])
+    config = {"bits": bits, "scale_shape": list(zero_point.shape), "zero_point_bits": width}
+    return config, tensors
+
+
+def _unpack_qparams(config: dict[str, Any], tensors: dict[str, Tensor]) -> QParams:
+    bits, width, shape = config["bits"], config["zero_point_bits"], config["scale_shape"]
+    scale = tensors["scale"]
+    if width == 0:
+        zero = torch.full(shape, 2 ** (bits - 1), dtype=torch.int32)
+    elif width == bits:
+        zero = ops.unpack_bits(tensors["zero_point"], bits, scale.numel()).to(torch.int32)
+    else:
+        zero = tensors["zero_point"].to(torch.int32)
+    return QParams(scale.float(), zero.reshape(shape), bits, scale.dtype, width == 0)
 
 
 def _pack_adapter(factor: Tensor, bits: int) -> Tensor:

@@ -155,13 +155,14 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [None, 5])
 def test_tied_weights_and_meta_architectures(
-    device: str, dtype: torch.dtype, tmp_path: Path
+    device: str, dtype: torch.dtype, bits: int | None, tmp_path: Path
 ) -> None:
     model, tokens = Tied(), torch.randint(0, 9, (12, 4))
     with torch.no_grad():
         model.offset.copy_(torch.arange(6.0))
-    qmodel = quantize(model, tokens, rank_budget=0.3)
+    qmodel = quantize(model, tokens, rank_budget=0.3, embedding_bits=bits)
     cora.save(qmodel, tmp_path / "m")
     with torch.device(device):
         architecture = Tied().to(dtype)
@@ -169,7 +170,11 @@ def test_tied_weights_and_meta_architectures(
     assert not any(t.is_meta for t in loaded.state_dict().values())
     assert all(t.is_meta == (device == "meta") for t in architecture.state_dict().values())
     assert torch.equal(loaded(tokens), qmodel(tokens))
-    assert loaded.decoder.weight is loaded.encoder.weight
+    assert len(qmodel.report.embeddings) == (0 if bits is None else 1)
+    if bits is None:
+        assert loaded.decoder.weight is loaded.encoder.weight
+    else:
+        assert loaded.decoder is loaded.encoder and qmodel.decoder is qmodel.encoder
 
 
 def test_recurrent_layers_on_the_meta_device(tmp_path: Path) -> None:

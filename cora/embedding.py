@@ -1,0 +1,143 @@
+"""Packed embeddings: rows of codes, a scale and a zero-point each; a lookup unpacks the rows it reads."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .quantizer import SUPPORTED_BITS, QParams, QuantSpec, weight_bits
+from .rounding import quantize_matrix
+
+__all__ = ["QuantEmbedding", "check_embedding_bits", "names_sharing", "pack_embeddings"]
+
+
+def check_embedding_bits(bits: int | None) -> None:
+    if bits is not None and (isinstance(bits, bool) or bits not in SUPPORTED_BITS):
+        raise ValueError(f"embedding_bits must be None or 2..8, got {bits!r}")
+
+
+class QuantEmbedding(nn.Module):
+    """Packed `nn.Embedding`.
+
+    Buffers: `codes` uint8 [V, ceil(D * bits / 8)], `scale` float32 and `zero_point` int32 [V, 1]. What a
+    lookup gives has the dtype of the float embedding, or what `.half()` and the like made of it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    like: Tensor
+
+    def __init__(
+        self, embedding: nn.Embedding, codes: Tensor, qparams: QParams, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self.padding_idx = embedding.padding_idx
+        self.bits, self.scale_dtype = qparams.bits, qparams.scale_dtype
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", qparams.scale)
+        self.register_buffer("zero_point", qparams.zero_point)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @classmethod
+    def from_float(
+        cls, embedding: nn.Embedding, bits: int = 8, name: str = "embedding"
+    ) -> QuantEmbedding:
+        """Round each row to nearest, in the range with the least squared error.
+
+        Args:
+            embedding: float [V, D]; it stays as it is.
+            bits: of a code, 2..8.
+            name: for error messages.
+
+        Raises:
+            ValueError: bits out of range, or a weight that is not finite.
+        """
+        check_embedding_bits(bits)
+        matrix = embedding.weight.detach().float()
+        rounded = quantize_matrix(matrix, QuantSpec(bits, rounding="nearest"), name)
+        return cls(embedding, rounded.packed(), rounded.qparams, embedding.weight.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows of integer ids [...]: float [..., D]."""
+        flat = ids.reshape(-1)
+        rows = ops.dequantize_packed(
+            self.codes[flat], self.scale[flat], self.zero_point[flat], self.bits, self.embedding_dim
+        )
+        return rows.to(self.like.dtype).reshape(*ids.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> Tensor:
+        """The float rows [V, D] (a new tensor at each access)."""
+        return self.forward(torch.arange(self.num_embeddings, device=self.codes.device))
+
+    @property
+    def qparams(self) -> QParams:
+        return QParams(self.scale, self.zero_point, self.bits, self.scale_dtype, False)
+
+    def stored_bits(self) -> int:
+        """Bits in the file: codes, scales and zero-points."""
+        return weight_bits(self.num_embeddings, self.embedding_dim, self.qparams)
+
+    def to_float(self) -> nn.Embedding:
+        """The plain float embedding of the packed rows."""
+        return nn.Embedding.from_pretrained(
+            self.weight, freeze=True, padding_idx=self.padding_idx
+        ).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> QuantEmbedding:
+        # .half() changes what a lookup gives, not what is stored.
+        scale = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = scale.to(self.scale.device)
+        return self
+
+
+def pack_embeddings(
+    model: nn.Module, bits: int | None, skip: Iterable[str] = ()
+) -> dict[str, QuantEmbedding]:
+    """The embeddings of a model, packed, by name; the model stays as it is.
+
+    Left out are subclasses, which may use their rows in their own way, and those with a `max_norm`, which
+    change them. Embeddings that share a weight become one.
+
+    Args:
+        bits: of a code; None: nothing is packed.
+        skip: names or patterns of those that stay float.
+
+    Raises:
+        ValueError: a weight that is not finite.
+    """
+    if bits is None:
+        return {}
+    packed: dict[str, QuantEmbedding] = {}
+    for name, module in model.named_modules():
+        if (
+            type(module) is nn.Embedding
+            and name not in packed
+            and module.max_norm is None
+            and module.weight.is_floating_point()
+            and module.weight.numel()
+            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+        ):
+            found = QuantEmbedding.from_float(module, bits, name)
+            packed |= dict.fromkeys(names_sharing(model, module), found)
+    return packed
+
+
+def names_sharing(model: nn.Module, embedding: nn.Embedding) -> list[str]:
+    """The embeddings of a model that hold the same weight, itself among them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if type(module) is nn.Embedding and module.weight is embedding.weight
+    ]
