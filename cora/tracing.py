@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .batches import Batch
+from .embedding import QuantEmbedding
 from .fold import FoldedBatchNorm
 from .modules import QuantLayer
 
@@ -84,9 +85,9 @@ class _Shapes(fx.Interpreter):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, QuantLayer | FoldedBatchNorm) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        return isinstance(
+            m, QuantLayer | QuantEmbedding | FoldedBatchNorm
+        ) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _SizedProxy(fx.Proxy):

@@ -211,3 +211,34 @@ def test_skipped_and_subclassed(tmp_path: Path) -> None:
         changed.first.in_proj_weight[3, 3] += 1
     with pytest.raises(ValueError, match=r"layer 'first.q_proj' differs"):
         calibration.check(changed)
+
+
+class Patches(nn.Module):
+    """A vision transformer's first block and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.norm = nn.Conv2d(3, 24, 4, 4), nn.LayerNorm(24)
+        self.attention = nn.MultiheadAttention(24, 3, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Linear(48, 24))
+        self.kind, self.head = nn.Embedding(3, 24), nn.Linear(24, 5)
+
+    def forward(self, image: Tensor, kind: Tensor) -> Tensor:
+        x = self.patch(image).flatten(2).transpose(1, 2) + self.kind(kind)[:, None]
+        y = self.norm(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+def test_fused() -> None:
+    torch.manual_seed(0)
+    model = Patches().eval()
+    batches = [{"image": torch.randn(32, 3, 16, 16), "kind": torch.randint(0, 3, (32,))}]
+    options = {"activation_bits": 8, "progress": False, "tune": None}
+    qmodel = cora.quantize(model, batches, target_bits=5, **options)
+    fast = cora.fuse(qmodel, batches[0])
+    lines = {line.split()[0]: line for line in str(fast).splitlines()}
+    assert "quantize + Linear + add" in lines["attention.out_proj"] and "QuantEmbedding" in lines["kind_1"]
+    with torch.no_grad():
+        expected, found = qmodel(**batches[0]), fast(**batches[0])
+    assert float((found - expected).norm() / expected.norm()) < 0.05
