@@ -23,7 +23,11 @@ ONE = {"propagate": False, "tune": None}  # the step that is looked at, without 
 
 
 def quantized(model: nn.Module, calibration: Calibration, **options: Any) -> Any:
-    """A function that quantizes, and gives the model, its bits a weight and all its stored bits."""
+    """A function that quantizes, and gives the model, its bits a weight and all its stored bits.
+
+    Embeddings and recurrent layers stay float, as they do in other libraries.
+    """
+    options = {"embedding_bits": None, "recurrent_bits": None, **options}
 
     def make() -> tuple[nn.Module, float, int]:
         qmodel = cora.quantize(model, calibration, progress=False, **options)

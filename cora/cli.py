@@ -82,7 +82,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _embedding_bits(text: str) -> int | None:
+def _row_bits(text: str) -> int | None:
     if text == "float":
         return None
     if text not in map(str, SUPPORTED_BITS):
@@ -248,13 +248,9 @@ def _quantize_arguments(command: Any) -> None:
     add("--tune", type=int, default=120, metavar="N", help="gradient steps of the last tuning")
     add("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay float")
     add("--first-last", choices=("same", "8bit", "float"), default="same")
-    add(
-        "--embedding-bits",
-        type=_embedding_bits,
-        default=8,
-        metavar="N",
-        help="2..8, or float (default 8)",
-    )
+    for what in ("embedding", "recurrent"):
+        text = f"of {what} weights, by rows: 2..8, or float (default 8)"
+        add(f"--{what}-bits", type=_row_bits, default=8, metavar="N", help=text)
     activations = command.add_argument_group("activations")
     add = activations.add_argument
     add("--activation-bits", type=int, choices=range(2, 9))
@@ -409,6 +405,7 @@ def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         activation_range=args.activation_range,
         bias_correction=not args.no_bias_correction,
         embedding_bits=args.embedding_bits,
+        recurrent_bits=args.recurrent_bits,
     )
     seconds = time.perf_counter() - clock
     cora.save(qmodel, args.output)

@@ -65,7 +65,8 @@ def compare(
             "propagate",
         )
     }
-    options["embedding_bits"] = settings.get("embedding_bits")  # an older file has none
+    for key in ("embedding_bits", "recurrent_bits"):
+        options[key] = settings.get(key)  # older files have none
     options["tune"] = TuneConfig(**settings["tune"])
     options["search"] = SearchConfig(**settings["search"])
     if settings["activation_bits"]:

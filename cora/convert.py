@@ -17,7 +17,7 @@ from . import ops
 from .allocation import Budget, check_rank_budget
 from .attention import split_attention
 from .calibration import ActivationRange, Calibration, correct_biases
-from .embedding import QuantEmbedding, check_embedding_bits, pack_embeddings
+from .embedding import QuantEmbedding, pack_embeddings
 from .evaluation import Evaluator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
@@ -27,16 +27,16 @@ from .modules import (
     QUANT_LAYERS,
     QuantLayer,
     QuantWeight,
-    check_activation_bits,
     fake_quantize_dynamic,
     replace_layers,
 )
 from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
-from .quantizer import QuantSpec, weight_bits
+from .quantizer import QuantSpec, check_bits, weight_bits
+from .recurrent import QuantRecurrent, pack_recurrent
 from .report import (
-    EmbeddingReport,
     LayerReport,
     Report,
+    RowsReport,
     float_entries,
     float_state_bits,
     float_weight_bits,
@@ -76,13 +76,14 @@ def quantize(
     fold_bn: bool = True,
     bias_correction: bool = True,
     embedding_bits: int | None = 8,
+    recurrent_bits: int | None = 8,
 ) -> nn.Module:
     """Quantize a model's weights to packed codes and win back the loss with low-rank adapters.
 
     Args:
         model: the float model; it is not changed. Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers
-            are quantized (those of a MultiheadAttention too), embeddings packed by rows, everything else
-            stays float and is named in the report.
+            are quantized (those of a MultiheadAttention too), embeddings and RNN, LSTM and GRU packed by
+            rows, everything else stays float and is named in the report.
         calibration: iterable of batches, each a tensor, a tuple (inputs, labels) or a dict, with or
             without labels; or a `Calibration` of this model.
         weight: one quantizer for all layers; or a dict from name patterns (fnmatch, the first that
@@ -118,6 +119,7 @@ def quantize(
             data, if that lowers the divergence from the float model.
         embedding_bits: 2..8, width of the codes of embeddings, rounded to nearest with a scale a row; None:
             they stay float. `target_bits` does not count them.
+        recurrent_bits: the same of the weights of RNN, LSTM and GRU, which compute with floats.
 
     Returns:
         A packed copy of the model in eval mode, with a `report` attribute.
@@ -142,7 +144,8 @@ def quantize(
         raise TypeError(f"tune must be a TuneConfig or None, got {type(tune).__name__}")
     check_rank_budget(rank_budget)
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
-    check_embedding_bits(embedding_bits)
+    check_bits("embedding_bits", embedding_bits)
+    check_bits("recurrent_bits", recurrent_bits)
     if isinstance(calibration, Calibration):
         calibration.check(model)
     else:
@@ -150,7 +153,11 @@ def quantize(
             model, calibration, search.samples, search.seed, progress=progress, fold_bn=fold_bn
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
-    embeddings = pack_embeddings(calibration.model, embedding_bits, skip)
+    by_rows: dict[str, QuantEmbedding | QuantRecurrent] = {
+        **pack_embeddings(calibration.model, embedding_bits, skip),
+        **pack_recurrent(calibration.model, recurrent_bits, skip),
+    }
+    reasons |= {n: "biases" for n, packed in by_rows.items() if isinstance(packed, QuantRecurrent)}
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
     outputs: dict[str, tuple[Tensor, Tensor]] = {}
@@ -272,7 +279,7 @@ def quantize(
         layers[name].float_bias = qmodel.get_submodule(name).bias is not None
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
-    qmodel = replace_layers(qmodel, {**layers, **places, **embeddings}).eval()
+    qmodel = replace_layers(qmodel, {**layers, **places, **by_rows}).eval()
     corrected = bias_correction and (fitted.in_order or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
@@ -291,6 +298,7 @@ def quantize(
         "fold_bn": calibration.fold_bn,
         "folded": folded,
         "embedding_bits": embedding_bits,
+        "recurrent_bits": recurrent_bits,
         "propagate": propagate,
         "propagated": fitted.in_order,
         "bias_correction": bias_correction,
@@ -313,7 +321,7 @@ def quantize(
         "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
     qmodel.report = _report(
-        qmodel, model, calibration, fitted.layers, layers, embeddings, found, reasons, settings
+        qmodel, model, calibration, fitted.layers, layers, by_rows, found, reasons, settings
     )
     return qmodel
 
@@ -323,7 +331,7 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
 
     Activations are not quantized in it. The packed model is not changed.
     """
-    kinds = (QuantLayer, QuantEmbedding)
+    kinds = (QuantLayer, QuantEmbedding, QuantRecurrent)
     layers = {n: m.to_float() for n, m in qmodel.named_modules() if isinstance(m, kinds)}
     if not any(isinstance(m, QuantLayer) for m in qmodel.modules()):
         raise ValueError("qmodel: expected a model with packed layers, found none")
@@ -361,7 +369,7 @@ def _check_arguments(
     specs = list(weight.values()) if isinstance(weight, Mapping) else [weight]
     if not specs or not all(isinstance(spec, QuantSpec) for spec in specs):
         raise TypeError(f"weight must be a QuantSpec or a dict of them, got {weight!r}")
-    check_activation_bits(activation_bits)
+    check_bits("activation_bits", activation_bits)
     if adapter_bits is not None and adapter_bits not in ADAPTER_BITS:
         raise ValueError(
             f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {adapter_bits!r}"
@@ -494,7 +502,7 @@ def _report(
     calibration: Calibration,
     quantized: Mapping[str, QuantizedLayer],
     layers: Mapping[str, QuantLayer],
-    embeddings: Mapping[str, QuantEmbedding],
+    by_rows: Mapping[str, QuantEmbedding | QuantRecurrent],
     found: dict[str, Any],
     reasons: dict[str, str],
     settings: dict[str, Any],
@@ -530,31 +538,40 @@ def _report(
                 spectrum=[round(v, 6) for v in spectrum[::step]],
             )
         )
-    held = {name for name, _ in qmodel.named_modules()}
-    packed_embeddings = [
-        EmbeddingReport(
-            name=name,
-            rows=packed.num_embeddings,
-            columns=packed.embedding_dim,
-            bits=packed.bits,
-            stored_bits=packed.stored_bits(),
-            weight_error=_relative_error(
-                calibration.model.get_submodule(name).get_parameter("weight").float(), packed.weight
-            ),
-        )
-        for name, packed in embeddings.items()
-        if name in held  # once each
+    held = {name for name, _ in qmodel.named_modules()}  # embeddings that share rows: once
+    rows_packed = [
+        row
+        for name, packed in by_rows.items()
+        if name in held
+        for row in _rows_reports(name, packed, calibration.model.get_submodule(name))
     ]
     entries = float_entries(qmodel, reasons)
     float_bits = float_weight_bits(calibration.layers[name] for name in quantized)
     return Report(
         layers=rows,
         float_entries=entries,
-        totals=totals_of(rows, packed_embeddings, entries, float_bits, float_state_bits(model)),
+        totals=totals_of(rows, rows_packed, entries, float_bits, float_state_bits(model)),
         settings=settings,
         search=found,
-        embeddings=packed_embeddings,
+        by_rows=rows_packed,
     )
+
+
+def _rows_reports(
+    name: str, packed: QuantEmbedding | QuantRecurrent, original: nn.Module
+) -> list[RowsReport]:
+    if isinstance(packed, QuantEmbedding):
+        parts = {"weight": (name, packed.stored_bits())}
+    else:
+        parts = {key: (f"{name}.{key}", packed.stored_bits(key)) for key in packed.scale_dtypes}
+    reports = []
+    for key, (label, stored) in parts.items():
+        weight = original.get_parameter(key).detach().float()
+        error = _relative_error(weight, getattr(packed, key).float())
+        kind = type(original).__name__
+        rows, columns = weight.shape
+        reports.append(RowsReport(label, kind, rows, columns, packed.bits, stored, error))
+    return reports
 
 
 def _relative_error(original: Tensor, dequantized: Tensor) -> float:

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .quantizer import SUPPORTED_BITS, QParams, QuantSpec, weight_bits
+from .quantizer import QParams, QuantSpec, check_bits, weight_bits
 from .rounding import quantize_matrix
 
-__all__ = ["QuantEmbedding", "check_embedding_bits", "names_sharing", "pack_embeddings"]
-
-
-def check_embedding_bits(bits: int | None) -> None:
-    if bits is not None and (isinstance(bits, bool) or bits not in SUPPORTED_BITS):
-        raise ValueError(f"embedding_bits must be None or 2..8, got {bits!r}")
+__all__ = ["QuantEmbedding", "names_sharing", "pack_embeddings"]
 
 
 class QuantEmbedding(nn.Module):
@@ -59,7 +54,7 @@ class QuantEmbedding(nn.Module):
         Raises:
             ValueError: bits out of range, or a weight that is not finite.
         """
-        check_embedding_bits(bits)
+        check_bits("embedding_bits", bits)
         matrix = embedding.weight.detach().float()
         rounded = quantize_matrix(matrix, QuantSpec(bits, rounding="nearest"), name)
         return cls(embedding, rounded.packed(), rounded.qparams, embedding.weight.dtype)

@@ -417,8 +417,8 @@ def report_sections(report: Report) -> list[Section]:
         caption = "Tuning of scales, biases and adapters"
         sections.append(("Tuning", svg(tuning, caption)))
     sections.append(("Layers", _layer_table(report)))
-    if report.embeddings:
-        sections.append(("Embeddings", _embedding_table(report)))
+    if report.by_rows:
+        sections.append(("Packed by rows", _rows_table(report)))
     if report.float_entries:
         sections.append(("Kept float", _float_table(report)))
     sections.append(("Where the bits are", _totals_table(report)))
@@ -444,12 +444,12 @@ def _layer_table(report: Report) -> str:
     return html_table(head, cells)
 
 
-def _embedding_table(report: Report) -> str:
+def _rows_table(report: Report) -> str:
     cells = [
-        [entry.name, f"{entry.rows} x {entry.columns}", entry.bits, kib(entry.stored_bits)]
-        for entry in report.embeddings
+        [row.name, row.kind, f"{row.rows} x {row.columns}", row.bits, kib(row.stored_bits)]
+        for row in report.by_rows
     ]
-    return html_table(["embedding", "rows", "bits", "KiB"], cells)
+    return html_table(["weight", "kind", "rows", "bits", "KiB"], cells)
 
 
 def _float_table(report: Report) -> str:
@@ -467,14 +467,14 @@ def _totals_table(report: Report) -> str:
         "adapters": "adapter_bits",
         "biases": "bias_bits",
         "activation ranges": "activation_bits",
-        "embeddings": "embedding_bits",
+        "packed by rows": "row_bits",
         "kept float": "float_bits",
         "total": "total_bits",
     }
     cells = [
         [name, kib(totals[key]), f"{totals[key] / totals['total_bits']:.1%}"]
         for name, key in parts.items()
-        if key in totals  # an older file has no embeddings
+        if key in totals  # an older file has none packed by rows
     ]
     return html_table(["part", "KiB", "share"], cells, best=len(cells) - 1)
 

@@ -26,7 +26,7 @@ from .lowrank import (
     truncate,
     unfold,
 )
-from .quantizer import SUPPORTED_BITS, QParams, QuantSpec, weight_bits
+from .quantizer import QParams, QuantSpec, check_bits, weight_bits
 from .rounding import Feedback, quantize_matrix
 
 __all__ = [
@@ -40,7 +40,6 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantWeight",
-    "check_activation_bits",
     "fake_quantize_dynamic",
     "quantize_weight",
     "replace_layers",
@@ -109,11 +108,6 @@ def quantize_weight(
         a, b = truncate(full_a, full_b, rank, shape.groups)
     adapter = quantize_adapter(a, b, adapter_bits, shape.groups)
     return QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
-
-
-def check_activation_bits(bits: int | None) -> None:
-    if bits is not None and bits not in SUPPORTED_BITS:
-        raise ValueError(f"activation_bits must be None or 2..8, got {bits!r}")
 
 
 def fake_quantize_dynamic(x: Tensor, bits: int) -> Tensor:
@@ -217,7 +211,7 @@ class QuantLayer(nn.Module):
                 f"{cls.__name__}.from_float: layer must be {cls.float_type.__name__}, "
                 f"got {type(layer).__name__}"
             )
-        check_activation_bits(activation_bits)
+        check_bits("activation_bits", activation_bits)
         shape = LayerShape.of(layer)
         transposed = getattr(layer, "transposed", False)
         matrix = unfold(layer.get_parameter("weight").detach().float(), transposed, shape.groups)

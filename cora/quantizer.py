@@ -17,6 +17,7 @@ __all__ = [
     "QParams",
     "QuantSpec",
     "better_of",
+    "check_bits",
     "candidate_qparams",
     "choose_qparams",
     "make_qparams",
@@ -26,6 +27,14 @@ __all__ = [
 ]
 
 SUPPORTED_BITS = range(2, 9)
+
+
+def check_bits(name: str, bits: Any) -> None:
+    """Raise ValueError unless an argument is None or a width of codes."""
+    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    if bits is not None and not (whole and bits in SUPPORTED_BITS):
+        raise ValueError(f"{name} must be None or 2..8, got {bits!r}")
+
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
 Clip = Literal["minmax", "ksigma", "mse"]

@@ -15,12 +15,13 @@ from torch import nn
 from .embedding import QuantEmbedding
 from .lowrank import FloatLayer
 from .modules import QuantLayer
+from .recurrent import QuantRecurrent
 
 __all__ = [
-    "EmbeddingReport",
     "FloatEntry",
     "LayerReport",
     "Report",
+    "RowsReport",
     "report_of",
     "float_state_bits",
     "float_weight_bits",
@@ -89,10 +90,16 @@ class LayerReport:
 
 
 @dataclass(slots=True)
-class EmbeddingReport:
-    """A packed embedding [rows, columns]; weight_error: squared error over its energy."""
+class RowsReport:
+    """A weight [rows, columns] packed by rows, outside of the budget: an embedding's, a recurrent layer's.
+
+    Args:
+        name, kind: of the weight and its module.
+        weight_error: squared error over its energy.
+    """
 
     name: str
+    kind: str
     rows: int
     columns: int
     bits: int
@@ -122,7 +129,7 @@ class Report:
         search: method, ranks, history, losses of the candidates on held-out calibration samples; where
             bits were chosen the front of plans; what tuning did (see `cora.tuning.TuneResult`).
         comparison: rows put beside the result by `cora.compare`, empty otherwise.
-        embeddings: the packed embeddings.
+        by_rows: what is packed by rows: embeddings, recurrent layers.
     """
 
     layers: list[LayerReport]
@@ -131,7 +138,7 @@ class Report:
     settings: dict[str, Any]
     search: dict[str, Any]
     comparison: list[dict[str, Any]] = field(default_factory=list)
-    embeddings: list[EmbeddingReport] = field(default_factory=list)
+    by_rows: list[RowsReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
@@ -147,7 +154,7 @@ class Report:
             settings=values["settings"],
             search=values["search"],
             comparison=values.get("comparison", []),
-            embeddings=[EmbeddingReport(**entry) for entry in values.get("embeddings", [])],
+            by_rows=[RowsReport(**entry) for entry in values.get("by_rows", [])],
         )
 
     def to_html(self, path: str | Path) -> None:
@@ -170,7 +177,7 @@ class Report:
                 f"{layer.name:<28} {shape:<18} {layer.bits:>4} {rank:>9} {kib:>6.1f} KiB "
                 f"{layer.sqnr_db:>5.1f} dB"
             )
-        for packed in self.embeddings:
+        for packed in self.by_rows:
             kib, decibels = (
                 packed.stored_bits / 8192,
                 -10 * math.log10(packed.weight_error or 1e-99),
@@ -222,7 +229,7 @@ def report_of(qmodel: nn.Module) -> Report:
 
 def totals_of(
     layers: list[LayerReport],
-    embeddings: list[EmbeddingReport],
+    by_rows: list[RowsReport],
     entries: list[FloatEntry],
     float_weights: int,
     float_total: int,
@@ -239,16 +246,16 @@ def totals_of(
     weights = sum(layer.weights for layer in layers)
     quantized = sum(layer.total_bits for layer in layers)
     bias = sum(layer.stored_bits["bias"] for layer in layers)
-    looked_up = sum(embedding.stored_bits for embedding in embeddings)
+    packed_rows = sum(row.stored_bits for row in by_rows)
     rest = sum(entry.stored_bits for entry in entries)
-    total = quantized + looked_up + rest
+    total = quantized + packed_rows + rest
     return {
         "total_bits": total,
         "weight_bits": sum(layer.stored_bits["weight"] for layer in layers),
         "adapter_bits": adapter,
         "bias_bits": bias,
         "activation_bits": sum(layer.stored_bits["activation"] for layer in layers),
-        "embedding_bits": looked_up,
+        "row_bits": packed_rows,
         "float_bits": rest,
         "float_total_bits": float_total,
         "float_weight_bits": float_weights,
@@ -268,6 +275,8 @@ def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry
             continue
         bits = 0
         own = {**module._parameters, **module._buffers}
+        if isinstance(module, QuantRecurrent):
+            own = dict(module._parameters)  # its buffers are codes
         for key, tensor in own.items():
             if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                 continue

@@ -27,6 +27,7 @@ from .fold import FoldedBatchNorm
 from .lowrank import Adapter, FloatLayer, LayerShape
 from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
 from .quantizer import QParams, zero_point_bits
+from .recurrent import QUANT_RECURRENT, QuantRecurrent, matrices_of
 from .report import Report
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
@@ -56,12 +57,15 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
     """
     layers: dict[str, Any] = {}
     embeddings: dict[str, Any] = {}
+    recurrent: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for name, module in qmodel.named_modules():
         if isinstance(module, QuantLayer):
             layers[name], stored = _pack_layer(module)
         elif isinstance(module, QuantEmbedding):
             embeddings[name], stored = _pack_embedding(module)
+        elif isinstance(module, QuantRecurrent):
+            recurrent[name], stored = _pack_recurrent(module)
         else:
             continue
         tensors.update({_join(name, key): value for key, value in stored.items()})
@@ -74,6 +78,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         "format": FORMAT_VERSION,
         "layers": layers,
         "embeddings": embeddings,
+        "recurrent": recurrent,
         "attention": _attention(qmodel),
         "folded": sorted(n for n, m in qmodel.named_modules() if isinstance(m, FoldedBatchNorm)),
         "report": _stored_report(getattr(qmodel, "report", None)),
@@ -124,6 +129,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         qparams = _unpack_qparams(config, stored)
         packed = QuantEmbedding(embedding, stored["codes"], qparams, dtype)
         layers |= dict.fromkeys(names_sharing(qmodel, embedding), packed)
+    for name, config in header.get("recurrent", {}).items():
+        recurrent: Any = available.get(name)
+        _check_recurrent(path, name, recurrent, config)
+        stored = _take(path, name, config, tensors)
+        layers[name] = _unpack_recurrent(recurrent, config, stored)
     for name in header.get("folded", []):
         if not isinstance(available.get(name), nn.modules.batchnorm._BatchNorm | FoldedBatchNorm):
             found = type(available[name]).__name__ if name in available else "nothing"
@@ -216,7 +226,10 @@ def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLayer | QuantEmbedding):
             continue
-        for key, tensor in {**module._parameters, **module._buffers}.items():
+        held = {**module._parameters, **module._buffers}
+        if isinstance(module, QuantRecurrent):
+            held = dict(module._parameters)  # its buffers are codes
+        for key, tensor in held.items():
             if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
@@ -278,6 +291,46 @@ def _pack_embedding(embedding: QuantEmbedding) -> tuple[dict[str, Any], dict[str
         "tensors": sorted(tensors),
     }
     return config, tensors
+
+
+def _pack_recurrent(layer: QuantRecurrent) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    weights: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name in layer.scale_dtypes:
+        weights[name], parts = _pack_codes(*layer.packed(name))
+        weights[name]["shape"] = list(layer.get_buffer(name).shape)
+        tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
+    kind = next(kind for kind, packed in QUANT_RECURRENT.items() if packed is type(layer))
+    return {"kind": kind.__name__, "weights": weights, "tensors": sorted(tensors)}, tensors
+
+
+def _check_recurrent(path: str | Path, name: str, layer: Any, config: dict[str, Any]) -> None:
+    here: dict[str, list[int]] = {}
+    if type(layer) in QUANT_RECURRENT:
+        here = {key: list(layer.get_parameter(key).shape) for key in matrices_of(layer)}
+    expected = {key: weight["shape"] for key, weight in config["weights"].items()}
+    if type(layer).__name__ != config["kind"] or here != expected:
+        found = "nothing" if layer is None else f"{type(layer).__name__} {here or ''}"
+        raise ValueError(
+            f"{path}: the file is of another architecture: layer {name!r} is {config['kind']} {expected} "
+            f"in the file, the model has {found}"
+        )
+
+
+def _unpack_recurrent(
+    layer: Any, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> QuantRecurrent:
+    packed = {}
+    for name, weight in config["weights"].items():
+        parts = {
+            key.removeprefix(f"{name}_"): t
+            for key, t in tensors.items()
+            if key.startswith(f"{name}_")
+        }
+        packed[name] = parts["codes"], _unpack_qparams(weight, parts)
+    bits = next(iter(config["weights"].values()))["bits"]
+    made: QuantRecurrent = QUANT_RECURRENT[type(layer)].of(layer, bits, packed)
+    return made
 
 
 def _pack_codes(codes: Tensor, qparams: QParams) -> tuple[dict[str, Any], dict[str, Tensor]]:

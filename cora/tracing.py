@@ -19,8 +19,11 @@ from .batches import Batch
 from .embedding import QuantEmbedding
 from .fold import FoldedBatchNorm
 from .modules import QuantLayer
+from .recurrent import QuantRecurrent
 
 __all__ = ["Sizes", "TensorKind", "sizes_of", "trace"]
+
+_LEAVES = (QuantLayer, QuantEmbedding, QuantRecurrent, FoldedBatchNorm)
 
 Sizes = list[tuple[int, ...]]
 
@@ -85,9 +88,7 @@ class _Shapes(fx.Interpreter):
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(
-            m, QuantLayer | QuantEmbedding | FoldedBatchNorm
-        ) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _SizedProxy(fx.Proxy):

@@ -238,7 +238,10 @@ def test_fused() -> None:
     qmodel = cora.quantize(model, batches, target_bits=5, **options)
     fast = cora.fuse(qmodel, batches[0])
     lines = {line.split()[0]: line for line in str(fast).splitlines()}
-    assert "quantize + Linear + add" in lines["attention.out_proj"] and "QuantEmbedding" in lines["kind_1"]
+    assert (
+        "quantize + Linear + add" in lines["attention.out_proj"]
+        and "QuantEmbedding" in lines["kind_1"]
+    )
     with torch.no_grad():
         expected, found = qmodel(**batches[0]), fast(**batches[0])
     assert float((found - expected).norm() / expected.norm()) < 0.05

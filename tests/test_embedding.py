@@ -99,13 +99,13 @@ def test_in_a_model(tmp_path: Path) -> None:
     assert kinds["words"] is kinds["places"] is QuantEmbedding
     assert kinds["normed"] is nn.Embedding and kinds["head"] is cora.QuantLinear
     report = qmodel.report
-    assert [(e.name, e.rows, e.columns, e.bits) for e in report.embeddings] == [
+    assert [(e.name, e.rows, e.columns, e.bits) for e in report.by_rows] == [
         ("words", 23, 16, 6), ("places", 5, 16, 6),
     ]  # fmt: skip
     assert [entry.name for entry in report.float_entries] == ["normed"]
     totals = report.totals
-    assert totals["embedding_bits"] == sum(e.stored_bits for e in report.embeddings)
-    assert all(0 < e.weight_error < 1e-2 for e in report.embeddings)
+    assert totals["row_bits"] == sum(e.stored_bits for e in report.by_rows)
+    assert all(0 < e.weight_error < 1e-2 for e in report.by_rows)
     assert totals["bits_per_weight"] < 8  # embeddings are not among its weights
     lines = str(report).splitlines()
     assert any("words" in line and "23x16" in line and " dB" in line for line in lines)
@@ -120,7 +120,7 @@ def test_in_a_model(tmp_path: Path) -> None:
     loaded = cora.load(path, Bag())
     with torch.no_grad():
         assert torch.equal(loaded(tokens), found)
-    assert loaded.report.embeddings == report.embeddings
+    assert loaded.report.by_rows == report.by_rows
     cora.save(loaded, tmp_path / "again")
     assert path.read_bytes() == (tmp_path / "again").read_bytes()
 
@@ -128,11 +128,11 @@ def test_in_a_model(tmp_path: Path) -> None:
 def test_left_float() -> None:
     model, tokens = Bag().eval(), torch.randint(0, 23, (32, 5))
     qmodel = cora.quantize(model, tokens, target_bits=6, skip=["w*"], **QUICK)
-    assert [e.name for e in qmodel.report.embeddings] == ["places"]
+    assert [e.name for e in qmodel.report.by_rows] == ["places"]
     why = {entry.name: entry.reason for entry in qmodel.report.float_entries}
     assert why["words"] == "named in skip"
     qmodel = cora.quantize(model, tokens, target_bits=6, embedding_bits=None, **QUICK)
-    assert qmodel.report.embeddings == [] and torch.equal(qmodel.words.weight, model.words.weight)
+    assert qmodel.report.by_rows == [] and torch.equal(qmodel.words.weight, model.words.weight)
 
 
 def test_bad_weights_are_named() -> None:

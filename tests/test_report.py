@@ -139,7 +139,7 @@ def test_to_dict_and_back(qnet: nn.Module) -> None:
     text = json.dumps(values, allow_nan=False)
     again = Report.from_dict(json.loads(text))
     assert again == qnet.report and again.to_dict() == values
-    names = {"layers", "embeddings", "float_entries", "totals", "settings", "search", "comparison"}
+    names = {"layers", "by_rows", "float_entries", "totals", "settings", "search", "comparison"}
     assert set(values) == names
     assert all(set(layer) == LAYER_KEYS for layer in values["layers"])
     settings = values["settings"]

@@ -170,7 +170,7 @@ def test_tied_weights_and_meta_architectures(
     assert not any(t.is_meta for t in loaded.state_dict().values())
     assert all(t.is_meta == (device == "meta") for t in architecture.state_dict().values())
     assert torch.equal(loaded(tokens), qmodel(tokens))
-    assert len(qmodel.report.embeddings) == (0 if bits is None else 1)
+    assert len(qmodel.report.by_rows) == (0 if bits is None else 1)
     if bits is None:
         assert loaded.decoder.weight is loaded.encoder.weight
     else:

@@ -249,7 +249,7 @@ def test_quantized_end_to_end(folder: Path) -> None:
         )
         assert len(qmodel.report.layers) == 12
         kinds = {entry.kind for entry in qmodel.report.float_entries}
-        assert kinds == {"LayerNorm"} and len(qmodel.report.embeddings) == 3
+        assert kinds == {"LayerNorm"} and len(qmodel.report.by_rows) == 3
         errors.append(task.evaluate(qmodel, reference=reference)["relative_error"])
     assert 0 < errors[0] < errors[1] < errors[2] < 2
     with pytest.raises(ValueError, match="no loss against labels"):
