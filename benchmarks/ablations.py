@@ -123,8 +123,10 @@ class _Ways:
     def _searched(self, name: str, values: Sequence[int]) -> Iterator[Any]:
         for rounding in ("nearest", "gptq"):
             for value in values:
-                spec = QuantSpec(3, rounding=rounding)
-                yield self.fixed(rounding, value, spec, search=self.search(**{name: value}))
+                spec = QuantSpec(2, rounding=rounding)
+                search = self.search(method="gate", **{name: value})
+                # Larger budgets leave nothing for the search to find.
+                yield self.fixed(f"{rounding}, 2 %", value, spec, rank_budget=0.02, search=search)
 
     def widths(self) -> Iterator[Any]:
         """bits of an adapter's elements"""

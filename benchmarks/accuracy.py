@@ -169,7 +169,7 @@ def _ways(
             "adapter_bits": 8,
             "fit": "plain",
             "search": SearchConfig(
-                loss=loss, label_loss=task.label_loss, seed=seed, samples=args.samples
+                "gate", loss=loss, label_loss=task.label_loss, seed=seed, samples=args.samples
             ),
             "bias_correction": False,
             **ONE,

@@ -271,9 +271,9 @@ def _quantize_arguments(command: Any) -> None:
     add("--fit", choices=("weighted", "plain"), default="weighted")
     add(
         "--search",
-        choices=("gate", "sensitivity", "energy", "uniform", "none"),
-        default="gate",
-        help="ranks with --bits; none: no search, uniform ranks",
+        choices=("sensitivity", "energy", "uniform", "gate", "none"),
+        default="sensitivity",
+        help="ranks with --bits: a closed form, or gate: the search; none: uniform ranks",
     )
     add("--plan", choices=("closed_form", "search"), default="closed_form", help="without --bits")
     add("--iterations", type=int, metavar="N", help="steps of the search")

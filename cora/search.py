@@ -33,10 +33,10 @@ class SearchConfig:
     """How ranks are chosen.
 
     Args:
-        method: "gate" (the search: gradient descent through Butterworth gates, from the best closed
-            form, then exchanges), or one of the closed forms: "sensitivity" (residual energy at the
-            output times the loss' sensitivity to it, greedily by bit), "energy" (global water-filling
-            of the singular values), "uniform" (the same share of full rank everywhere).
+        method: a closed form, "sensitivity" (residual energy at the output times the loss' sensitivity to
+            it, greedily by bit), "energy" (global water-filling of the singular values) or "uniform"
+            (the same share of full rank everywhere); or "gate", the search: from the first of them by
+            gradient descent through Butterworth gates, then by exchanges.
         plan: where bits are chosen too, "closed_form" (predicted losses, nothing is drawn) or "search"
             (which goes on from there, on held-out samples).
         iterations: steps of the search, gradient steps and exchanges together.
@@ -53,7 +53,7 @@ class SearchConfig:
         ValueError: a field out of range.
     """
 
-    method: Method = "gate"
+    method: Method = "sensitivity"
     iterations: int = 120
     samples: int = 1600
     batch_size: int = 32

@@ -175,7 +175,7 @@ def test_quantized_inputs_and_masks() -> None:
     batches = [{"x": torch.randn(16, 7, 24), "y": torch.randn(16, 5, 24)} for _ in range(3)]
     qmodel = cora.quantize(
         model, batches, cora.QuantSpec(8), activation_bits=8, progress=False, tune=None,
-        search=SearchConfig(iterations=4),
+        search=SearchConfig("gate", iterations=4),
     )  # fmt: skip
     with torch.no_grad():
         expected, found = model(**batches[0]), qmodel(**batches[0])

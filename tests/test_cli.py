@@ -93,7 +93,7 @@ def packed(folder: Path) -> Path:
     ("options", "last"),
     [
         ((), "cora, bits and ranks chosen"),
-        (("--bits", "3"), "3-bit + adapters, searched ranks"),
+        (("--bits", "3"), "3-bit + adapters, sensitivity ranks"),
     ],
 )
 def test_quantize_with_functions(
@@ -393,7 +393,8 @@ def test_interrupted_search_is_saved(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("cora.search._descend", stop)
-    values = run(capsys, "quantize", "whole.py", "-o", "m.safetensors", "--bits", "3", *QUICK)
+    search = ("--bits", "3", "--search", "gate")
+    values = run(capsys, "quantize", "whole.py", "-o", "m.safetensors", *search, *QUICK)
     assert values["report"]["search"]["interrupted"] and values["report"]["comparison"] == []
     assert "interrupted" in values["notes"][0]
     assert (folder / "m.safetensors").is_file()

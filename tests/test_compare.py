@@ -33,7 +33,7 @@ def calibration(net: nn.Module) -> Calibration:
 def quantize(net: nn.Module, calibration: Calibration, spec: Any, **options: Any) -> nn.Module:
     options = {
         "rank_budget": 0.1,
-        "search": SearchConfig(iterations=6),
+        "search": SearchConfig("gate", iterations=6),
         "tune": TuneConfig(iterations=4),
         "progress": False,
         **options,

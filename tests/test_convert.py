@@ -42,7 +42,7 @@ def close(a: nn.Module, b: nn.Module, *x: Tensor, atol: float = 1e-3) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"activation_bits": 8, "fold_bn": False}, {"search": SearchConfig(iterations=6)}],
+    [{}, {"activation_bits": 8, "fold_bn": False}, {"search": SearchConfig("gate", iterations=6)}],
     ids=["plain", "activations-bn", "gate"],
 )
 @pytest.mark.parametrize("training", [False, True])
@@ -202,7 +202,7 @@ def test_shared_modules_and_tied_weights() -> None:
             return self.c(F.relu(self.list[0](F.relu(self.b(F.relu(self.a(x)))))))
 
     model, x = Shared(), torch.randn(16, 6)
-    for search in (UNIFORM, SearchConfig(iterations=6)):
+    for search in (UNIFORM, SearchConfig("gate", iterations=6)):
         qmodel = quantize(model, x, rank_budget=0.4, search=search)
         assert qmodel.a is qmodel.b and qmodel.a is qmodel.list[0]
         assert [layer.name for layer in qmodel.report.layers] == ["a", "c"]
@@ -228,7 +228,7 @@ def test_an_embedding_tied_to_a_layer_keeps_its_own_weight() -> None:
         model,
         calibration,
         QuantSpec(2),
-        search=SearchConfig(iterations=0, holdout=20),
+        search=SearchConfig("gate", iterations=0, holdout=20),
         bias_correction=False,
         embedding_bits=None,
         **PLAIN,
@@ -260,7 +260,7 @@ def test_modules_that_stay_float() -> None:
             return self.scale * self.head(self.norm(self.lstm(x)[0])).mean(1)
 
     model, tokens = Mixed().eval(), torch.randint(0, 11, (12, 7))
-    qmodel = quantize(model, tokens, rank_budget=0.2, search=SearchConfig(iterations=6))
+    qmodel = quantize(model, tokens, rank_budget=0.2, search=SearchConfig("gate", iterations=6))
     projections = [f"attention.{name}_proj" for name in ("q", "k", "v", "out")]
     assert list(packed_layers(qmodel)) == [*projections, "head"]
     why = reasons(qmodel)
@@ -274,7 +274,9 @@ def test_modules_that_stay_float() -> None:
     close(qmodel, cora.dequantize(qmodel), tokens)
 
 
-@pytest.mark.parametrize("search", [UNIFORM, SearchConfig(iterations=6)], ids=["uniform", "gate"])
+@pytest.mark.parametrize(
+    "search", [UNIFORM, SearchConfig("gate", iterations=6)], ids=["uniform", "gate"]
+)
 @pytest.mark.parametrize("budget", [0, 0.3, 9.0])
 def test_the_model_may_be_a_layer(budget: float, search: SearchConfig) -> None:
     layer, x = nn.Linear(12, 9), torch.randn(32, 12)
@@ -292,7 +294,7 @@ def test_every_kind_in_a_model(kind: str) -> None:
     cls = getattr(nn, kind)
     model = nn.Sequential(cls(4, 8, 3, groups=2), nn.ReLU(inplace=True), cls(8, 4, 2))
     x = torch.randn(8, 4, *(6,) * dims)
-    for search in (UNIFORM, SearchConfig(iterations=4)):
+    for search in (UNIFORM, SearchConfig("gate", iterations=4)):
         qmodel = quantize(model, x, search=search, activation_bits=8, activation="dynamic")
         assert qmodel(x).shape == model(x).shape
     full = quantize(model, x, rank_budget=9, adapter_bits=32)
@@ -307,14 +309,14 @@ def test_two_inputs_dicts_and_generators() -> None:
         ({"second": b, "first": a} for _ in range(1)),
         [((a, b), torch.zeros(20).long())],
     ):
-        qmodel = quantize(model, data, rank_budget=0.5, search=SearchConfig(iterations=4))
+        qmodel = quantize(model, data, rank_budget=0.5, search=SearchConfig("gate", iterations=4))
         close(qmodel, cora.dequantize(qmodel), a, b)
 
 
 def test_a_layer_that_never_runs() -> None:
     net = trained_net()
     net.unused = nn.Linear(8, 8)
-    for search in (UNIFORM, SearchConfig(iterations=4)):
+    for search in (UNIFORM, SearchConfig("gate", iterations=4)):
         qmodel = quantize(net, search=search, activation_bits=8)
         assert torch.isfinite(qmodel.unused(torch.randn(2, 8))).all()
 
@@ -324,7 +326,7 @@ def test_constant_and_zero_layers() -> None:
     nn.init.zeros_(net.pointwise.weight)
     nn.init.constant_(net.body[0].weight, 0.1)
     calibration = Calibration(net, batches())
-    for search in (UNIFORM, SearchConfig(iterations=6)):
+    for search in (UNIFORM, SearchConfig("gate", iterations=6)):
         plain = quantize(net, search=search, adapter_bits=8, **PLAIN)
         assert torch.equal(plain.body[0].weight, net.body[0].weight)
         assert torch.equal(plain.pointwise.weight, net.pointwise.weight)
@@ -343,7 +345,7 @@ def test_models_of_another_precision(dtype: torch.dtype) -> None:
     """Half-precision models are quantized like others; float64 ones are refused with the reason."""
     net = trained_net().to(dtype)
     data = [x.to(dtype) for x in batches()]
-    for search in (UNIFORM, SearchConfig(iterations=4)):
+    for search in (UNIFORM, SearchConfig("gate", iterations=4)):
         if dtype == torch.float64:
             with pytest.raises((TypeError, ValueError), match="float64"):
                 quantize(net, data, search=search)
@@ -364,7 +366,7 @@ def test_one_calibration_for_several_quantizations() -> None:
     net = trained_net()
     calibration = Calibration(net, batches())
     for bits in (4, 2):
-        for search in (UNIFORM, SearchConfig(iterations=4)):
+        for search in (UNIFORM, SearchConfig("gate", iterations=4)):
             shared = quantize(net, calibration, QuantSpec(bits), search=search)
             alone = quantize(net, batches(), QuantSpec(bits), search=search)
             for key, value in alone.state_dict().items():

@@ -51,7 +51,7 @@ def validation(data_folder: None) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def searched(model: nn.Module, calibration: Calibration) -> nn.Module:
-    config = SearchConfig(iterations=30, samples=256)
+    config = SearchConfig("gate", iterations=30, samples=256)
     return cora.quantize(model, calibration, QuantSpec(3), rank_budget=0.05, search=config, **QUICK)
 
 

@@ -140,7 +140,7 @@ def test_a_calibration_of_another_model() -> None:
 
 
 def test_labels_are_not_needed() -> None:
-    config = SearchConfig(iterations=3)
+    config = SearchConfig("gate", iterations=3)
     plain = cora.quantize(trained_net(), batches(), rank_budget=0.1, search=config, progress=False)
     labelled = cora.quantize(
         trained_net(), batches(labels=True), rank_budget=0.1, search=config, progress=False

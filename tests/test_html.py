@@ -29,7 +29,7 @@ def report() -> cora.Report:
         nn.Flatten(),
     ).append(nn.Linear(12 * 36, 4))
     calibration = cora.Calibration(model, [torch.randn(8, 3, 10, 10)], 8, fold_bn=False)
-    search = cora.SearchConfig(iterations=6, batch_size=4)
+    search = cora.SearchConfig("gate", iterations=6, batch_size=4)
     qmodel = cora.quantize(
         model,
         calibration,

@@ -33,7 +33,7 @@ def net() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def qnet(net: nn.Module) -> nn.Module:
-    config = SearchConfig(iterations=9)
+    config = SearchConfig("gate", iterations=9)
     return cora.quantize(
         net,
         batches(),

@@ -240,7 +240,7 @@ def held_out(config: SearchConfig, sizes: list[int]) -> list[tuple[int, Tensor]]
 )
 def test_the_search_is_no_worse_than_where_it_starts(options: dict[str, Any]) -> None:
     net, data = trained_net(), batches(4, 32)
-    config = SearchConfig(iterations=45, holdout=48)
+    config = SearchConfig("gate", iterations=45, holdout=48)
     qmodel = quantize(net, data, config, **options, bias_correction=False)
     search = qmodel.report.search
     assert set(ALLOCATORS) <= search["candidates"].keys()
@@ -304,9 +304,13 @@ def test_two_runs_are_the_same() -> None:
     for run in range(2):
         torch.manual_seed(run)
         torch.rand(run + 1)
-        runs.append(quantize(trained_net(), batches(), SearchConfig(iterations=30)).report.search)
+        runs.append(
+            quantize(trained_net(), batches(), SearchConfig("gate", iterations=30)).report.search
+        )
     assert runs[0] == runs[1] and len(runs[0]["history"]) > 20
-    other = quantize(trained_net(), batches(), SearchConfig(iterations=30, seed=1)).report.search
+    other = quantize(
+        trained_net(), batches(), SearchConfig("gate", iterations=30, seed=1)
+    ).report.search
     assert other["history"] != runs[0]["history"]
 
 
@@ -321,7 +325,7 @@ def test_interrupt_returns_the_best_so_far(calls: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(cora.evaluation, "functional_call", interrupted)
     net, data = trained_net(), batches(1, 40)
-    qmodel = quantize(net, data, SearchConfig(iterations=40))
+    qmodel = quantize(net, data, SearchConfig("gate", iterations=40))
     search = qmodel.report.search
     assert search["interrupted"]
     accepted = [h for h in search["history"] if h.get("accepted")]
@@ -339,8 +343,8 @@ def test_interrupt_returns_the_best_so_far(calls: int, monkeypatch: pytest.Monke
 
 def test_labels() -> None:
     net, data = trained_net(), batches(labels=True)
-    kl = quantize(net, data, SearchConfig(iterations=12)).report.search
-    labels = quantize(net, data, SearchConfig(iterations=12, loss="labels")).report.search
+    kl = quantize(net, data, SearchConfig("gate", iterations=12)).report.search
+    labels = quantize(net, data, SearchConfig("gate", iterations=12, loss="labels")).report.search
     with torch.no_grad():
         floor = float(
             F.cross_entropy(net(torch.cat([x for x, _ in data])), torch.cat([y for _, y in data]))
@@ -354,7 +358,7 @@ def test_labels() -> None:
         seen.append((output.shape[0], target.shape[0]))
         return F.cross_entropy(output, target) / 2
 
-    config = SearchConfig(iterations=12, loss="labels", label_loss=half)
+    config = SearchConfig("gate", iterations=12, loss="labels", label_loss=half)
     halved = quantize(net, data, config).report.search
     assert seen and all(a == b for a, b in seen)
     assert halved["candidates"]["uniform"] == pytest.approx(
@@ -367,13 +371,13 @@ def test_labels_of_frames_and_pixels() -> None:
         (nn.Linear(6, 4), torch.randn(20, 5, 6), torch.randint(0, 4, (20, 5))),
         (nn.Conv2d(3, 4, 3, padding=1), torch.randn(20, 3, 6, 6), torch.randint(0, 4, (20, 6, 6))),
     ):
-        config = SearchConfig(iterations=6, loss="labels")
+        config = SearchConfig("gate", iterations=6, loss="labels")
         qmodel = quantize(model, [(x, y)], config, adapter_bits=32, rank_budget=0.5)
         assert math.isfinite(min(qmodel.report.search["candidates"].values()))
 
 
 def test_label_errors() -> None:
-    config = SearchConfig(iterations=3, loss="labels")
+    config = SearchConfig("gate", iterations=3, loss="labels")
     with pytest.raises(ValueError, match="loss='labels' needs calibration batches with labels"):
         quantize(trained_net(), batches(), config)
     data = [(torch.randn(16, 12), torch.randn(16, 1))]
@@ -401,7 +405,7 @@ class DictOutput(TwoInputs):
     ],
 )  # fmt: skip
 def test_regressions(model: Callable[[], nn.Module], data: Callable[[], Any]) -> None:
-    qmodel = quantize(model().eval(), data(), SearchConfig(iterations=12), rank_budget=0.2)
+    qmodel = quantize(model().eval(), data(), SearchConfig("gate", iterations=12), rank_budget=0.2)
     losses = [h["loss"] for h in qmodel.report.search["history"]]
     assert losses and all(0 <= loss < 2 for loss in losses)
 
@@ -409,7 +413,7 @@ def test_regressions(model: Callable[[], nn.Module], data: Callable[[], Any]) ->
 def test_few_samples_and_uneven_batches() -> None:
     for sizes in ([1], [2], [1, 1], [3, 5, 2]):
         data = [torch.randn(n, 3, 8 + 2 * n, 8) for n in sizes]
-        qmodel = quantize(trained_net(), data, SearchConfig(iterations=6, batch_size=2))
+        qmodel = quantize(trained_net(), data, SearchConfig("gate", iterations=6, batch_size=2))
         assert math.isfinite(qmodel.report.search["history"][-1]["loss"])
 
 

@@ -48,7 +48,8 @@ def file(qnet: nn.Module, tmp_path: Path) -> Path:
         {"spec": QuantSpec(4, "per_tensor", symmetric=True)},
         {"spec": QuantSpec(8, symmetric=True)},
         {"spec": {"stem": QuantSpec(3, "per_group", 9), "body.*": QuantSpec(6, clip="minmax")}},
-        {"skip": ["stem"]}, {"fold_bn": False}, {"bias_correction": False}, {"search": SearchConfig(iterations=4)},
+        {"skip": ["stem"]}, {"fold_bn": False}, {"bias_correction": False},
+        {"search": SearchConfig("gate", iterations=4)},
     ],
     ids=str,
 )  # fmt: skip
@@ -112,7 +113,7 @@ def test_zero_points_outside_the_codes(bits: int, offset: float, tmp_path: Path)
 def test_two_runs_write_the_same_bytes(tmp_path: Path) -> None:
     for run in "ab":
         torch.manual_seed(ord(run))
-        config = SearchConfig(iterations=12)
+        config = SearchConfig("gate", iterations=12)
         cora.save(quantize(trained_net(), search=config, activation_bits=8), tmp_path / run)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 

@@ -244,7 +244,7 @@ def test_quantized_end_to_end(folder: Path) -> None:
             model,
             calibration,
             cora.QuantSpec(bits=bits),
-            search=cora.SearchConfig(iterations=6),
+            search=cora.SearchConfig("gate", iterations=6),
             progress=False,
         )
         assert len(qmodel.report.layers) == 12
