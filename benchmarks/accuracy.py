@@ -65,6 +65,13 @@ def main() -> None:
     add("--activations", action="store_true", help="quantized inputs, instead of the main rows")
     add("--peers", action="store_true", help="other libraries, instead of the main rows")
     add("--only", nargs="+", default=[], help="peers whose names hold one of these")
+    add(
+        "--peer-activations",
+        type=int,
+        default=None,
+        metavar="BITS",
+        help="quantize their inputs too, with the ranges that cora chooses",
+    )
     add("--peer-iterations", type=int, default=None, help="of their learned rounding")
     add("--data", default=None)
     add("--output", type=Path, default=ROOT / "docs" / "results.json")
@@ -232,13 +239,20 @@ def _peer_ways(
 
                 def make(peer: Any = peer, bits: int = bits) -> tuple[nn.Module, float, int]:
                     found = peer.run(
-                        calibration.model, batches, bits, seed, iterations=args.peer_iterations
+                        calibration.model,
+                        batches,
+                        bits,
+                        seed,
+                        iterations=args.peer_iterations,
+                        activation_bits=args.peer_activations,
                     )
                     return found.model, found.bits_per_weight, found.total_bits
 
                 label = peer.name
                 if args.peer_iterations:
                     label += f" ({args.peer_iterations} steps)"
+                if args.peer_activations:
+                    label += f", W{bits}A{args.peer_activations}, ends alike"
                 yield label, bits, make
 
 
