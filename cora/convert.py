@@ -6,19 +6,16 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from . import ops
 from .allocation import Budget, check_rank_budget
 from .attention import split_attention
 from .calibration import ActivationRange, Calibration, correct_biases
 from .embedding import QuantEmbedding, pack_embeddings
-from .evaluation import Evaluator
+from .evaluation import Evaluator, activation_simulator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
 from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_budget, fit_within_drop
@@ -27,20 +24,14 @@ from .modules import (
     QUANT_LAYERS,
     QuantLayer,
     QuantWeight,
-    fake_quantize_dynamic,
     replace_layers,
 )
 from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
 from .quantizer import QuantSpec, check_bits, weight_bits
 from .recurrent import QuantRecurrent, pack_recurrent
 from .report import (
-    LayerReport,
-    Report,
-    RowsReport,
-    float_entries,
-    float_state_bits,
     float_weight_bits,
-    totals_of,
+    make_report,
     versions,
 )
 from .search import SearchConfig, search_ranks
@@ -50,8 +41,6 @@ from .tuning import tune as tune_layers
 __all__ = ["DEFAULT_TARGET_BITS", "dequantize", "quantize"]
 
 FirstLast = Literal["same", "8bit", "float"]
-
-_SPECTRUM_POINTS = 64
 
 
 def quantize(
@@ -165,7 +154,7 @@ def quantize(
         ranges = calibration.activation_qparams(activation_bits, activation_range)
         outputs = calibration.activation_qparams(activation_bits, activation_range, "output")
         ranges = {name: ranges[name] for name in specs}
-    simulate = _activation_simulator(activation_bits, set(specs), ranges, activation)
+    simulate = activation_simulator(activation_bits, set(specs), ranges, activation)
 
     def evaluator(offset: int = 0, holdout: int = search.holdout) -> Evaluator:
         return Evaluator(
@@ -320,7 +309,7 @@ def quantize(
         # nan where nothing was measured
         "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
-    qmodel.report = _report(
+    qmodel.report = make_report(
         qmodel, model, calibration, fitted.layers, layers, by_rows, found, reasons, settings
     )
     return qmodel
@@ -445,139 +434,7 @@ def _ends(specs: Mapping[str, QuantSpec]) -> set[str]:
     return {names[0], names[-1]}
 
 
-def _activation_simulator(
-    bits: int | None,
-    names: set[str],
-    ranges: Mapping[str, tuple[Tensor, Tensor]],
-    activation: str,
-) -> Callable[[nn.Module], Any]:
-    """A context manager in which a float model quantizes the inputs of the named layers."""
-
-    if bits is None:
-        return lambda _model: nullcontext()
-
-    @contextmanager
-    def simulate(model: nn.Module) -> Iterator[None]:
-        handles = []
-        for name in names:
-            static = ranges.get(name)
-
-            def quantize_input(
-                module: nn.Module,
-                args: tuple[Any, ...],
-                kwargs: dict[str, Any],
-                static: Any = static,
-            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-                x, *rest = (*args, *kwargs.values())
-                if static is not None:
-                    scale, zero = static[0].reshape(1, 1), static[1].reshape(1, 1)
-                    y = ops.fake_quantize(x, scale, zero, bits)
-                else:
-                    rows = x.reshape(-1, x.shape[-1]) if isinstance(module, nn.Linear) else x
-                    y = fake_quantize_dynamic(rows, bits).reshape(x.shape)
-                values = [y, *rest]
-                named = dict(zip(kwargs, values[len(args) :], strict=True))
-                return tuple(values[: len(args)]), named
-
-            layer = model.get_submodule(name)
-            handles.append(layer.register_forward_pre_hook(quantize_input, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    return simulate
-
-
 def _spec_settings(weight: QuantSpec | Mapping[str, QuantSpec]) -> dict[str, Any]:
     if isinstance(weight, QuantSpec):
         return dataclasses.asdict(weight)
     return {pattern: dataclasses.asdict(spec) for pattern, spec in weight.items()}
-
-
-def _report(
-    qmodel: nn.Module,
-    model: nn.Module,
-    calibration: Calibration,
-    quantized: Mapping[str, QuantizedLayer],
-    layers: Mapping[str, QuantLayer],
-    by_rows: Mapping[str, QuantEmbedding | QuantRecurrent],
-    found: dict[str, Any],
-    reasons: dict[str, str],
-    settings: dict[str, Any],
-) -> Report:
-    rows = []
-    for name, q in quantized.items():
-        packed, float_layer = layers[name], calibration.layers[name]
-        shape = q.fit.shape
-        original = calibration.matrix(name)
-        signal = calibration.energy(name, original) if original.any() else 1.0
-        before = calibration.energy(name, original - q.fit.dequantized)
-        after = calibration.energy(name, original - packed.matrix())
-        singular = q.fit.energies().sqrt()  # none where no adapter was wanted
-        spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
-        step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
-        rows.append(
-            LayerReport(
-                name=name,
-                kind=type(float_layer).__name__,
-                weight_shape=list(float_layer.weight.shape),
-                bits=q.spec.bits,
-                granularity=q.spec.granularity,
-                group_size=q.spec.group_size,
-                clip=q.spec.clip,
-                rank=packed.rank,
-                full_rank=shape.full_rank,
-                weights=shape.rows * shape.columns,
-                stored_bits=packed.stored_bits(),
-                residual_before=before / signal,
-                residual_after=after / signal,
-                sqnr_db=_decibels(signal / after) if after > 0 else float("inf"),
-                weight_error=_relative_error(original, q.fit.dequantized),
-                spectrum=[round(v, 6) for v in spectrum[::step]],
-            )
-        )
-    held = {name for name, _ in qmodel.named_modules()}  # embeddings that share rows: once
-    rows_packed = [
-        row
-        for name, packed in by_rows.items()
-        if name in held
-        for row in _rows_reports(name, packed, calibration.model.get_submodule(name))
-    ]
-    entries = float_entries(qmodel, reasons)
-    float_bits = float_weight_bits(calibration.layers[name] for name in quantized)
-    return Report(
-        layers=rows,
-        float_entries=entries,
-        totals=totals_of(rows, rows_packed, entries, float_bits, float_state_bits(model)),
-        settings=settings,
-        search=found,
-        by_rows=rows_packed,
-    )
-
-
-def _rows_reports(
-    name: str, packed: QuantEmbedding | QuantRecurrent, original: nn.Module
-) -> list[RowsReport]:
-    if isinstance(packed, QuantEmbedding):
-        parts = {"weight": (name, packed.stored_bits())}
-    else:
-        parts = {key: (f"{name}.{key}", packed.stored_bits(key)) for key in packed.scale_dtypes}
-    reports = []
-    for key, (label, stored) in parts.items():
-        weight = original.get_parameter(key).detach().float()
-        error = _relative_error(weight, getattr(packed, key).float())
-        kind = type(original).__name__
-        rows, columns = weight.shape
-        reports.append(RowsReport(label, kind, rows, columns, packed.bits, stored, error))
-    return reports
-
-
-def _relative_error(original: Tensor, dequantized: Tensor) -> float:
-    energy = float(original.square().sum(dtype=torch.float64)) or 1.0
-    return float((original - dequantized).square().sum(dtype=torch.float64)) / energy
-
-
-def _decibels(ratio: float) -> float:
-    return 10 * float(torch.log10(torch.tensor(ratio, dtype=torch.float64)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from . import ops
 from .batches import Batch, divergences, take
 from .calibration import Calibration
+from .modules import fake_quantize_dynamic
 
-__all__ = ["Evaluator", "is_better"]
+__all__ = ["Evaluator", "activation_simulator", "is_better"]
 
 
 # Multiply-adds of a forward pass on the samples of a gradient step, and on the held-out ones.
@@ -167,3 +170,48 @@ def is_better(gain: Tensor, errors: float = 1.0) -> bool:
     """
     error = float(gain.std(correction=0)) / len(gain) ** 0.5
     return float(gain.mean()) > errors * error
+
+
+def activation_simulator(
+    bits: int | None,
+    names: set[str],
+    ranges: Mapping[str, tuple[Tensor, Tensor]],
+    activation: str,
+) -> Callable[[nn.Module], Any]:
+    """A context manager in which a float model quantizes the inputs of the named layers."""
+
+    if bits is None:
+        return lambda _model: nullcontext()
+
+    @contextmanager
+    def simulate(model: nn.Module) -> Iterator[None]:
+        handles = []
+        for name in names:
+            static = ranges.get(name)
+
+            def quantize_input(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                static: Any = static,
+            ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+                x, *rest = (*args, *kwargs.values())
+                if static is not None:
+                    scale, zero = static[0].reshape(1, 1), static[1].reshape(1, 1)
+                    y = ops.fake_quantize(x, scale, zero, bits)
+                else:
+                    rows = x.reshape(-1, x.shape[-1]) if isinstance(module, nn.Linear) else x
+                    y = fake_quantize_dynamic(rows, bits).reshape(x.shape)
+                values = [y, *rest]
+                named = dict(zip(kwargs, values[len(args) :], strict=True))
+                return tuple(values[: len(args)]), named
+
+            layer = model.get_submodule(name)
+            handles.append(layer.register_forward_pre_hook(quantize_input, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return simulate

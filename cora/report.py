@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .calibration import Calibration
 from .embedding import QuantEmbedding
+from .fitting import QuantizedLayer
 from .lowrank import FloatLayer
 from .modules import QuantLayer
 from .recurrent import QuantRecurrent
@@ -22,10 +24,13 @@ __all__ = [
     "LayerReport",
     "Report",
     "RowsReport",
+    "make_report",
     "report_of",
     "float_state_bits",
     "float_weight_bits",
 ]
+
+_SPECTRUM_POINTS = 64  # singular values kept of a layer, at most
 
 
 def float_weight_bits(layers: Iterable[FloatLayer]) -> int:
@@ -293,6 +298,101 @@ def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry
             )
             entries.append(FloatEntry(name, type(module).__name__, bits, reason))
     return entries
+
+
+def make_report(
+    qmodel: nn.Module,
+    model: nn.Module,
+    calibration: Calibration,
+    quantized: Mapping[str, QuantizedLayer],
+    layers: Mapping[str, QuantLayer],
+    by_rows: Mapping[str, QuantEmbedding | QuantRecurrent],
+    found: dict[str, Any],
+    reasons: dict[str, str],
+    settings: dict[str, Any],
+) -> Report:
+    """The report of a quantization.
+
+    Args:
+        qmodel, model: packed and float.
+        quantized, layers: each quantized layer, as fitted and as packed.
+        by_rows: packed embeddings and recurrent layers.
+        found, reasons, settings: `Report.search`, why modules stay float, `Report.settings`.
+    """
+    rows = []
+    for name, q in quantized.items():
+        packed, float_layer = layers[name], calibration.layers[name]
+        shape = q.fit.shape
+        original = calibration.matrix(name)
+        signal = calibration.energy(name, original) if original.any() else 1.0
+        before = calibration.energy(name, original - q.fit.dequantized)
+        after = calibration.energy(name, original - packed.matrix())
+        singular = q.fit.energies().sqrt()  # none where no adapter was wanted
+        spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
+        step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
+        rows.append(
+            LayerReport(
+                name=name,
+                kind=type(float_layer).__name__,
+                weight_shape=list(float_layer.weight.shape),
+                bits=q.spec.bits,
+                granularity=q.spec.granularity,
+                group_size=q.spec.group_size,
+                clip=q.spec.clip,
+                rank=packed.rank,
+                full_rank=shape.full_rank,
+                weights=shape.rows * shape.columns,
+                stored_bits=packed.stored_bits(),
+                residual_before=before / signal,
+                residual_after=after / signal,
+                sqnr_db=_decibels(signal / after) if after > 0 else float("inf"),
+                weight_error=_relative_error(original, q.fit.dequantized),
+                spectrum=[round(v, 6) for v in spectrum[::step]],
+            )
+        )
+    held = {name for name, _ in qmodel.named_modules()}  # embeddings that share rows: once
+    rows_packed = [
+        row
+        for name, packed in by_rows.items()
+        if name in held
+        for row in _rows_reports(name, packed, calibration.model.get_submodule(name))
+    ]
+    entries = float_entries(qmodel, reasons)
+    float_bits = float_weight_bits(calibration.layers[name] for name in quantized)
+    return Report(
+        layers=rows,
+        float_entries=entries,
+        totals=totals_of(rows, rows_packed, entries, float_bits, float_state_bits(model)),
+        settings=settings,
+        search=found,
+        by_rows=rows_packed,
+    )
+
+
+def _rows_reports(
+    name: str, packed: QuantEmbedding | QuantRecurrent, original: nn.Module
+) -> list[RowsReport]:
+    if isinstance(packed, QuantEmbedding):
+        parts = {"weight": (name, packed.stored_bits())}
+    else:
+        parts = {key: (f"{name}.{key}", packed.stored_bits(key)) for key in packed.scale_dtypes}
+    reports = []
+    for key, (label, stored) in parts.items():
+        weight = original.get_parameter(key).detach().float()
+        error = _relative_error(weight, getattr(packed, key).float())
+        kind = type(original).__name__
+        rows, columns = weight.shape
+        reports.append(RowsReport(label, kind, rows, columns, packed.bits, stored, error))
+    return reports
+
+
+def _relative_error(original: Tensor, dequantized: Tensor) -> float:
+    energy = float(original.square().sum(dtype=torch.float64)) or 1.0
+    return float((original - dequantized).square().sum(dtype=torch.float64)) / energy
+
+
+def _decibels(ratio: float) -> float:
+    return 10 * float(torch.log10(torch.tensor(ratio, dtype=torch.float64)))
 
 
 def versions() -> dict[str, str]:
