@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -143,8 +144,8 @@ def quantize(
         )
     specs, reasons = _specs(calibration, weight, skip, first_last)
     by_rows: dict[str, QuantEmbedding | QuantRecurrent] = {
-        **pack_embeddings(calibration.model, embedding_bits, skip),
-        **pack_recurrent(calibration.model, recurrent_bits, skip),
+        **pack_embeddings(calibration.model, embedding_bits, partial(_matches, skip)),
+        **pack_recurrent(calibration.model, recurrent_bits, partial(_matches, skip)),
     }
     reasons |= {n: "biases" for n, packed in by_rows.items() if isinstance(packed, QuantRecurrent)}
     shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
@@ -384,7 +385,7 @@ def _specs(
     """Each quantized layer's quantizer, and why other layers stay float."""
     names = list(calibration.layers)
     reasons = {
-        name: "named in skip" if _matches(name, skip) else reason
+        name: "named in skip" if _matches(skip, name) else reason
         for name, reason in calibration.kept_float.items()
     }
     for pattern in skip:
@@ -399,7 +400,7 @@ def _specs(
             raise ValueError(f"weight: no layer that can be quantized matches {pattern!r}")
     specs: dict[str, QuantSpec] = {}
     for name in names:
-        if _matches(name, skip):
+        if _matches(skip, name):
             reasons[name] = "named in skip"
         elif isinstance(weight, QuantSpec):
             specs[name] = weight
@@ -424,7 +425,7 @@ def _specs(
     return specs, reasons
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def _matches(patterns: Iterable[str], name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ class QuantEmbedding(nn.Module):
 
 
 def pack_embeddings(
-    model: nn.Module, bits: int | None, skip: Iterable[str] = ()
+    model: nn.Module, bits: int | None, skipped: Callable[[str], bool] = lambda name: False
 ) -> dict[str, QuantEmbedding]:
     """The embeddings of a model, packed, by name; the model stays as it is.
 
@@ -107,7 +106,7 @@ def pack_embeddings(
 
     Args:
         bits: of a code; None: nothing is packed.
-        skip: names or patterns of those that stay float.
+        skipped: whether the one of a name stays float.
 
     Raises:
         ValueError: a weight that is not finite.
@@ -122,7 +121,7 @@ def pack_embeddings(
             and module.max_norm is None
             and module.weight.is_floating_point()
             and module.weight.numel()
-            and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+            and not skipped(name)
         ):
             found = QuantEmbedding.from_float(module, bits, name)
             packed |= dict.fromkeys(names_sharing(model, module), found)

@@ -6,8 +6,7 @@ torch's recurrent kernels want floats: a layer is small in the file and computes
 from __future__ import annotations
 
 import copy
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -157,13 +156,13 @@ def matrices_of(layer: nn.RNNBase) -> list[str]:
 
 
 def pack_recurrent(
-    model: nn.Module, bits: int | None, skip: Iterable[str] = ()
+    model: nn.Module, bits: int | None, skipped: Callable[[str], bool] = lambda name: False
 ) -> dict[str, QuantRecurrent]:
     """The recurrent layers of a model, packed, by name; the model stays as it is. Subclasses are left out.
 
     Args:
         bits: of a code; None: nothing is packed.
-        skip: names or patterns of those that stay float.
+        skipped: whether the one of a name stays float.
 
     Raises:
         ValueError: a weight that is not finite.
@@ -173,6 +172,5 @@ def pack_recurrent(
     return {
         name: QUANT_RECURRENT[type(module)].from_float(module, bits, name)
         for name, module in model.named_modules()
-        if type(module) in QUANT_RECURRENT
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in skip)
+        if type(module) in QUANT_RECURRENT and not skipped(name)
     }
