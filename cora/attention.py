@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .modules import replace_layers
 
-__all__ = ["SplitAttention", "split_attention"]
+__all__ = ["SplitAttention", "has_attention", "split_attention"]
 
 
 class SplitAttention(nn.Module):
@@ -125,6 +125,11 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
+
+
+def has_attention(model: nn.Module) -> bool:
+    """Whether `split_attention` finds something to split."""
+    return any(type(module) is nn.MultiheadAttention for module in model.modules())
 
 
 def split_attention(model: nn.Module) -> Any:

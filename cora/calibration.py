@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attention import split_attention
+from .attention import has_attention, split_attention
 from .batches import (
     Batch,
     divergence,
@@ -23,7 +23,7 @@ from .batches import (
     output_logits,
     required_inputs,
 )
-from .fold import FoldedBatchNorm, fold_batch_norms, fold_pairs
+from .fold import FoldedBatchNorm, fold_batch_norms, fold_pairs, same_outputs
 from .lowrank import FloatLayer, LayerShape, unfold
 from .modules import QUANT_LAYERS, QuantLayer
 from .moments import (
@@ -119,7 +119,9 @@ class Calibration:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        self.model = split_attention(copy.deepcopy(model).eval().requires_grad_(False))
+        whole = copy.deepcopy(model).eval().requires_grad_(False)
+        self.splits_attention = has_attention(whole)
+        self.model = split_attention(copy.deepcopy(whole)) if self.splits_attention else whole
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
@@ -136,6 +138,9 @@ class Calibration:
         self.memory_limit = memory_limit
         self.device = next(self.model.parameters()).device
         self.batches = self._take(batches, samples)
+        if self.splits_attention and not self._gives_what(whole):
+            self.splits_attention, self.model = False, whole
+            self.layers, self.kept_float = quantizable_layers(whole)
         self.fold_bn = fold_bn
         self.folded: dict[str, str] = {}  # layer -> the batch norm now in it
         if fold_bn:
@@ -178,14 +183,25 @@ class Calibration:
             raise ValueError("calibration: expected at least one sample, got none")
         return taken
 
+    def _gives_what(self, whole: nn.Module) -> bool:
+        """Whether the model gives another one's output: code of its own may read an attention's weights."""
+        with torch.no_grad():
+            try:
+                found = self.batches[0].run(self.model)
+            except Exception:  # what is wrong with the batch the whole model will say
+                return False
+            return same_outputs(self.batches[0].run(whole), found)
+
     @property
     def samples(self) -> int:
         return sum(len(batch) for batch in self.batches)
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
-        model = split_attention(copy.deepcopy(model))
+        if self.splits_attention:
+            model = split_attention(copy.deepcopy(model))
         if self.folded:
+            model = copy.deepcopy(model)
             here = dict(model.named_modules())
             pairs = {a: b for a, b in self.folded.items() if {a, b} <= here.keys()}
             # The kept copy itself is folded already.

@@ -256,7 +256,9 @@ def quantize(
         interrupted, candidates, history = result.interrupted, result.candidates, result.history
         fitted = fitted_to(quantized, result.ranks, dict.fromkeys(specs, width))
 
-    qmodel: Any = split_attention(copy.deepcopy(model).eval())
+    qmodel: Any = copy.deepcopy(model).eval()
+    if calibration.splits_attention:
+        qmodel = split_attention(qmodel)
     layers: dict[str, QuantLayer] = {}
     for name, q in fitted.layers.items():
         float_layer: Any = fitted.network.get_submodule(name)

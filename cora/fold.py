@@ -15,7 +15,7 @@ from .batches import float_tensors
 from .lowrank import FloatLayer
 from .modules import QUANT_LAYERS, replace_layers
 
-__all__ = ["FoldedBatchNorm", "fold_batch_norms", "fold_pairs"]
+__all__ = ["FoldedBatchNorm", "fold_batch_norms", "fold_pairs", "same_outputs"]
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -123,7 +123,7 @@ def fold_batch_norms(
     modules = {norm: model.get_submodule(norm) for norm in pairs.values()}
     fold_pairs(model, pairs)
     with torch.no_grad():
-        same = _same(expected, forward(model))
+        same = same_outputs(expected, forward(model))
     if not same:
         for name, (weight, bias) in before.items():
             layer = model.get_submodule(name)
@@ -174,7 +174,7 @@ def _weights(layer: FloatLayer) -> tuple[Any, Any]:
     return layer.weight, layer.bias
 
 
-def _same(expected: Any, got: Any) -> bool:
+def same_outputs(expected: Any, got: Any) -> bool:
     """Equal up to the rounding of the model's own precision."""
     for a, b in zip(float_tensors(expected), float_tensors(got), strict=True):
         tolerance = 1e-3 if a.dtype == torch.float32 else 0.1

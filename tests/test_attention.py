@@ -245,3 +245,23 @@ def test_fused() -> None:
     with torch.no_grad():
         expected, found = qmodel(**batches[0]), fast(**batches[0])
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def test_a_model_that_reads_the_weights_itself() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.head = attention(batch_first=True), nn.Linear(24, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = x @ self.attention.in_proj_weight.mean(0)
+            return self.head(self.attention(x, x, x)[0] + mean[..., None])
+
+    model, x = Own().eval(), torch.randn(24, 5, 24)
+    calibration = Calibration(model, x)
+    assert list(calibration.layers) == ["head"] and not calibration.splits_attention
+    calibration.check(model)
+    qmodel = quantize(model, calibration, rank_budget=0)
+    assert type(qmodel.attention) is nn.MultiheadAttention
+    why = {entry.name: entry.reason for entry in qmodel.report.float_entries}
+    assert why["attention"] == "MultiheadAttention reads its weights itself"
