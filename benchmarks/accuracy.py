@@ -321,7 +321,7 @@ def draw(rows: list[Row], path: Path) -> None:
     ways = next(iter(_groups(rows).values()))
     series: dict[str, list[tuple[float, float]]] = {}
     for (method, _bits), members in ways.items():
-        if method in _CURVES or "AdaRound" in method:
+        if method in _CURVES or ("AdaRound" in method and "steps" not in method):
             point = (
                 statistics.mean(r["bits_per_weight"] for r in members),
                 statistics.mean(r["kl"] for r in members),
