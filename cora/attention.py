@@ -32,19 +32,15 @@ class SplitAttention(nn.Module):
         self.add_zero_attn = attention.add_zero_attn
         self.bias_k, self.bias_v = attention.bias_k, attention.bias_v
         if attention.in_proj_weight is not None:
-            weights = attention.in_proj_weight.detach().chunk(3)
+            weights = attention.in_proj_weight.chunk(3)
         else:
-            parts = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
-            weights = tuple(part.detach() for part in parts)
+            weights = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
         shared = attention.in_proj_bias
-        biases = (None, None, None) if shared is None else shared.detach().chunk(3)
+        biases = (None, None, None) if shared is None else shared.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = (
             _linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)
         )
-        out = attention.out_proj
-        self.out_proj = _linear(
-            out.weight.detach(), None if out.bias is None else out.bias.detach()
-        )
+        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
 
     def forward(
@@ -115,9 +111,9 @@ class SplitAttention(nn.Module):
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.clone())
+    layer.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
-        layer.bias = nn.Parameter(bias.clone())
+        layer.bias = nn.Parameter(bias.detach().clone())
     return layer
 
 

@@ -198,10 +198,11 @@ class Calibration:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
-        if self.splits_attention:
-            model = split_attention(copy.deepcopy(model))
-        if self.folded:
+        if self.splits_attention or self.folded:
             model = copy.deepcopy(model)
+        if self.splits_attention:
+            model = split_attention(model)
+        if self.folded:
             here = dict(model.named_modules())
             pairs = {a: b for a, b in self.folded.items() if {a, b} <= here.keys()}
             # The kept copy itself is folded already.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class QuantRecurrent(nn.RNNBase):
     what they stand for. Biases are parameters as ever.
     """
 
+    float_type: ClassVar[type[nn.RNNBase]]
     bits: int
     scale_dtypes: dict[str, torch.dtype]
 
@@ -66,7 +67,7 @@ class QuantRecurrent(nn.RNNBase):
             TypeError: the layer is of another kind.
             ValueError: bits out of range, or a weight that is not finite.
         """
-        if QUANT_RECURRENT.get(type(layer)) is not cls:
+        if type(layer) is not cls.float_type:
             raise TypeError(f"{cls.__name__}.from_float: got a layer of {type(layer).__name__}")
         check_bits("recurrent_bits", bits)
         spec = QuantSpec(bits, rounding="nearest")
@@ -103,8 +104,7 @@ class QuantRecurrent(nn.RNNBase):
 
     def to_float(self) -> nn.RNNBase:
         """The plain float layer of the packed weights."""
-        kind = next(kind for kind, packed in QUANT_RECURRENT.items() if packed is type(self))
-        made: Any = kind.__new__(kind)
+        made: Any = self.float_type.__new__(self.float_type)
         made.__dict__.update(copy.deepcopy(self).__dict__)
         for name in made.__dict__.pop("scale_dtypes"):
             for part in ("codes", "scale", "zero_point"):
@@ -134,19 +134,23 @@ class QuantRecurrent(nn.RNNBase):
 class QuantRNN(QuantRecurrent, nn.RNN):
     """Packed `nn.RNN`."""
 
+    float_type = nn.RNN
+
 
 class QuantLSTM(QuantRecurrent, nn.LSTM):
     """Packed `nn.LSTM`."""
+
+    float_type = nn.LSTM
 
 
 class QuantGRU(QuantRecurrent, nn.GRU):
     """Packed `nn.GRU`."""
 
+    float_type = nn.GRU
+
 
 QUANT_RECURRENT: dict[type[nn.RNNBase], type[QuantRecurrent]] = {
-    nn.RNN: QuantRNN,
-    nn.LSTM: QuantLSTM,
-    nn.GRU: QuantGRU,
+    cls.float_type: cls for cls in (QuantRNN, QuantLSTM, QuantGRU)
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ __all__ = [
     "RowsReport",
     "make_report",
     "report_of",
+    "float_state",
     "float_state_bits",
     "float_weight_bits",
 ]
@@ -271,23 +272,28 @@ def totals_of(
     }
 
 
-def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry]:
-    """Modules outside the packed layers that store tensors of their own."""
-    entries: list[FloatEntry] = []
+def float_state(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(module's name, module, key, tensor) of every parameter and persistent buffer outside packed weights,
+    once each."""
     seen: set[int] = set()
-    for name, module in qmodel.named_modules():
+    for name, module in model.named_modules():
         if isinstance(module, QuantLayer | QuantEmbedding):
             continue
-        bits = 0
-        own = {**module._parameters, **module._buffers}
+        held = {**module._parameters, **module._buffers}
         if isinstance(module, QuantRecurrent):
-            own = dict(module._parameters)  # its buffers are codes
-        for key, tensor in own.items():
+            held = dict(module._parameters)  # its buffers are codes
+        for key, tensor in held.items():
             if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            bits += tensor.numel() * tensor.element_size() * 8
-        if bits:
+            yield name, module, key, tensor
+
+
+def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry]:
+    """Modules outside the packed layers that store tensors of their own."""
+    entries: dict[str, FloatEntry] = {}
+    for name, module, _, tensor in float_state(qmodel):
+        if name not in entries:
             reason = next(
                 (
                     why
@@ -296,8 +302,9 @@ def float_entries(qmodel: nn.Module, reasons: dict[str, str]) -> list[FloatEntry
                 ),
                 "not a weight matrix",
             )
-            entries.append(FloatEntry(name, type(module).__name__, bits, reason))
-    return entries
+            entries[name] = FloatEntry(name, type(module).__name__, 0, reason)
+        entries[name].stored_bits += tensor.numel() * tensor.element_size() * 8
+    return [entry for entry in entries.values() if entry.stored_bits]
 
 
 def make_report(

@@ -28,7 +28,7 @@ from .lowrank import Adapter, FloatLayer, LayerShape
 from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
 from .quantizer import QParams, zero_point_bits
 from .recurrent import QUANT_RECURRENT, QuantRecurrent, matrices_of
-from .report import Report
+from .report import Report, float_state
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
@@ -104,10 +104,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(Path(path))
     report = header["report"]
-    report_attribute = model.__dict__.get("report")
     qmodel: Any = copy.deepcopy(model).eval()
-    if report_attribute is not None:
-        qmodel.__dict__.pop("report")
+    qmodel.__dict__.pop("report", None)
     if attention := header.get("attention"):
         qmodel = split_attention(qmodel)
         if (here := _attention(qmodel)) != attention:
@@ -203,10 +201,9 @@ def _take(
     path: str | Path, name: str, config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """A layer's tensors out of the file's."""
-    found = {part: tensors.pop(_join(name, part), None) for part in config["tensors"]}
-    if missing := [part for part, tensor in found.items() if tensor is None]:
+    if missing := [part for part in config["tensors"] if _join(name, part) not in tensors]:
         raise ValueError(f"{path}: layer {name!r} lacks {', '.join(sorted(missing))}")
-    return {part: tensor for part, tensor in found.items() if tensor is not None}
+    return {part: tensors.pop(_join(name, part)) for part in config["tensors"]}
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,19 +218,9 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _float_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(key, tensor) of every parameter and persistent buffer outside packed layers, once each."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLayer | QuantEmbedding):
-            continue
-        held = {**module._parameters, **module._buffers}
-        if isinstance(module, QuantRecurrent):
-            held = dict(module._parameters)  # its buffers are codes
-        for key, tensor in held.items():
-            if tensor is None or key in module._non_persistent_buffers_set or id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            yield _join(name, key), tensor
+    """(key, tensor) of everything outside packed weights."""
+    for name, _, key, tensor in float_state(model):
+        yield _join(name, key), tensor
 
 
 # --- One layer -----------------------------------------------------------------------------------
@@ -300,8 +287,8 @@ def _pack_recurrent(layer: QuantRecurrent) -> tuple[dict[str, Any], dict[str, Te
         weights[name], parts = _pack_codes(*layer.packed(name))
         weights[name]["shape"] = list(layer.get_buffer(name).shape)
         tensors |= {f"{name}_{part}": tensor for part, tensor in parts.items()}
-    kind = next(kind for kind, packed in QUANT_RECURRENT.items() if packed is type(layer))
-    return {"kind": kind.__name__, "weights": weights, "tensors": sorted(tensors)}, tensors
+    kind = layer.float_type.__name__
+    return {"kind": kind, "weights": weights, "tensors": sorted(tensors)}, tensors
 
 
 def _check_recurrent(path: str | Path, name: str, layer: Any, config: dict[str, Any]) -> None:
@@ -323,9 +310,9 @@ def _unpack_recurrent(
     packed = {}
     for name, weight in config["weights"].items():
         parts = {
-            key.removeprefix(f"{name}_"): t
-            for key, t in tensors.items()
-            if key.startswith(f"{name}_")
+            part: tensors[f"{name}_{part}"]
+            for part in ("codes", "scale", "zero_point")
+            if f"{name}_{part}" in tensors
         }
         packed[name] = parts["codes"], _unpack_qparams(weight, parts)
     bits = next(iter(config["weights"].values()))["bits"]

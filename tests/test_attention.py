@@ -130,9 +130,8 @@ def test_transformers_of_torch(batch_first: bool) -> None:
         for context in (torch.no_grad, torch.enable_grad, torch.inference_mode):
             with context():
                 expected, found = model(tokens, **masks), split(tokens, **masks)
-                if (
-                    masks
-                ):  # torch's own gives zeros where there is padding, and only without gradients
+                # Where there is padding torch's own gives zeros, and only without gradients.
+                if masks:
                     expected, found = expected[:2], found[:2]
                 torch.testing.assert_close(found, expected, **CLOSE)
 
