@@ -31,9 +31,12 @@ SUPPORTED_BITS = range(2, 9)
 
 def check_bits(name: str, bits: Any) -> None:
     """Raise ValueError unless an argument is None or a width of codes."""
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
-    if bits is not None and not (whole and bits in SUPPORTED_BITS):
+    if bits is not None and not _is_width(bits):
         raise ValueError(f"{name} must be None or 2..8, got {bits!r}")
+
+
+def _is_width(bits: Any) -> bool:
+    return isinstance(bits, int) and not isinstance(bits, bool) and bits in SUPPORTED_BITS
 
 
 Granularity = Literal["per_tensor", "per_channel", "per_group"]
@@ -84,11 +87,7 @@ class QuantSpec:
     rounding: Rounding = "gptq"
 
     def __post_init__(self) -> None:
-        if (
-            isinstance(self.bits, bool)
-            or not isinstance(self.bits, int)
-            or self.bits not in SUPPORTED_BITS
-        ):
+        if not _is_width(self.bits):
             raise ValueError(f"QuantSpec: bits must be an integer 2..8, got {self.bits!r}")
         for field, names in (
             ("granularity", Granularity),
