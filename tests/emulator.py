@@ -90,10 +90,22 @@ class Emulator:
         """Sets the order in which blocks, warps and lanes run."""
         self._library.cora_emu_seed(seed)
 
+    @contextmanager
+    def device(self, major: int) -> Iterator[None]:
+        """A GPU of another compute capability: 8 or 9."""
+        self._library.cora_emu_device(major)
+        try:
+            yield
+        finally:
+            self._library.cora_emu_device(8)
+
     def sites(self, mutation: str) -> list[str]:
         """Places of the kernels' source that have been passed so far: "file:line"."""
         text: bytes = self._library.cora_emu_sites(MUTATIONS[mutation])
         return text.decode().split()
+
+    def forget_sites(self) -> None:
+        self._library.cora_emu_forget_sites()
 
     @contextmanager
     def mutated(self, mutation: str, site: str) -> Iterator[None]:

@@ -14,6 +14,19 @@ from test_cuda_ops import ALIGNED, Backend, check_conv, check_linear, operands
 Case = Callable[[Backend], None]
 LAST = (torch.channels_last,)
 
+
+def on_hopper(case: Case) -> Case:
+    """The case by warpgroup instructions."""
+
+    def run(backend: Backend) -> None:
+        assert backend.emulator is not None
+        with pytest.MonkeyPatch.context() as patch, backend.emulator.device(9):
+            patch.setenv("CORA_WARPGROUPS", "1")
+            case(backend)
+
+    return run
+
+
 # Together they pass every barrier, wait and predicate of the kernels.
 CASES: tuple[Case, ...] = (
     lambda b: check_linear(b, 1, 24, 2048, rank=20),  # K split
@@ -24,6 +37,8 @@ CASES: tuple[Case, ...] = (
     lambda b: check_linear(b, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 3, 24, 4096, rank=5, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 40, 45, 256, rank=5, dtype=torch.float32, x_bits=8, groups=4),
+    on_hopper(lambda b: check_linear(b, 40, 136, 896, rank=20, dtype=torch.float32, x_bits=8)),
+    on_hopper(lambda b: check_linear(b, 40, 24, 4096, dtype=torch.float32, x_bits=8)),
 )
 
 
@@ -68,14 +83,18 @@ def test_the_order_of_execution_is_drawn(passed: Emulator) -> None:
     assert any(mixed(site) for site in passed.sites("barrier"))
 
 
-@pytest.mark.parametrize("m", [1, 20, 100])
-def test_kernels_stay_within_their_tensors(m: int) -> None:
+@pytest.mark.parametrize("x_bits", [0, 8])
+@pytest.mark.parametrize("m,k", [(1, 64), (20, 64), (100, 64), (3, 2048), (40, 4096)])
+def test_kernels_stay_within_their_tensors(m: int, k: int, x_bits: int) -> None:
+    """And within what the op allocates for partial sums (the long ones are split)."""
     emulated = emulator()
-    item = layer(45, 64, 4, rank=5)
-    args = [torch.randn(m, 64).half(), *item.args(), *operands(item)]
+    item = layer(45, k, 4, rank=5, x_bits=x_bits)
+    args = [torch.randn(m, k).half(), *item.args(), *operands(item)]
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     with emulated.guarded(tensors):
         emulated.ops.linear_lowrank.default(*args)
+    if x_bits:  # x is read by plain loads there
+        return
     # The guard is no sieve: the same call without x among the tensors fails.
     with (
         emulated.guarded(tensors[1:]),

@@ -7,7 +7,8 @@ for bfloat16, whose weights the kernels round once. Integers match exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -319,6 +320,62 @@ def test_conv_scale_groups(backend: Backend, groups: int, mode: str) -> None:
     options = {"x_bits": 8} if mode == "dynamic8" else {}
     geometry = CONVOLUTIONS["3x3"] if groups != 2 else ALIGNED["3x3"]
     check_conv(backend, geometry, dtype, scale_groups=groups, **options)
+
+
+# --- Warpgroup instructions (sm_90a) ---------------------------------------------------------------
+
+
+@pytest.fixture
+def both(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+    """Calls an op with and without them; integers are exact, so the results are the same bits."""
+    emulated = backend.emulator
+    if emulated is None and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("warpgroup instructions are of compute capability 9.0")
+
+    def call(*args: Any) -> Tensor:
+        monkeypatch.setenv("CORA_WARPGROUPS", "0")
+        without = backend(*args)
+        monkeypatch.setenv("CORA_WARPGROUPS", "1")
+        if emulated is not None:
+            emulated.forget_sites()
+        by_warpgroups = backend(*args)
+        if emulated is not None:
+            assert len([s for s in emulated.sites("wait") if s.startswith("gemm.cuh")]) == 4, (
+                "another kernel ran"  # two waits for copies, two for instructions
+            )
+        assert torch.equal(by_warpgroups, without)
+        return by_warpgroups
+
+    with emulated.device(9) if emulated is not None else nullcontext():
+        yield call
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_warpgroups_integers_are_exact(both: Any, bits: int, far: bool) -> None:
+    for m, n, k in ((40, 40, 192), (130, 150, 330)):
+        zero_point = qparams(n, 1, bits)[1] - (2**9 if far else 0)
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+        x = torch.randint(-90, 160, (m, k)).float()
+        quantizer = (torch.ones(1), torch.tensor([90], dtype=torch.int32), 8)
+        got = both(
+            "linear_lowrank", x, ops.pack_bits(codes, bits), torch.ones(n, 1), zero_point, bits,
+            None, None, None, None, *quantizer,
+        )  # fmt: skip
+        assert torch.equal(got, (x.long() @ (codes.long() - zero_point.long()).T).float())
+
+
+@pytest.mark.parametrize("rank", [0, 2, 20, 40, 100])
+@pytest.mark.parametrize("name", ["3x3", "1x1"])
+def test_warpgroups_convolve(both: Any, name: str, rank: int) -> None:
+    check_conv(
+        both, ALIGNED[name], torch.float32, rank=rank, formats=(torch.channels_last,),
+        x_bits=8, static=True,
+    )  # fmt: skip
+
+
+def test_warpgroups_split_k(both: Any) -> None:
+    check_linear(both, 40, 24, 4096, rank=5, dtype=torch.float32, x_bits=8)
 
 
 # --- Prepared layers -----------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 //           The adapter: `fused` computes t in the same loop from the same stages (the four warps along N share the
 //           work: rank tile w % tiles, each its own share of the inputs); otherwise t comes in as partial sums of an
 //           earlier pass. Then B t is ceil(r / 16) more steps on the same accumulators, before they are stored.
+//           Tiles of warpgroups (sm_90a, 8-bit x): see multiply_by_warpgroups.
 //           split-K: each split leaves its accumulators in `partial`; the last to arrive adds them up in order.
 // Cost:     W once per kBlockM tokens, x once per kBlockN channels; see docs/cuda.md for bytes and occupancy.
 #pragma once
@@ -49,7 +50,7 @@ struct GemmArgs {
   const int32_t* x_zero;   // [items]
   int32_t x_parameters;    // items that have parameters of their own, or 1
   int32_t splits;          // along K
-  void* partial;           // [blocks of y][splits][accumulators][threads], float or int32
+  void* partial;           // [blocks of y][splits][kParts][threads], float or int32
   unsigned* tickets;       // [blocks of y], zero before the launch
   float* t_out;            // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
   Epilogue epilogue;
@@ -212,19 +213,28 @@ struct RowParameters {
 // --- The tile a block computes ----------------------------------------------------------------------------------
 
 /// kWarpsN x kWarpsM warps, each kRows tiles of 16 channels x kCols of 8 tokens; kDepth: 128-byte pieces of an x row
-/// a stage; kGrouped: the weight has scale groups (8-bit x pays registers for it, 16-bit x nothing).
+/// a stage; kGrouped: the weight has scale groups (8-bit x pays registers for it, 16-bit x nothing); kWarpgroup: by
+/// warpgroup instructions.
 template <typename T_, int kBits_, int kWarpsN_, int kWarpsM_, int kRows_, int kCols_, int kDepth_, int kStages_,
-          bool kGrouped_ = true, int kMinBlocks_ = 1>
+          bool kGrouped_ = true, bool kWarpgroup_ = false>
 struct Config {
   using T = T_;
   static constexpr bool kInt8 = std::is_same_v<T, Int8>, kGrouped = kGrouped_;
   static constexpr int kBits = kBits_, kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kRows = kRows_, kCols = kCols_;
-  static constexpr int kDepth = kDepth_, kStages = kStages_, kMinBlocks = kMinBlocks_;
+  static constexpr int kDepth = kDepth_, kStages = kStages_;
+  static constexpr bool kWarpgroup = kWarpgroup_;
+  static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsM == 1 && kRows == 1 && kCols == 16));
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
   static constexpr int kPanels = kBlockN / kTileRows;
+  /// What a thread, and a block, leaves of a split sum: accumulators, and with 8-bit x its part of the sums of x.
+  static constexpr int kParts = kRows * kCols * 4 + (kInt8 ? kCols : 0), kPartials = kParts * kThreads;
   static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
+  /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
+  static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
+  /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
+  static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kCols;
   static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
   static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
   // A stage: x pieces, weight tiles, scales, adapter tiles.
@@ -237,12 +247,15 @@ struct Config {
   static constexpr int kOutPitch = kBlockN + 4;  // floats
   static int shared_bytes(int rank_tiles, bool fused) {
     const int ring = kStages * stage_bytes(fused ? rank_tiles : 0);
-    const int t = rank_tiles == 0 ? 0 : kBlockM * t_pitch(rank_tiles) + (fused ? kWarpsN * kBlockM * 16 * 4 : 0);
+    const int parts = fused ? t_parts(rank_tiles) * kBlockM * 16 * 4 : 0;
+    const int t = rank_tiles == 0 ? 0 : kBlockM * t_pitch(rank_tiles) + parts;
     const int y = kBlockM * kOutPitch * 4;
     return ring > t ? (ring > y ? ring : y) : (t > y ? t : y);
   }
   /// Bytes of a token's t: 16 more than needed, so that 8 tokens lie in different banks.
   CORA_HOST_DEVICE static int t_pitch(int rank_tiles) { return rank_tiles * 16 * (kInt8 ? 4 : 2) + 16; }
+  /// Parts [token][16] that a fused t comes in: part i is of rank tile i % rank_tiles.
+  CORA_HOST_DEVICE static int t_parts(int rank_tiles) { return kWarpgroup ? rank_tiles : kWarpsN; }
 };
 
 /// Position of 16-byte chunk `chunk` (0..7) of a row of x in shared memory. 16-bit x is read as 8 bytes a lane, half a
@@ -353,14 +366,12 @@ struct Block {
   CORA_DEVICE void read_x(const char* stage, int tile, int step, uint32_t (&out)[C::kCols][2]) const {
     const int first = warp_m * C::kCols * 8;
     if constexpr (C::kInt8) {
-      const char* piece = stage + tile / 2 * C::kPieceBytes;
 #pragma unroll
       for (int c = 0; c < C::kCols; c += 2) {
-        const int r = first + c * 8 + lane / 16 * 8 + lane % 8, chunk = tile % 2 * 4 + step * 2 + lane / 8 % 2;
-        uint32_t v[4];
-        load_matrices(v, piece + r * 128 + chunk_of<C>(r, chunk) * 16);
+        uint32_t pair[2][2];
+        read_pair(stage, tile, step, first + c * 8, pair);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) out[c + i / 2][i % 2] = byte_permute(v[i], 0, 0x3120u);
+        for (int i = 0; i < 4; ++i) out[c + i / 2][i % 2] = pair[i / 2][i % 2];
       }
     } else {
 #pragma unroll
@@ -373,7 +384,178 @@ struct Block {
       }
     }
   }
+
+  /// Int8: the same of 16 tokens from `first` on.
+  CORA_DEVICE void read_pair(const char* stage, int tile, int step, int first, uint32_t (&out)[2][2]) const {
+    const int r = first + lane / 16 * 8 + lane % 8, chunk = tile % 2 * 4 + step * 2 + lane / 8 % 2;
+    uint32_t v[4];
+    load_matrices(v, stage + tile / 2 * C::kPieceBytes + r * 128 + chunk_of<C>(r, chunk) * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) out[i / 2][i % 2] = byte_permute(v[i], 0, 0x3120u);
+  }
+
+  /// Int8: a register of adapter codes (stored + 128) as signed bytes.
+  CORA_DEVICE static void adapter_bytes(const Codes<8>& codes, int step, uint32_t (&out)[1][4]) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) out[0][r] = codes.bytes(2 * step + r / 2, r % 2) ^ 0x80808080u;
+  }
 };
+
+/// Int8: adds the bytes of a token's inputs to its sum.
+CORA_DEVICE int32_t add_bytes(const uint32_t (&x)[2], int32_t sum) {
+  return dot4_unsigned(x[0], 0x01010101u, dot4_unsigned(x[1], 0x01010101u, sum));
+}
+
+// --- The loop over K -----------------------------------------------------------------------------------------------
+
+/// By the instructions that every GPU has: a warp multiplies kRows x kCols tiles. end_segment(i) is called after the
+/// last tile of scale group i (8-bit x).
+template <typename C, typename EndSegment>
+CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::kRows], int begin, int end,
+                                   int stage_bytes, int fused_tiles, bool segmented, bool sum_x,
+                                   typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4],
+                                   typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4],
+                                   int32_t (&x_sum)[C::kCols], const EndSegment& end_segment) {
+  using T = typename C::T;
+  constexpr int kSteps = C::kInt8 ? 2 : 4;  // mma steps of a tile along K
+  const int lane = block.lane, group = block.group, warp_n = block.warp_n;
+  int stage = 0, segment = 0;
+  for (int k = begin; k < end; k += C::kTilesK) {
+    async_wait<C::kAhead - 1>();
+    block_sync();
+    const int next = stage == 0 ? C::kStages - 1 : stage - 1;  // read in the last round: free
+    const int ahead = k + C::kAhead * C::kTilesK;
+    if (ahead < end) block.copy_stage(ahead, block.shared + next * stage_bytes);
+    async_commit();
+    const char* const from = block.shared + stage * stage_bytes;
+#pragma unroll
+    for (int tile = 0; tile < C::kTilesK; ++tile) {
+      if (k + tile >= end) break;
+      Codes<C::kBits> codes[C::kRows];
+#pragma unroll
+      for (int i = 0; i < C::kRows; ++i) {
+        codes[i].read(from + C::kWeightAt + (tile * C::kPanels + warp_n * C::kRows + i) * C::kTileBytes, lane);
+        if (segmented)
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+            rows[i].set(h, load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
+                                        ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8), block.p.bits);
+      }
+      Codes<8> rank_codes;
+      const int sharers = fused_tiles > 0 ? C::kWarpsN / fused_tiles : 1;  // warps that share a rank tile
+      if (fused_tiles > 0)
+        rank_codes.read(from + C::kAdapterAt + (tile * fused_tiles + warp_n % fused_tiles) * 1024, lane);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        uint32_t x[C::kCols][2], w[C::kRows][4];
+        block.read_x(from, tile, step, x);
+#pragma unroll
+        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented, w[i]);
+        if constexpr (C::kInt8) {
+          mma8(acc, w, x);
+          if (sum_x)
+#pragma unroll
+            for (int j = 0; j < C::kCols; ++j) x_sum[j] = add_bytes(x[j], x_sum[j]);
+        } else {
+          mma16<T>(acc, w, x);
+        }
+        // They take its steps in turn.
+        if (fused_tiles > 0 && (tile * kSteps + step) % sharers == warp_n / fused_tiles) {
+          uint32_t a[1][4];
+          if constexpr (C::kInt8) {
+            block.adapter_bytes(rank_codes, step, a);
+            mma8(acc_t[0], a, x);
+          } else {
+            adapter_operand<T>(rank_codes, step, a[0]);
+            mma16<T>(acc_t[0], a, x);
+          }
+        }
+      }
+      if (C::kInt8 && segmented && (k + tile + 1) % block.p.walk.blocks_per_segment == 0) end_segment(segment++);
+    }
+    stage = stage == C::kStages - 1 ? 0 : stage + 1;
+  }
+}
+
+/// Hopper's own instructions: weights from registers as ever, 64 channels a warpgroup; x from shared memory, whose rows
+/// lie as the instructions want them (chunk_of is the 128-byte swizzle). They run on while the next weights are
+/// dequantized: two sets of weight registers, one instruction left under way. A stage is overwritten two rounds after it
+/// was read, when every warp has waited for its instructions.
+/// t of a fused adapter: by the warps' own tensor-core instructions meanwhile; a warp takes rank tile warp % tiles and
+/// its share of the tokens, which fills 16 rows where a warpgroup would have to fill 64.
+template <typename C>
+CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>& row, int begin, int end,
+                                        int stage_bytes, int fused_tiles, bool sum_x, int32_t (&acc)[1][C::kCols][4],
+                                        int32_t (&acc_t)[C::kRankParts][1][C::kRankCols][4],
+                                        int32_t (&x_sum)[C::kCols]) {
+  const int lane = block.lane, warp = block.warp_n;
+  const int rank_tile = fused_tiles > 0 ? warp % fused_tiles : 0;
+  const int rank_token = fused_tiles > 0 ? warp / fused_tiles * fused_tiles * 16 : 0;  // 8 warps, 128 tokens
+  uint32_t w[2][4];
+  int stage = 0;
+  for (int k = begin; k < end; k += C::kTilesK) {
+    async_wait<C::kAhead - 1>();
+    warpgroup_publish();
+    block_sync();
+    const int next = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
+    const int ahead = k + C::kAhead * C::kTilesK;
+    if (ahead < end) block.copy_stage(ahead, block.shared + next * stage_bytes);
+    async_commit();
+    const char* const from = block.shared + stage * stage_bytes;
+    // No branch between these: the assembler would have each instruction wait for the one before. Tiles beyond the end
+    // of K hold zeros for x, and anything for the weights.
+#pragma unroll
+    for (int tile = 0; tile < C::kTilesK; ++tile) {
+      Codes<C::kBits> codes;
+      codes.read(from + C::kWeightAt + (tile * C::kPanels + warp) * C::kTileBytes, lane);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        warpgroup_wait<1>();  // the instruction before the last: its weights were in w[step]
+        row.operand(codes, step, false, w[step]);
+#pragma unroll
+        for (int r = 0; r < 4; ++r) w[step][r] = byte_permute(w[step][r], 0, 0x3120u);  // to the order of x in memory
+        warpgroup_mma8(acc, w[step], from + tile / 2 * C::kPieceBytes + (tile % 2 * 2 + step) * 32);
+      }
+    }
+    if (fused_tiles > 0)
+#pragma unroll
+      for (int tile = 0; tile < C::kTilesK; ++tile) {
+        if (k + tile >= end) break;
+        Codes<8> rank_codes;
+        rank_codes.read(from + C::kAdapterAt + (tile * fused_tiles + rank_tile) * 1024, lane);
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          uint32_t a[1][4];
+          block.adapter_bytes(rank_codes, step, a);
+#pragma unroll
+          for (int part = 0; part < C::kRankParts; ++part)
+            if (part < fused_tiles) {
+              uint32_t x[2][2];
+              block.read_pair(from, tile, step, rank_token + part * 16, x);
+              mma8(acc_t[part], a, x);
+            }
+        }
+      }
+    if (sum_x)
+#pragma unroll
+      for (int tile = 0; tile < C::kTilesK; ++tile)
+#pragma unroll
+        for (int step = 0; step < 2; ++step)
+#pragma unroll
+          for (int j = 0; j < C::kCols; j += 2) {
+            uint32_t x[2][2];
+            block.read_pair(from, tile, step, j * 8, x);
+            x_sum[j] = add_bytes(x[0], x_sum[j]);
+            x_sum[j + 1] = add_bytes(x[1], x_sum[j + 1]);
+          }
+    stage = stage == C::kStages - 1 ? 0 : stage + 1;
+  }
+  warpgroup_wait<0>();
+#pragma unroll
+  for (int j = 0; j < C::kCols; ++j)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) warpgroup_settle(acc[0][j][e]);
+}
 
 // --- Storing -------------------------------------------------------------------------------------------------------
 
@@ -421,10 +603,9 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
 // --- The kernel ----------------------------------------------------------------------------------------------------
 
 template <typename C>
-CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
+CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
   using T = typename C::T;
   using Acc = typename Block<C>::Acc;
-  constexpr int kSteps = C::kInt8 ? 2 : 4;  // mma steps of a tile along K
   const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
   const int first_panel = static_cast<int>(blockIdx.x) % n_blocks * C::kPanels;
   const int first_token = static_cast<int>(blockIdx.x) / n_blocks * C::kBlockM;
@@ -446,13 +627,13 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
   const auto token_of = [&](int j, int e) { return (warp_m * C::kCols + j) * 8 + quad * 2 + e; };  // within the block
 
 #pragma unroll 1
-  for (int s = 0; s < C::kStages - 1; ++s) {
+  for (int s = 0; s < C::kAhead; ++s) {
     if (begin + s * C::kTilesK < end) block.copy_stage(begin + s * C::kTilesK, shared + s * stage_bytes);
     async_commit();
   }
 
   Acc acc[C::kRows][C::kCols][4] = {};
-  Acc acc_t[1][C::kCols][4] = {};             // fused: this warp's rank tile over its share of K
+  Acc acc_t[C::kRankParts][1][C::kRankCols][4] = {};  // fused: this warp's rank tile over its share of K, or of tokens
   float total[C::kRows][C::kCols][4] = {};    // Int8: the scaled sums of the segments so far
   int32_t x_sum[C::kCols] = {};               // Int8: sum of x over the segment; this lane's part of token `group`
   RowParameters<C> rows[C::kRows];
@@ -513,63 +694,11 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
   };
 
   // --- The loop over K ---
-  int stage = 0, segment = 0;
-  for (int k = begin; k < end; k += C::kTilesK) {
-    async_wait<C::kStages - 2>();
-    block_sync();
-    const int next = stage == 0 ? C::kStages - 1 : stage - 1;  // read in the last round: free
-    const int ahead = k + (C::kStages - 1) * C::kTilesK;
-    if (ahead < end) block.copy_stage(ahead, shared + next * stage_bytes);
-    async_commit();
-    const char* const from = shared + stage * stage_bytes;
-#pragma unroll
-    for (int tile = 0; tile < C::kTilesK; ++tile) {
-      if (k + tile >= end) break;
-      Codes<C::kBits> codes[C::kRows];
-#pragma unroll
-      for (int i = 0; i < C::kRows; ++i) {
-        codes[i].read(from + C::kWeightAt + (tile * C::kPanels + warp_n * C::kRows + i) * C::kTileBytes, lane);
-        if (segmented)
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-            rows[i].set(h, load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
-                                        ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8), p.bits);
-      }
-      Codes<8> rank_codes;
-      const int sharers = p.fused ? C::kWarpsN / fused_tiles : 1;  // warps that share a rank tile
-      if (p.fused) rank_codes.read(from + C::kAdapterAt + (tile * fused_tiles + warp_n % fused_tiles) * 1024, lane);
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        uint32_t x[C::kCols][2], w[C::kRows][4];
-        block.read_x(from, tile, step, x);
-#pragma unroll
-        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented, w[i]);
-        if constexpr (C::kInt8) {
-          mma8(acc, w, x);
-          if (sum_x)
-#pragma unroll
-            for (int j = 0; j < C::kCols; ++j)
-              x_sum[j] = dot4_unsigned(x[j][0], 0x01010101u, dot4_unsigned(x[j][1], 0x01010101u, x_sum[j]));
-        } else {
-          mma16<T>(acc, w, x);
-        }
-        // They take its steps in turn.
-        if (p.fused && (tile * kSteps + step) % sharers == warp_n / fused_tiles) {
-          uint32_t a[1][4];
-          if constexpr (C::kInt8) {
-#pragma unroll
-            for (int r = 0; r < 4; ++r) a[0][r] = rank_codes.bytes(2 * step + r / 2, r % 2) ^ 0x80808080u;
-            mma8(acc_t, a, x);
-          } else {
-            adapter_operand<T>(rank_codes, step, a[0]);
-            mma16<T>(acc_t, a, x);
-          }
-        }
-      }
-      if (C::kInt8 && segmented && (k + tile + 1) % p.walk.blocks_per_segment == 0) end_segment(segment++);
-    }
-    stage = stage == C::kStages - 1 ? 0 : stage + 1;
-  }
+  if constexpr (C::kWarpgroup)
+    multiply_by_warpgroups<C>(block, rows[0], begin, end, stage_bytes, fused_tiles, sum_x, acc, acc_t, x_sum);
+  else
+    multiply_by_warps<C>(block, rows, begin, end, stage_bytes, fused_tiles, segmented, sum_x, acc, acc_t, x_sum,
+                         end_segment);
   async_wait<0>();
   block_sync();  // from here on the ring is free
 
@@ -592,10 +721,10 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
 
   // --- split-K: accumulators meet in global memory; whoever comes last adds them up, in order, and goes on ---
   if (p.splits > 1) {
-    constexpr int kAcc = C::kRows * C::kCols * 4, kParts = kAcc + (C::kInt8 ? C::kCols : 0);
-    Acc* const parts = static_cast<Acc*>(p.partial) +
-                       static_cast<int64_t>(blockIdx.x) * p.splits * kParts * C::kThreads + block.tid;
-    Acc* const mine = parts + static_cast<int64_t>(split) * kParts * C::kThreads;
+    constexpr int kAcc = C::kRows * C::kCols * 4;
+    Acc* const parts =
+        static_cast<Acc*>(p.partial) + static_cast<int64_t>(blockIdx.x) * p.splits * C::kPartials + block.tid;
+    Acc* const mine = parts + static_cast<int64_t>(split) * C::kPartials;
 #pragma unroll
     for (int i = 0; i < kAcc; ++i)
       store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
@@ -613,10 +742,10 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
     device_fence();
     block_sync();  // everyone has read the ticket
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
+    for (int i = 0; i < C::kParts; ++i) {
       Acc sum = 0;
       for (int s = 0; s < p.splits; ++s)
-        sum += load_other_blocks(parts + (static_cast<int64_t>(s) * kParts + i) * C::kThreads);
+        sum += load_other_blocks(parts + static_cast<int64_t>(s) * C::kPartials + i * C::kThreads);
       if (i < kAcc) {
         acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = sum;
       } else if constexpr (C::kInt8) {
@@ -647,11 +776,15 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
     const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
     Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [warps along N][token][16]
     if (p.fused) {
+      const int part = C::kWarpgroup ? warp_n % fused_tiles : warp_n;
+      const int first = C::kWarpgroup ? warp_n / fused_tiles * fused_tiles * 16 : warp_m * C::kCols * 8;
 #pragma unroll
-      for (int j = 0; j < C::kCols; ++j)
+      for (int j = 0; j < C::kRankParts * C::kRankCols; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          parts[(warp_n * C::kBlockM + token_of(j, e % 2)) * 16 + group + 8 * (e / 2)] = acc_t[0][j][e];
+          if (!C::kWarpgroup || j < 2 * fused_tiles)
+            parts[(part * C::kBlockM + first + j * 8 + quad * 2 + e % 2) * 16 + group + 8 * (e / 2)] =
+                acc_t[j / C::kRankCols][0][j % C::kRankCols][e];
       block_sync();
     }
     for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
@@ -663,7 +796,7 @@ CORA_GLOBAL(C::kThreads, C::kMinBlocks) gemm_kernel(const GemmArgs p) {
         float t = 0.0f;
         if (p.fused) {
           Acc sum = 0;
-          for (int s = r / 16; s < C::kWarpsN; s += p.rank_tiles) sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
+          for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles) sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
           if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
           t = static_cast<float>(sum);
         } else if (m < p.m) {

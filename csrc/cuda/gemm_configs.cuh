@@ -6,7 +6,7 @@
 namespace cora::cuda {
 
 struct TileShape {
-  int block_n, block_m;
+  int block_n, block_m, partials;
 };
 
 //                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
@@ -22,16 +22,31 @@ template <typename T, int kBits>
 using Small8 = Config<T, kBits, 4, 2, 2, 2, 1, 4>;
 template <typename T, int kBits>
 using Large8 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 2 : 3, false>;
+template <typename T, int kBits>
+using Warpgroups8 = Config<T, kBits, 8, 1, 1, 16, 1, 4, false, true>;  // sm_90a
 
 enum Tile16 : int { kDecode8 = 0, kDecode16, kMiddle64, kLarge128 };
-enum Tile8 : int { kSmall8 = 0, kLarge8 };
+enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups8 };
 
-/// Rows of a tile, and the tile for that many tokens.
-inline TileShape tile16_shape(int tile) {
-  constexpr int kRows[] = {8, 16, 64, 128};
-  return {128, kRows[tile]};
+template <typename C>
+constexpr TileShape shape_of() {
+  return {C::kBlockN, C::kBlockM, C::kPartials};
 }
-inline TileShape tile8_shape(int tile) { return {128, tile == kSmall8 ? 32 : 128}; }
+inline TileShape tile16_shape(int tile) {
+  switch (tile) {
+    case kDecode8: return shape_of<Decode8<Half, 4>>();
+    case kDecode16: return shape_of<Decode16<Half, 4>>();
+    case kMiddle64: return shape_of<Middle64<Half, 4>>();
+    default: return shape_of<Large128<Half, 4>>();
+  }
+}
+inline TileShape tile8_shape(int tile) {
+  switch (tile) {
+    case kSmall8: return shape_of<Small8<Int8, 4>>();
+    case kLarge8: return shape_of<Large8<Int8, 4>>();
+    default: return shape_of<Warpgroups8<Int8, 4>>();
+  }
+}
 
 template <typename C>
 const char* launch_gemm(const GemmArgs& args, void* stream) {
@@ -66,5 +81,6 @@ const char* dispatch16(int container, int tile, const GemmArgs& args, void* stre
 const char* gemm_half(int container, int tile, const GemmArgs& args, void* stream);
 const char* gemm_bfloat16(int container, int tile, const GemmArgs& args, void* stream);
 const char* gemm_int8(int container, int tile, const GemmArgs& args, void* stream);
+const char* gemm_warpgroups(int container, const GemmArgs& args, void* stream);
 
 }  // namespace cora::cuda

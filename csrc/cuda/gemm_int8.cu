@@ -4,8 +4,13 @@
 namespace cora::cuda {
 
 const char* gemm_int8(int container, int tile, const GemmArgs& args, void* stream) {
-  return tile == kSmall8 ? with_container<Small8, Int8>(container, args, stream)
-                         : with_container<Large8, Int8>(container, args, stream);
+  switch (tile) {
+    case kSmall8: return with_container<Small8, Int8>(container, args, stream);
+#if defined(CORA_WARPGROUPS)
+    case kWarpgroups8: return gemm_warpgroups(container, args, stream);
+#endif
+    default: return with_container<Large8, Int8>(container, args, stream);
+  }
 }
 
 }  // namespace cora::cuda

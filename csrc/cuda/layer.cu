@@ -7,6 +7,9 @@
 #include "cuda/gemm_configs.cuh"
 #include "cuda/stage.cuh"
 
+#include <cstdlib>
+#include <cstring>
+
 namespace cora::cuda {
 
 namespace {
@@ -35,6 +38,16 @@ int split_count(int64_t blocks, int stages, int multiprocessors) {
 
 int tile16_for(int64_t tokens) {
   return tokens <= 8 ? kDecode8 : tokens <= 16 ? kDecode16 : tokens <= 64 ? kMiddle64 : kLarge128;
+}
+
+/// Whether to use warpgroup instructions: not before they have been timed on a GPU, unless the environment says so.
+bool warpgroups([[maybe_unused]] const Device& device) {
+#if defined(CORA_WARPGROUPS)
+  const char* const wanted = std::getenv("CORA_WARPGROUPS");
+  return device.major == 9 && wanted != nullptr && std::strcmp(wanted, "1") == 0;
+#else
+  return false;
+#endif
 }
 
 int64_t blocks_of(TileShape tile, int64_t n, int64_t m) {
@@ -70,7 +83,10 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   if (const char* error = query(&device)) return error;
   const Walk w = walk_of(s);
   const Parts parts = parts_of(s);
-  p.tile = integer ? (s.q_groups > 1 || s.rank > 160 || tokens <= 32 ? kSmall8 : kLarge8) : tile16_for(tokens);
+  p.tile = !integer                                              ? tile16_for(tokens)
+           : s.q_groups > 1 || s.rank > 160 || tokens <= 32 ? kSmall8
+           : warpgroups(device)                             ? kWarpgroups8
+                                                            : kLarge8;
   const TileShape tile = integer ? tile8_shape(p.tile) : tile16_shape(p.tile);
   const int64_t blocks = blocks_of(tile, s.n, tokens);
   p.splits = integer && s.q_groups > 1 ? 1 : split_count(blocks, stages_of(w, p.method, p.tile), device.multiprocessors);
@@ -107,7 +123,7 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   }
   if (p.t_splits > 0) p.t_at = take(int64_t{p.t_splits} * tokens * parts.rank_tiles * 16 * 4);
   if (p.splits > 1) {
-    p.partial_at = take(blocks * p.splits * tile.block_n * (tile.block_m + 8) * 4);
+    p.partial_at = take(blocks * p.splits * tile.partials * 4);
     p.tickets_bytes = blocks * 4;
     p.tickets_at = take(p.tickets_bytes);
   }

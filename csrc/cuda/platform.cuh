@@ -36,7 +36,7 @@ using Dim3 = dim3;
 // --- Threads and barriers ------------------------------------------------------------------------------
 
 CORA_DEVICE char* shared_memory() {
-  extern __shared__ __align__(16) char cora_shared[];
+  extern __shared__ __align__(1024) char cora_shared[];  // as warpgroup_mma8 wants its tiles
   return cora_shared;
 }
 CORA_DEVICE void block_sync() { __syncthreads(); }
@@ -226,6 +226,47 @@ CORA_DEVICE uint32_t round_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(value));
   return r;
 }
+
+// --- Tensor cores by warpgroups: sm_90a only ------------------------------------------------------------------
+
+// A warpgroup is warps 4i .. 4i + 3 of a block. Its instructions run on while its threads go on: operands in registers
+// are the hardware's until the wait.
+
+/// What this thread has in shared memory (stores, cp.async it waited for), visible to the warpgroup instructions that
+/// come after the next barrier.
+CORA_DEVICE void warpgroup_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+/// acc += a x: 64 rows (16 a warp, laid out as in mma8) x 32 bytes of K, with 128 columns. a: signed bytes. x: unsigned,
+/// in shared memory: a column is a row of 128 bytes, its 16-byte chunk c at c ^ (column % 8), eight columns begin at a
+/// multiple of 1024; `x` is the first column's place, plus 32 for each 32 of K. One group of work.
+CORA_DEVICE void warpgroup_mma8(int32_t (&acc)[1][16][4], const uint32_t (&a)[4], const void* x) {
+  // Address and distance of eight columns in units of 16 bytes; 128-byte swizzle.
+  const uint64_t x_tile = (shared_address(x) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
+                          uint64_t{1} << 62;
+  int32_t(&d)[16][4] = acc[0];
+#define CORA_ACC(j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
+  asm volatile(
+      "{\n .reg .pred accumulate;\n setp.eq.u32 accumulate, 0, 0;\n wgmma.fence.sync.aligned;\n"
+      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 "
+      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
+      "{%64,%65,%66,%67}, %68, accumulate;\n wgmma.commit_group.sync.aligned;\n}"
+      : CORA_ACC(0), CORA_ACC(1), CORA_ACC(2), CORA_ACC(3), CORA_ACC(4), CORA_ACC(5), CORA_ACC(6), CORA_ACC(7),
+        CORA_ACC(8), CORA_ACC(9), CORA_ACC(10), CORA_ACC(11), CORA_ACC(12), CORA_ACC(13), CORA_ACC(14), CORA_ACC(15)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x_tile)
+      : "memory");
+#undef CORA_ACC
+}
+
+/// Until at most kLeft of this warpgroup's groups are under way.
+template <int kLeft>
+CORA_DEVICE void warpgroup_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kLeft) : "memory");
+}
+/// Keeps the compiler from reading registers that a warpgroup instruction wrote before the wait above this.
+CORA_DEVICE void warpgroup_settle(int32_t& value) { asm volatile("" : "+r"(value)::"memory"); }
 
 // --- Host side ------------------------------------------------------------------------------------------------
 

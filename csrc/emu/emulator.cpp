@@ -20,10 +20,12 @@ namespace cora::emu {
 
 ThreadState* current = nullptr;
 Dim3 grid_dim, block_dim;
+int device_major = 8;
 
 namespace {
 
 constexpr int kLanes = 32;
+constexpr size_t kSharedAlign = 1024;
 constexpr size_t kStackBytes = 128 * 1024;
 
 // --- Fibers -----------------------------------------------------------------------------------------
@@ -103,6 +105,8 @@ struct Warp {
   const void* identity = nullptr;
   void* operands[kLanes];
   int arrived = 0;
+  std::vector<std::function<void()>> under_way;  // its parts of warpgroup instructions, oldest first; empty: done early
+  int issued = 0;                                // ... since the block began
 };
 
 /// A block under way.
@@ -160,6 +164,12 @@ void fiber_main() {
   (*state.kernel)();
   Fiber& f = self();
   if (!f.open.empty() || !f.groups.empty()) fail("a thread ends with cp.async copies it never waited for");
+  const auto& warps = state.block->warps;
+  const size_t warp = static_cast<size_t>(state.running / kLanes);
+  if (!warps[warp].under_way.empty()) fail("a warp ends with warpgroup instructions it never waited for");
+  if (state.block->live == 1)
+    for (size_t w = 0; w < warps.size(); ++w)
+      if (warps[w].issued != warps[w / 4 * 4].issued) fail("warps of a warpgroup issued different instructions");
   f.done = true;
   --state.block->live;
   f.context.go(state.scheduler);
@@ -264,16 +274,17 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
   const std::lock_guard<std::mutex> lock(state.mutex);
   state.failed = false;
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
-  if (threads == 0 || threads > 1024 || threads % kLanes != 0 || shared_bytes > 99 * 1024 || grid.x == 0 ||
+  const size_t most_shared = (device_major == 9 ? 227 : 99) * 1024;
+  if (threads == 0 || threads > 1024 || threads % kLanes != 0 || shared_bytes > most_shared || grid.x == 0 ||
       grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-    return refuse("the launch is beyond the limits of the smallest supported GPU");
+    return refuse("the launch is beyond the limits of the emulated GPU");
   if (!make_stacks(threads)) return refuse("no memory for the stacks");
   state.kernel = &kernel;
   state.random.seed(state.seed);
   grid_dim = grid;
   block_dim = block;
   for (Resident& resident : state.residents) {
-    resident.shared.resize(shared_bytes + 16);
+    resident.shared.resize(shared_bytes + kSharedAlign);
     resident.live = 0;
   }
   state.told = kResident;
@@ -306,7 +317,8 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
 const char* error() { return state.failed ? state.error.c_str() : nullptr; }
 
 char* shared_memory() {
-  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(state.block->shared.data()) + 15) & ~uintptr_t{15});
+  const auto at = reinterpret_cast<uintptr_t>(state.block->shared.data());
+  return reinterpret_cast<char*>((at + kSharedAlign - 1) & ~uintptr_t{kSharedAlign - 1});
 }
 
 void block_barrier(const char* file, int line) {
@@ -344,7 +356,8 @@ void atomic_done() {
 void async_copy(void* shared, const void* global, bool valid, const char* file, int line) {
   if (!valid && mutated(Mutation::kDropPredicate, file, line)) valid = true;
   const char* base = shared_memory();
-  if (static_cast<char*>(shared) < base || static_cast<char*>(shared) + 16 > base + (state.block->shared.size() - 16))
+  if (static_cast<char*>(shared) < base ||
+      static_cast<char*>(shared) + 16 > base + (state.block->shared.size() - kSharedAlign))
     fail("cp.async outside shared memory");
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0))
     fail("cp.async of 16 bytes is not aligned");
@@ -374,6 +387,30 @@ void async_wait(int groups_left, const char* file, int line) {
   }
 }
 
+void warpgroup_issue(std::function<void()> work) {
+  Warp& warp = state.block->warps[static_cast<size_t>(state.running / kLanes)];
+  ++warp.issued;
+  if (state.random() % 2 == 0) {
+    work();
+    work = nullptr;
+  }
+  warp.under_way.push_back(std::move(work));
+}
+
+void warpgroup_wait(int groups_left, const char* file, int line) {
+  if (mutated(Mutation::kSkipWait, file, line)) groups_left = 1 << 20;
+  if (mutated(Mutation::kLateWait, file, line)) ++groups_left;
+  // By the last lane to come: what any lane did to its registers before is seen.
+  static const char identity = 0;
+  warp_collective(&identity, &groups_left, [](void* const* lanes) {
+    auto& work = state.block->warps[static_cast<size_t>(state.running / kLanes)].under_way;
+    while (static_cast<int>(work.size()) > *static_cast<const int*>(lanes[0])) {
+      if (work.front()) work.front()();
+      work.erase(work.begin());
+    }
+  });
+}
+
 void allocated(void* p, size_t bytes) {
   if (bytes > 0) std::memset(p, 0xff, bytes);
   if (!state.buffers.empty()) state.buffers.emplace_back(static_cast<const char*>(p), bytes);
@@ -398,6 +435,7 @@ extern "C" {
 using namespace cora::emu;
 
 CORA_EMU_EXPORT void cora_emu_seed(unsigned seed) { state.seed = seed; }
+CORA_EMU_EXPORT void cora_emu_device(int major) { device_major = major; }
 
 /// Breaks every kernel at place `site` (0, 1, ...) of a kind until the next call; kind 0 repairs.
 CORA_EMU_EXPORT void cora_emu_mutate(int kind, int site) {

@@ -4,6 +4,7 @@
 //   - barriers and warp collectives are rendezvous; a thread that never comes is reported as a deadlock;
 //   - the order in which warps and lanes run is drawn from a seed, so that a missing barrier shows;
 //   - cp.async copies nothing until its wait, and its destination holds NaN until then;
+//   - a warpgroup instruction runs when it is issued or as late as its wait, whichever the seed draws;
 //   - shared memory starts as NaN (every byte 0xff) in each block;
 //   - asynchronous copies and vector accesses are checked against the registered buffers.
 // What is not: the memory model, bank conflicts, speed. An mma adds up in another order than the hardware.
@@ -23,7 +24,7 @@ struct Dim3 {
 enum class Mutation : int {
   kNone = 0,
   kSkipBarrier,    // __syncthreads() at the site does nothing
-  kSkipWait,       // cp.async.wait_group at the site does nothing
+  kSkipWait,       // the wait for copies, or for warpgroup instructions, at the site does nothing
   kLateWait,       // ... waits for one group less
   kDropPredicate,  // cp.async at the site copies although its predicate is false
 };
@@ -51,6 +52,13 @@ void warp_collective(const void* identity, void* operands, void (*work)(void* co
 void async_copy(void* shared, const void* global, bool valid, const char* file, int line);
 void async_commit();
 void async_wait(int groups_left, const char* file, int line);
+
+/// A warp's part of a warpgroup instruction, handed in by its last lane inside a warp_collective.
+void warpgroup_issue(std::function<void()> work);
+void warpgroup_wait(int groups_left, const char* file, int line);
+
+/// Compute capability that the kernels find: 8 (99 KiB of shared memory a block) or 9 (227 KiB).
+extern int device_major;
 
 /// A buffer the door made for a call: filled with NaN, and registered if buffers are.
 void allocated(void* p, size_t bytes);

@@ -3,6 +3,7 @@
 
 #include "emu/emulator.h"
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -297,6 +298,55 @@ template <int kRows, int kCols>
 void mma_tf32(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4], const uint32_t (&b)[kCols][2]) {
   detail::mma(acc, a, b, detail::mma_tf32_work<kRows, kCols>);
 }
+inline void warpgroup_publish() {}
+
+namespace detail {
+
+/// A lane's operands, by value: they outlive the call. What the pointers name is read when the instruction runs.
+struct WarpgroupMma {
+  int32_t* acc;
+  const uint32_t* a;
+  const char* x;
+};
+inline void warpgroup_mma8_work(void* const* lanes) {
+  std::array<WarpgroupMma, 32> warp;
+  for (size_t i = 0; i < 32; ++i) warp[i] = *static_cast<const WarpgroupMma*>(lanes[i]);
+  emu::warpgroup_issue([warp] {
+    int32_t a[16][32];
+    for (size_t lane = 0; lane < 32; ++lane)
+      for (size_t r = 0; r < 4; ++r)
+        for (size_t e = 0; e < 4; ++e)
+          a[lane / 4 + 8 * (r % 2)][lane % 4 * 4 + r / 2 * 16 + e] = static_cast<int8_t>(warp[lane].a[r] >> (8 * e));
+    for (size_t column = 0; column < 128; ++column) {
+      uint8_t x[32];
+      for (size_t k = 0; k < 32; ++k) {
+        const auto linear = reinterpret_cast<uintptr_t>(warp[0].x) + column * 128 + k;
+        x[k] = *reinterpret_cast<const uint8_t*>(linear ^ (linear >> 7 & 7) << 4);
+      }
+      for (size_t row = 0; row < 16; ++row) {
+        int32_t sum = 0;
+        for (size_t k = 0; k < 32; ++k) sum += a[row][k] * x[k];
+        warp[row % 8 * 4 + column % 8 / 2].acc[column / 8 * 4 + row / 8 * 2 + column % 2] += sum;
+      }
+    }
+  });
+}
+
+}  // namespace detail
+
+inline void warpgroup_mma8(int32_t (&acc)[1][16][4], const uint32_t (&a)[4], const void* x) {
+  if (reinterpret_cast<uintptr_t>(x) % 1024 % 32 != 0 || reinterpret_cast<uintptr_t>(x) % 1024 >= 128)
+    emu::fail("warpgroup_mma8: columns of x do not begin at a multiple of 1024 bytes");
+  static const char identity = 0;
+  detail::WarpgroupMma m{&acc[0][0][0], a, static_cast<const char*>(x)};
+  emu::warp_collective(&identity, &m, detail::warpgroup_mma8_work);
+}
+template <int kLeft>
+void warpgroup_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emu::warpgroup_wait(kLeft, file, line);
+}
+inline void warpgroup_settle(int32_t&) {}
+
 /// To nearest, ties away from zero.
 inline uint32_t round_tf32(float value) { return (float_to_bits(value) + 0x1000u) & 0xffffe000u; }
 
@@ -322,7 +372,7 @@ struct Device {
 };
 /// Few multiprocessors, so that small cases split their sums as large ones do on a GPU.
 inline const char* query(Device* device) {
-  *device = {6, 8, 0};
+  *device = {6, emu::device_major, 0};
   return nullptr;
 }
 
