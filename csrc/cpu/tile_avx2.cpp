@@ -244,58 +244,85 @@ inline __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/// Codes of up to four bits: some quad-rows at a time, summed in 16 bits, half of the lanes after the other.
-template <int kBits, int kM, int kHalf>
-inline void gemv_s8_half(const uint8_t* packed, int64_t begin, int64_t end, const uint8_t* x, int64_t ldx,
-                         int32_t* acc) {
-  __m256i sum[kM][2];
+/// Codes of up to four bits: quad-rows whose products fit 16 bits are summed there, then added to acc. With one row of
+/// x all lanes' sums stay in registers; with more, kCount vectors of lanes from kFirst on are done after each other.
+template <int kBits, int kM, int kFirst, int kCount>
+inline void gemv_s8_lanes(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, __m256i (&acc)[kM][kCount]) {
+  __m256i sum[kM][kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
-  for (int64_t r = begin; r < end; ++r) {
-    __m256i w[2];
-    load_codes<kBits, 2 * kHalf, 2>(packed + r * quad_row_bytes(kBits), w);
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) sum[i][v] = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int64_t r = 0; r < rows; ++r) {
+    __m256i w[kCount];
+    load_codes<kBits, kFirst, kCount>(packed + r * quad_row_bytes(kBits), w);
 #pragma GCC unroll 4
     for (int i = 0; i < kM; ++i) {
       const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
-      sum[i][0] = _mm256_add_epi16(sum[i][0], _mm256_maddubs_epi16(xi, w[0]));
-      sum[i][1] = _mm256_add_epi16(sum[i][1], _mm256_maddubs_epi16(xi, w[1]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kCount; ++v) sum[i][v] = _mm256_add_epi16(sum[i][v], _mm256_maddubs_epi16(xi, w[v]));
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      int32_t* to = acc + i * kLanes + (2 * kHalf + v) * 8;
-      store(to, _mm256_add_epi32(load(to), _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1))));
-    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v)
+      acc[i][v] = _mm256_add_epi32(acc[i][v], _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1)));
+}
+
+template <int kBits, int kM, int kFirst, int kCount>
+inline void gemv_s8_narrow(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* out) {
+  constexpr int64_t most = sums_in_16_bits((1 << kBits) - 1), block = most < 4 ? most : most / 4 * 4;
+  __m256i acc[kM][kCount];
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) acc[i][v] = _mm256_setzero_si256();
+  int64_t r = 0;
+  for (; r + block <= rows; r += block) {
+    const uint8_t* const from = packed + r * quad_row_bytes(kBits);
+    _mm_prefetch(reinterpret_cast<const char*>(from + 4096), _MM_HINT_T0);
+    gemv_s8_lanes<kBits, kM, kFirst, kCount>(from, block, x + r * kQuad, ldx, acc);
+  }
+  gemv_s8_lanes<kBits, kM, kFirst, kCount>(packed + r * quad_row_bytes(kBits), rows - r, x + r * kQuad, ldx, acc);
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) store(out + i * kLanes + (kFirst + v) * 8, acc[i][v]);
 }
 
 template <int kBits, int kM>
 void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
-  if constexpr (kBits <= 4) {
-    constexpr int64_t most = sums_in_16_bits((1 << kBits) - 1);
-    std::memset(acc, 0, kM * kLanes * sizeof(int32_t));
-    for (int64_t r = 0; r < rows; r += most) {
-      const int64_t end = r + most < rows ? r + most : rows;
-      gemv_s8_half<kBits, kM, 0>(packed, r, end, x, ldx, acc);
-      gemv_s8_half<kBits, kM, 1>(packed, r, end, x, ldx, acc);
-    }
+  if constexpr (kBits <= 4 && kM == 1) {
+    gemv_s8_narrow<kBits, kM, 0, 4>(packed, rows, x, ldx, acc);
+    return;
+  } else if constexpr (kBits <= 4) {
+    gemv_s8_narrow<kBits, kM, 0, 2>(packed, rows, x, ldx, acc);
+    gemv_s8_narrow<kBits, kM, 2, 2>(packed, rows, x, ldx, acc);
     return;
   }
   __m256i sum[kM][4];
-  for (auto& row : sum)
-    for (auto& v : row) v = _mm256_setzero_si256();
+#pragma GCC unroll 4
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) sum[i][g] = _mm256_setzero_si256();
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
     __m256i w[4];
     load_codes<kBits>(packed, w);
     if (kBits == 8)
-      for (auto& v : w) v = _mm256_xor_si256(v, _mm256_set1_epi8(static_cast<char>(0x80)));
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) w[g] = _mm256_xor_si256(w[g], _mm256_set1_epi8(static_cast<char>(0x80)));
+#pragma GCC unroll 4
     for (int i = 0; i < kM; ++i) {
       const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
+#pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) sum[i][g] = add_products<(kBits > 6)>(sum[i][g], xi, w[g]);
     }
   }
+#pragma GCC unroll 4
   for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) store(acc + i * kLanes + g * 8, sum[i][g]);
 }
 
@@ -303,7 +330,8 @@ void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_
 template <int kBits, int kM, int kFirst, int kCount>
 inline void gemv_f32_part(const uint8_t* packed, int64_t rows, const float* zero_point, const float* x, int64_t ldx,
                           float* c) {
-  const __m256i byte = _mm256_set1_epi32(0xff);
+  const __m256i byte = _mm256_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12);  // of each lane's dword, and zeros
+  const __m256i first = _mm256_or_si256(byte, _mm256_set1_epi32(static_cast<int32_t>(0x80808000)));
   __m256 sum[kM][kCount];
 #pragma GCC unroll 4
   for (int i = 0; i < kM; ++i)
@@ -316,7 +344,8 @@ inline void gemv_f32_part(const uint8_t* packed, int64_t rows, const float* zero
     for (int j = 0; j < kQuad; ++j)
 #pragma GCC unroll 4
       for (int g = 0; g < kCount; ++g) {
-        const __m256 code = _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w[g], 8 * j), byte));
+        const __m256i at = _mm256_add_epi8(first, _mm256_set1_epi32(j));
+        const __m256 code = _mm256_cvtepi32_ps(_mm256_shuffle_epi8(w[g], at));
         const __m256 exact = _mm256_sub_ps(code, _mm256_loadu_ps(zero_point + (kFirst + g) * 8));
 #pragma GCC unroll 4
         for (int i = 0; i < kM; ++i)
