@@ -19,8 +19,9 @@ endif
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py --output demo-output $(ARGS)
 
+# As many processes as processors; a file's tests, which share what they made, stay in one.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # Each kernel against torch; whole models are timed by `cora bench`.
 bench: $(VENV)/.test

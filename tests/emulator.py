@@ -6,6 +6,7 @@ The library is built on first use, into build/emulator; later only what changed 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import shutil
@@ -58,12 +59,15 @@ def build() -> Path:
         "CORA_CUDA": "OFF",
     }
     defines = [f"-D{key}={value}" for key, value in options.items()]
-    for command in (
-        [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *defines],
-        [cmake, "--build", str(folder), "--target", "_emu"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # other test processes want it too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for command in (
+            [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), *defines],
+            [cmake, "--build", str(folder), "--target", "_emu"],
+        ):
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return folder / "_emu.so"
 
 
@@ -91,13 +95,13 @@ class Emulator:
         self._library.cora_emu_seed(seed)
 
     @contextmanager
-    def device(self, major: int) -> Iterator[None]:
-        """A GPU of another compute capability: 8 or 9."""
-        self._library.cora_emu_device(major)
+    def device(self, major: int = 8, multiprocessors: int = 6) -> Iterator[None]:
+        """A GPU of another compute capability (8 or 9) or size."""
+        self._library.cora_emu_device(major, multiprocessors)
         try:
             yield
         finally:
-            self._library.cora_emu_device(8)
+            self._library.cora_emu_device(8, 6)
 
     def sites(self, mutation: str) -> list[str]:
         """Places of the kernels' source that have been passed so far: "file:line"."""

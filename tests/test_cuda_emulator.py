@@ -15,12 +15,12 @@ Case = Callable[[Backend], None]
 LAST = (torch.channels_last,)
 
 
-def on_hopper(case: Case) -> Case:
-    """The case by warpgroup instructions."""
+def on(case: Case, major: int = 8, multiprocessors: int = 6) -> Case:
+    """The case on another GPU: fewer multiprocessors want larger tiles, Hopper has warpgroup instructions."""
 
     def run(backend: Backend) -> None:
         assert backend.emulator is not None
-        with pytest.MonkeyPatch.context() as patch, backend.emulator.device(9):
+        with pytest.MonkeyPatch.context() as patch, backend.emulator.device(major, multiprocessors):
             patch.setenv("CORA_WARPGROUPS", "1")
             case(backend)
 
@@ -37,8 +37,9 @@ CASES: tuple[Case, ...] = (
     lambda b: check_linear(b, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 3, 24, 4096, rank=5, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 40, 45, 256, rank=5, dtype=torch.float32, x_bits=8, groups=4),
-    on_hopper(lambda b: check_linear(b, 40, 136, 896, rank=20, dtype=torch.float32, x_bits=8)),
-    on_hopper(lambda b: check_linear(b, 40, 24, 4096, dtype=torch.float32, x_bits=8)),
+    on(lambda b: check_linear(b, 100, 136, 896, rank=20, dtype=torch.float32, x_bits=8), 9, 1),
+    on(lambda b: check_linear(b, 1, 650, 2048, rank=20), multiprocessors=2),  # tiles shared
+    on(lambda b: check_linear(b, 20, 520, 4096, rank=20, dtype=torch.float32, x_bits=8), 8, 3),
 )
 
 

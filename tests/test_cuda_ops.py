@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulator import SEEDS, Emulator, emulator
+from emulator import ROOT, SEEDS, Emulator, emulator
 from shapes import CONVOLUTIONS, Layer, layer, qparams
 from torch import Tensor
 
@@ -77,7 +77,7 @@ def operands(item: Layer) -> tuple[Any, ...]:
 
 
 def check_linear(
-    backend: Backend,
+    backend: Callable[..., Any],
     m: int,
     n: int,
     k: int,
@@ -129,6 +129,33 @@ def test_linear_splits_k(backend: Backend, dtype: torch.dtype) -> None:
     """Few channels and a long sum: blocks share K, and add up in a fixed order."""
     for m in (1, 40):
         check_linear(backend, m, 24, 2048, dtype=dtype, rank=20)
+
+
+@pytest.mark.parametrize(
+    "m,n,x_bits,multiprocessors",
+    [(1, 650, 0, 2), (40, 520, 0, 3), (100, 520, 0, 3), (20, 520, 8, 3), (128, 520, 8, 3)],
+)
+def test_blocks_share_tiles(
+    backend: Backend, m: int, n: int, x_bits: int, multiprocessors: int
+) -> None:
+    """Tiles that would leave half of the last round idle: a block computes the end of one and the
+    beginning of the next. On a GPU the same call runs as its size wants."""
+    dtype = torch.float32 if x_bits else torch.float16
+    k = 4096 if x_bits else 2048
+    emulated = backend.emulator
+    with emulated.device(8, multiprocessors) if emulated else nullcontext():
+        if emulated:
+            emulated.forget_sites()
+        check_linear(backend, m, n, k, dtype=dtype, rank=20, x_bits=x_bits)
+    if emulated:
+        assert between_tiles() in emulated.sites("barrier")
+
+
+def between_tiles() -> str:
+    """The barrier that a block passes only on the way to another tile."""
+    lines = (ROOT / "csrc" / "cuda" / "gemm.cuh").read_text().splitlines()
+    found = [i for i, line in enumerate(lines, 1) if "shared memory is the next tile's" in line]
+    return f"gemm.cuh:{found[0]}"
 
 
 @HALVES
@@ -235,7 +262,7 @@ def test_linear_quantized_inputs_split_k(backend: Backend) -> None:
 
 
 def check_conv(
-    backend: Backend,
+    backend: Callable[..., Any],
     geometry: tuple[Any, ...],
     dtype: torch.dtype,
     bits: int = 4,
@@ -322,60 +349,77 @@ def test_conv_scale_groups(backend: Backend, groups: int, mode: str) -> None:
     check_conv(backend, geometry, dtype, scale_groups=groups, **options)
 
 
-# --- Warpgroup instructions (sm_90a) ---------------------------------------------------------------
+# --- Many rows of 8-bit inputs: large tiles, warpgroup instructions (sm_90a) --------------------------
 
 
-@pytest.fixture
-def both(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
-    """Calls an op with and without them; integers are exact, so the results are the same bits."""
-    emulated = backend.emulator
-    if emulated is None and torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("warpgroup instructions are of compute capability 9.0")
+@dataclass
+class Both:
+    """Calls an op with and without warpgroup instructions; integers are exact, so the results are the
+    same bits."""
 
-    def call(*args: Any) -> Tensor:
-        monkeypatch.setenv("CORA_WARPGROUPS", "0")
-        without = backend(*args)
-        monkeypatch.setenv("CORA_WARPGROUPS", "1")
+    backend: Backend
+    patch: pytest.MonkeyPatch
+
+    def __call__(self, *args: Any) -> Tensor:
+        emulated = self.backend.emulator
+        self.patch.setenv("CORA_WARPGROUPS", "0")
+        without = self.backend(*args)
+        self.patch.setenv("CORA_WARPGROUPS", "1")
         if emulated is not None:
             emulated.forget_sites()
-        by_warpgroups = backend(*args)
+        by_warpgroups = self.backend(*args)
         if emulated is not None:
-            assert len([s for s in emulated.sites("wait") if s.startswith("gemm.cuh")]) == 4, (
-                "another kernel ran"  # two waits for copies, two for instructions
-            )
+            # Two waits for copies, two for instructions: another kernel has not the latter.
+            assert len([s for s in emulated.sites("wait") if s.startswith("gemm.cuh")]) == 4
         assert torch.equal(by_warpgroups, without)
         return by_warpgroups
 
-    with emulated.device(9) if emulated is not None else nullcontext():
-        yield call
+    def rows(self, count: int) -> int:
+        """So many that the large tiles are chosen on the emulated GPU; many more on a real one."""
+        return count if self.backend.emulator is not None else 160 * count
+
+
+@pytest.fixture
+def both(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> Iterator[Both]:
+    emulated = backend.emulator
+    if emulated is None and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("warpgroup instructions are of compute capability 9.0")
+    with emulated.device(9, 1) if emulated is not None else nullcontext():
+        yield Both(backend, monkeypatch)
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_warpgroups_integers_are_exact(both: Any, bits: int, far: bool) -> None:
-    for m, n, k in ((40, 40, 192), (130, 150, 330)):
+def test_large_tiles_are_exact(both: Both, bits: int, far: bool) -> None:
+    for m, n, k in ((100, 150, 330), (200, 40, 192)):
         zero_point = qparams(n, 1, bits)[1] - (2**9 if far else 0)
         codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
-        x = torch.randint(-90, 160, (m, k)).float()
+        x = torch.randint(-90, 160, (both.rows(m), k)).float()
         quantizer = (torch.ones(1), torch.tensor([90], dtype=torch.int32), 8)
         got = both(
             "linear_lowrank", x, ops.pack_bits(codes, bits), torch.ones(n, 1), zero_point, bits,
             None, None, None, None, *quantizer,
         )  # fmt: skip
-        assert torch.equal(got, (x.long() @ (codes.long() - zero_point.long()).T).float())
+        weight = codes.double() - zero_point.double()
+        assert torch.equal(got, (x.double() @ weight.T).float())
 
 
 @pytest.mark.parametrize("rank", [0, 2, 20, 40, 100])
 @pytest.mark.parametrize("name", ["3x3", "1x1"])
-def test_warpgroups_convolve(both: Any, name: str, rank: int) -> None:
+def test_large_tiles_convolve(both: Both, name: str, rank: int) -> None:
+    batch, *rest = ALIGNED[name]
     check_conv(
-        both, ALIGNED[name], torch.float32, rank=rank, formats=(torch.channels_last,),
-        x_bits=8, static=True,
+        both, (both.rows(batch), *rest), torch.float32, rank=rank,
+        formats=(torch.channels_last,), x_bits=8, static=True,
     )  # fmt: skip
 
 
-def test_warpgroups_split_k(both: Any) -> None:
-    check_linear(both, 40, 24, 4096, rank=5, dtype=torch.float32, x_bits=8)
+def test_large_tiles_are_shared(both: Both) -> None:
+    emulated = both.backend.emulator
+    with emulated.device(9, 3) if emulated else nullcontext():
+        check_linear(both, 128, 520, 4096, rank=20, dtype=torch.float32, x_bits=8)
+        if emulated:
+            assert between_tiles() in emulated.sites("barrier")
 
 
 # --- Prepared layers -----------------------------------------------------------------------------

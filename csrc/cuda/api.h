@@ -8,7 +8,7 @@
 
 namespace cora::cuda {
 
-constexpr int kApiVersion = 2;
+constexpr int kApiVersion = 3;
 
 /// Matrix x seen as [rows, cols] with scale and zero_point [q_rows, groups]; q_rows is 1 or rows.
 struct QuantizeShape {
@@ -49,7 +49,7 @@ enum Method : int32_t { kTensorCores16 = 0, kTensorCores8, kMerge };
 struct Plan {
   int32_t method;
   int32_t tokens, out_height, out_width;
-  int32_t tile, splits, t_splits;
+  int32_t tile, stages, tiles, workers, t_splits;
   bool fused, staged;
   int32_t staged_channels;
   int64_t x_at, ranges_at, x_scale_at, x_zero_at, t_at, partial_at, tickets_at, tickets_bytes, bytes;

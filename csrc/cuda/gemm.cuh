@@ -14,7 +14,9 @@
 //           work: rank tile w % tiles, each its own share of the inputs); otherwise t comes in as partial sums of an
 //           earlier pass. Then B t is ceil(r / 16) more steps on the same accumulators, before they are stored.
 //           Tiles of warpgroups (sm_90a, 8-bit x): see multiply_by_warpgroups.
-//           split-K: each split leaves its accumulators in `partial`; the last to arrive adds them up in order.
+//           stream-K: where tiles of y do not fill the card evenly, blocks of threads share the stages of all tiles
+//           evenly, whole tiles or parts. Who computes a part leaves its accumulators in `partial`; the last to arrive
+//           at a tile adds them up in order. Nobody waits for anybody.
 // Cost:     W once per kBlockM tokens, x once per kBlockN channels; see docs/cuda.md for bytes and occupancy.
 #pragma once
 
@@ -27,6 +29,28 @@
 namespace cora::cuda {
 
 struct Int8 {};  // x as unsigned 8-bit codes
+
+/// How blocks of threads share the tiles of y. `each` 0: `splits` blocks a tile, each with its part of K; otherwise the
+/// stages of all tiles stand in a row, and block w takes each + (w < more) of them.
+struct Shares {
+  int32_t stages;  // of a tile
+  int32_t tiles, workers, splits, each, more;
+
+  CORA_HOST_DEVICE int begin(int worker) const { return worker * each + (worker < more ? worker : more); }
+  CORA_HOST_DEVICE int owner(int stage) const {
+    const int longer = more * (each + 1);
+    return stage < longer ? stage / (each + 1) : more + (stage - longer) / each;
+  }
+};
+
+inline Shares split_tiles(int64_t tiles, int stages, int splits) {
+  return {stages, static_cast<int32_t>(tiles), static_cast<int32_t>(tiles * splits), splits, 0, 0};
+}
+/// workers <= tiles * stages < 2^31.
+inline Shares share_tiles(int64_t tiles, int stages, int workers) {
+  const auto all = static_cast<int32_t>(tiles * stages);
+  return {stages, static_cast<int32_t>(tiles), workers, 0, all / workers, all % workers};
+}
 
 struct GemmArgs {
   const char* x;
@@ -49,9 +73,9 @@ struct GemmArgs {
   const float* x_scale;    // 8-bit x: [items], items being images (tokens, for a matrix)
   const int32_t* x_zero;   // [items]
   int32_t x_parameters;    // items that have parameters of their own, or 1
-  int32_t splits;          // along K
-  void* partial;           // [blocks of y][splits][kParts][threads], float or int32
-  unsigned* tickets;       // [blocks of y], zero before the launch
+  Shares shares;
+  void* partial;           // [workers][2][kParts][threads], float or int32
+  unsigned* tickets;       // [tiles of y], zero before the launch
   float* t_out;            // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
   Epilogue epilogue;
 };
@@ -76,6 +100,12 @@ struct Codes {
       word[1] = low.y;
       if constexpr (kBits == 3) word[2] = load<uint32_t>(tile + 256 + lane * 4);
     }
+  }
+  /// 8 bits: only the words of inputs 16j ..: registers for two, not eight.
+  CORA_DEVICE void read_step(const char* tile, int lane, int j) {
+    const uint2 v = load<uint2>(tile + j / 2 * 512 + lane * 16 + j % 2 * 8);
+    word[4 * (j / 2) + 2 * (j % 2)] = v.x;
+    word[4 * (j / 2) + 2 * (j % 2) + 1] = v.y;
   }
   CORA_DEVICE void set(uint4 v, int at) {
     word[at] = v.x;
@@ -227,14 +257,15 @@ struct Config {
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
   static constexpr int kPanels = kBlockN / kTileRows;
-  /// What a thread, and a block, leaves of a split sum: accumulators, and with 8-bit x its part of the sums of x.
-  static constexpr int kParts = kRows * kCols * 4 + (kInt8 ? kCols : 0), kPartials = kParts * kThreads;
   static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
   /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
   static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
   /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
   static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kCols;
+  /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
+  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0, kAccT = kRankParts * kRankCols * 4;
+  static constexpr int kParts = kAcc + kSums + kAccT, kPartials = kParts * kThreads;
   static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
   static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
   // A stage: x pieces, weight tiles, scales, adapter tiles.
@@ -280,7 +311,7 @@ struct Block {
 
   CORA_DEVICE Block(const GemmArgs& args, int panel, int token, int end)
       : p(args), shared(shared_memory()), first_panel(panel), first_token(token), end_block(end) {
-    tid = static_cast<int>(threadIdx.x);
+    tid = reread_thread_index();
     lane = tid % 32;
     group = lane / 4;
     quad = lane % 4;
@@ -441,10 +472,13 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
             rows[i].set(h, load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
                                         ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8), block.p.bits);
       }
-      Codes<8> rank_codes;
       const int sharers = fused_tiles > 0 ? C::kWarpsN / fused_tiles : 1;  // warps that share a rank tile
-      if (fused_tiles > 0)
-        rank_codes.read(from + C::kAdapterAt + (tile * fused_tiles + warp_n % fused_tiles) * 1024, lane);
+      const char* const rank_tile =
+          from + C::kAdapterAt + (fused_tiles > 0 ? tile * fused_tiles + warp_n % fused_tiles : 0) * 1024;
+      [[maybe_unused]] Codes<8> rank_codes;
+      if constexpr (C::kInt8) {
+        if (fused_tiles > 0) rank_codes.read(rank_tile, lane);
+      }
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         uint32_t x[C::kCols][2], w[C::kRows][4];
@@ -466,7 +500,9 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
             block.adapter_bytes(rank_codes, step, a);
             mma8(acc_t[0], a, x);
           } else {
-            adapter_operand<T>(rank_codes, step, a[0]);
+            Codes<8> step_codes;
+            step_codes.read_step(rank_tile, lane, step);
+            adapter_operand<T>(step_codes, step, a[0]);
             mma16<T>(acc_t[0], a, x);
           }
         }
@@ -563,7 +599,7 @@ CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>&
 template <typename C>
 CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, int first_token) {
   const Epilogue& e = p.epilogue;
-  const int tid = static_cast<int>(threadIdx.x), first_n = first_panel * kTileRows;
+  const int tid = reread_thread_index(), first_n = first_panel * kTileRows;
   const int tokens = p.m - first_token < C::kBlockM ? p.m - first_token : C::kBlockM;
   const int channels = p.n - first_n < C::kBlockN ? p.n - first_n : C::kBlockN;
   const auto offsets = [&](int token, const PixelStrides& s) {
@@ -602,21 +638,22 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
 
 // --- The kernel ----------------------------------------------------------------------------------------------------
 
+/// Stages begin .. end - 1 of a tile of y.
+struct Piece {
+  int tile, begin, end;
+};
+
 template <typename C>
-CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
+CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   using T = typename C::T;
   using Acc = typename Block<C>::Acc;
   const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
-  const int first_panel = static_cast<int>(blockIdx.x) % n_blocks * C::kPanels;
-  const int first_token = static_cast<int>(blockIdx.x) / n_blocks * C::kBlockM;
-  const int split = static_cast<int>(blockIdx.y);
+  const int first_panel = piece.tile % n_blocks * C::kPanels;
+  const int first_token = piece.tile / n_blocks * C::kBlockM;
   const int fused_tiles = p.fused ? p.rank_tiles : 0;
   const int stage_bytes = C::kAdapterAt + C::kTilesK * fused_tiles * 1024;
-  // This split's share of K, in whole stages.
-  const int stages_k = (p.walk.blocks() + C::kTilesK - 1) / C::kTilesK;
-  const int begin = static_cast<int>(static_cast<int64_t>(stages_k) * split / p.splits) * C::kTilesK;
-  int end = static_cast<int>(static_cast<int64_t>(stages_k) * (split + 1) / p.splits) * C::kTilesK;
-  if (end > p.walk.blocks()) end = p.walk.blocks();
+  const int begin = piece.begin * C::kTilesK;
+  const int end = piece.end == p.shares.stages ? p.walk.blocks() : piece.end * C::kTilesK;
   const bool segmented = C::kGrouped && p.grouped;
 
   Block<C> block(p, first_panel, first_token, end);
@@ -713,44 +750,61 @@ CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
         for (int e = 0; e < 4; ++e) {
           const int m = first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + group + 8 * (e / 2);
           if (m < p.m && panel_of(i) < p.panels)
-            store(p.t_out + (static_cast<int64_t>(split) * p.m + m) * p.panels * kTileRows + r,
+            store(p.t_out + (static_cast<int64_t>(blockIdx.x) % p.shares.splits * p.m + m) * p.panels * kTileRows + r,
                   C::kInt8 ? total[i][j][e] : static_cast<float>(acc[i][j][e]));
         }
     return;
   }
 
-  // --- split-K: accumulators meet in global memory; whoever comes last adds them up, in order, and goes on ---
-  if (p.splits > 1) {
-    constexpr int kAcc = C::kRows * C::kCols * 4;
-    Acc* const parts =
-        static_cast<Acc*>(p.partial) + static_cast<int64_t>(blockIdx.x) * p.splits * C::kPartials + block.tid;
-    Acc* const mine = parts + static_cast<int64_t>(split) * C::kPartials;
+  // --- A part of the sum: accumulators meet in global memory; whoever comes last adds them up and goes on ---
+  if (piece.begin > 0 || piece.end < p.shares.stages) {
+    const int first = p.shares.owner(piece.tile * p.shares.stages);
+    const int last = p.shares.owner((piece.tile + 1) * p.shares.stages - 1);
+    // A block has at most two parts of tiles: of the one it begins in, and, as its first owner, of the one it ends in.
+    const auto partial = [&](int worker) {
+      return static_cast<Acc*>(p.partial) + (2 * static_cast<int64_t>(worker) + (worker == first)) * C::kPartials +
+             block.tid;
+    };
+    Acc* const mine = partial(static_cast<int>(blockIdx.x));
 #pragma unroll
-    for (int i = 0; i < kAcc; ++i)
+    for (int i = 0; i < C::kAcc; ++i)
       store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
-    if constexpr (C::kInt8) {
 #pragma unroll
-      for (int j = 0; j < C::kCols; ++j) store(mine + (kAcc + j) * C::kThreads, x_sum[j]);
-    }
+    for (int j = 0; j < C::kSums; ++j) store(mine + (C::kAcc + j) * C::kThreads, static_cast<Acc>(x_sum[j]));
+    if (p.fused)
+#pragma unroll
+      for (int i = 0; i < C::kAccT; ++i)
+        store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
+              acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4]);
     device_fence();
     block_sync();
     unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
-    if (block.tid == 0) *ticket = atomic_add(p.tickets + blockIdx.x, 1u);
+    if (block.tid == 0) *ticket = atomic_add(p.tickets + piece.tile, 1u);
     block_sync();
-    const bool last = *ticket == static_cast<unsigned>(p.splits - 1);
-    if (!last) return;
+    const bool is_last = *ticket == static_cast<unsigned>(last - first);
+    if (!is_last) return;
     device_fence();
     block_sync();  // everyone has read the ticket
 #pragma unroll
-    for (int i = 0; i < C::kParts; ++i) {
-      Acc sum = 0;
-      for (int s = 0; s < p.splits; ++s)
-        sum += load_other_blocks(parts + static_cast<int64_t>(s) * C::kPartials + i * C::kThreads);
-      if (i < kAcc) {
-        acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = sum;
-      } else if constexpr (C::kInt8) {
-        x_sum[i - kAcc] = sum;
-      }
+    for (int i = 0; i < C::kAcc; ++i) acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = 0;
+#pragma unroll
+    for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
+#pragma unroll
+    for (int i = 0; i < C::kAccT; ++i) acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] = 0;
+#pragma unroll 1
+    for (int worker = first; worker <= last; ++worker) {
+      const Acc* const part = partial(worker);
+#pragma unroll
+      for (int i = 0; i < C::kAcc; ++i)
+        acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] += load_other_blocks(part + i * C::kThreads);
+#pragma unroll
+      for (int j = 0; j < C::kSums; ++j)
+        x_sum[j] += static_cast<int32_t>(load_other_blocks(part + (C::kAcc + j) * C::kThreads));
+      if (p.fused)
+#pragma unroll
+        for (int i = 0; i < C::kAccT; ++i)
+          acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] +=
+              load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
     }
   }
 
@@ -869,6 +923,32 @@ CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
         out[token_of(j, e % 2) * C::kOutPitch + (warp_n * C::kRows + i) * kTileRows + group + 8 * (e / 2)] = y[i][j][e];
   block_sync();
   store_tile<C>(p, out, first_panel, first_token);
+}
+
+template <typename C>
+CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
+  const Shares& shares = p.shares;
+  const int worker = static_cast<int>(blockIdx.x);
+  Piece piece;
+  int left = 0;  // stages of this block after the piece
+  if (shares.each == 0) {
+    const int split = worker % shares.splits;
+    const auto stage = [&](int i) { return static_cast<int>(static_cast<int64_t>(shares.stages) * i / shares.splits); };
+    piece = {worker / shares.splits, stage(split), stage(split + 1)};
+  } else {
+    const int first = shares.begin(worker), tile = first / shares.stages, begin = first - tile * shares.stages;
+    const int end = begin + shares.begin(worker + 1) - first;
+    piece = {tile, begin, end < shares.stages ? end : shares.stages};
+    left = end - piece.end;
+  }
+#pragma unroll 1
+  for (;;) {
+    compute<C>(p, piece);
+    if (left == 0) return;
+    block_sync();  // shared memory is the next tile's
+    piece = {piece.tile + 1, 0, left < shares.stages ? left : shares.stages};
+    left -= piece.end;
+  }
 }
 
 }  // namespace cora::cuda

@@ -6,7 +6,11 @@
 namespace cora::cuda {
 
 struct TileShape {
-  int block_n, block_m, partials;
+  int block_n, block_m;
+  int stage_tiles;   // of K, in a stage
+  int stage_bytes;   // with weights of 4 bits
+  int partials;      // numbers a block leaves of a part of a tile
+  int resident;      // blocks that fit a multiprocessor by their registers
 };
 
 //                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
@@ -30,7 +34,7 @@ enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups8 };
 
 template <typename C>
 constexpr TileShape shape_of() {
-  return {C::kBlockN, C::kBlockM, C::kPartials};
+  return {C::kBlockN, C::kBlockM, C::kTilesK, C::kAdapterAt, C::kPartials, C::kBlockM <= 16 ? 2 : 1};
 }
 inline TileShape tile16_shape(int tile) {
   switch (tile) {
@@ -50,9 +54,7 @@ inline TileShape tile8_shape(int tile) {
 
 template <typename C>
 const char* launch_gemm(const GemmArgs& args, void* stream) {
-  const int64_t blocks = static_cast<int64_t>((args.panels + C::kPanels - 1) / C::kPanels) *
-                         ((args.m + C::kBlockM - 1) / C::kBlockM);
-  return launch(gemm_kernel<C>, Dim3{static_cast<unsigned>(blocks), static_cast<unsigned>(args.splits), 1}, C::kThreads,
+  return launch(gemm_kernel<C>, Dim3{static_cast<unsigned>(args.shares.workers), 1, 1}, C::kThreads,
                 static_cast<size_t>(C::shared_bytes(args.t_out != nullptr ? 0 : args.rank_tiles, args.fused)), stream,
                 args);
 }

@@ -1,7 +1,7 @@
-// Host side of a layer call: choice of kernel, tile and splits, the workspace, the launches in order:
+// Host side of a layer call: choice of kernel, tile and sharing, the workspace, the launches in order:
 //   8-bit x:  range of x (dynamic), its scale and zero-point, its codes inside a border
 //   16-bit x: a channels-last, aligned copy where x is not
-//   then t = x A^T where it is not fused, zero tickets where K is split, and the GEMM.
+//   then t = x A^T where it is not fused, zero tickets where tiles are shared, and the GEMM.
 #include "cuda/layer.cuh"
 
 #include "cuda/gemm_configs.cuh"
@@ -28,12 +28,40 @@ bool readable(const LayerShape& s, const Input& x, int method) {
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
-/// How many ways to split K: enough blocks for every multiprocessor twice, at least four stages each.
-int split_count(int64_t blocks, int stages, int multiprocessors) {
-  int64_t splits = 2 * multiprocessors / blocks;
+int64_t tiles_of(const TileShape& tile, int64_t n, int64_t m) {
+  return (n + tile.block_n - 1) / tile.block_n * ((m + tile.block_m - 1) / tile.block_m);
+}
+
+/// How many ways to split K where each part has a place of its own: enough blocks for the card, at least four stages
+/// each.
+int split_count(int64_t tiles, int stages, int places) {
+  int64_t splits = places / tiles;
   if (splits > stages / 4) splits = stages / 4;
-  if (splits > 32) splits = 32;
+  if (splits > 8) splits = 8;
   return splits < 1 ? 1 : static_cast<int>(splits);
+}
+
+struct Sharing {
+  int64_t tiles;
+  int stages, workers;
+  double time;  // in stages
+};
+
+/// Blocks of threads for the tiles of y: one each, or, if that is sooner done, as many as the card holds at once. In
+/// stages of a tile: rounds of whole tiles, or an even share, at least four, and what parts cost: a block writes two at
+/// most, and reads those of one tile. A part is taken for a stage of waiting, and its bytes for a quarter of a stage's,
+/// as they stay in the second-level cache: estimates, not timed yet.
+Sharing share(const TileShape& tile, int64_t n, int64_t tokens, int64_t tiles_k, int multiprocessors) {
+  const int64_t tiles = tiles_of(tile, n, tokens), places = int64_t{multiprocessors} * tile.resident;
+  const auto stages = static_cast<int>((tiles_k + tile.stage_tiles - 1) / tile.stage_tiles);
+  const int64_t all = tiles * stages, workers = all / 4 < places ? all / 4 : places;
+  const double whole = static_cast<double>((tiles + places - 1) / places) * stages;
+  if (all > kInt32Max || workers < 1 || workers == tiles) return {tiles, stages, static_cast<int>(tiles), whole};
+  const double part = 1 + 4.0 * tile.partials / (4.0 * tile.stage_bytes);
+  const double parts = 3 + static_cast<double>(workers) / static_cast<double>(tiles);
+  const double shared = static_cast<double>(all) / static_cast<double>(workers) + part * parts;
+  if (shared < whole) return {tiles, stages, static_cast<int>(workers), shared};
+  return {tiles, stages, static_cast<int>(tiles), whole};
 }
 
 int tile16_for(int64_t tokens) {
@@ -48,15 +76,6 @@ bool warpgroups([[maybe_unused]] const Device& device) {
 #else
   return false;
 #endif
-}
-
-int64_t blocks_of(TileShape tile, int64_t n, int64_t m) {
-  return (n + tile.block_n - 1) / tile.block_n * ((m + tile.block_m - 1) / tile.block_m);
-}
-
-int stages_of(const Walk& w, int method, int tile) {
-  const int tiles = method == kTensorCores8 || tile <= kDecode16 ? 2 : 1;
-  return (w.blocks() + tiles - 1) / tiles;
 }
 
 }  // namespace
@@ -83,23 +102,33 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   if (const char* error = query(&device)) return error;
   const Walk w = walk_of(s);
   const Parts parts = parts_of(s);
-  p.tile = !integer                                              ? tile16_for(tokens)
-           : s.q_groups > 1 || s.rank > 160 || tokens <= 32 ? kSmall8
-           : warpgroups(device)                             ? kWarpgroups8
-                                                            : kLarge8;
-  const TileShape tile = integer ? tile8_shape(p.tile) : tile16_shape(p.tile);
-  const int64_t blocks = blocks_of(tile, s.n, tokens);
-  p.splits = integer && s.q_groups > 1 ? 1 : split_count(blocks, stages_of(w, p.method, p.tile), device.multiprocessors);
+  const auto shape = [&](int tile) { return integer ? tile8_shape(tile) : tile16_shape(tile); };
+  const auto sharing_of = [&](int tile) { return share(shape(tile), s.n, tokens, w.blocks(), device.multiprocessors); };
+  p.tile = integer ? kSmall8 : tile16_for(tokens);
+  Sharing sharing = sharing_of(p.tile);
+  // Scale groups of 8-bit x end inside the loop, each scaled where it ends: the small tile has room for that.
+  if (integer && s.q_groups == 1 && s.rank <= 160 && tokens > 32) {
+    const int large = warpgroups(device) ? kWarpgroups8 : kLarge8;
+    const Sharing by_large = sharing_of(large);
+    // Four times the products in a stage, and as many weights to dequantize: taken for 2.5 times the time.
+    if (2.5 * by_large.time < sharing.time) {
+      p.tile = large;
+      sharing = by_large;
+    }
+  }
+  if (sharing.tiles > kInt32Max) return "the layer's output has too many tiles";
+  p.stages = sharing.stages;
+  p.tiles = static_cast<int32_t>(sharing.tiles);
+  p.workers = integer && s.q_groups > 1 ? p.tiles : sharing.workers;
+  const TileShape tile = shape(p.tile);
+  const int places = device.multiprocessors * tile.resident;
   // Fused: each block of channels computes t again (16 ranks: 1/8 more work), which is cheaper than another pass over
-  // the windows of x; but decoding is bound by bytes, and partial sums know only part of t.
-  // Four stages with more than two tiles of A are beyond the 99 KiB of shared memory that every GPU has.
-  const int most_tiles = integer || container_bits(s.bits) == 8 ? 4 : 2;
-  p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && p.splits == 1 && (integer || p.tile == kLarge128);
-  p.t_splits = s.rank == 0 || p.fused ? 0
-               : integer             ? 1
-                         : split_count(8 * blocks_of(tile, s.rank, tokens), stages_of(w, p.method, p.tile),
-                                       8 * device.multiprocessors);
-  if (p.t_splits > 8) p.t_splits = 8;
+  // the windows of x; but decoding is bound by bytes.
+  // As many tiles of A as the stages have room for in the 99 KiB of shared memory that every GPU has.
+  const bool wide = container_bits(s.bits) == 8;
+  const int most_tiles = integer ? (wide && p.tile == kSmall8 ? 1 : 4) : (wide ? 4 : 2);
+  p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && (integer || p.tile == kLarge128);
+  p.t_splits = s.rank == 0 || p.fused ? 0 : integer ? 1 : split_count(tiles_of(tile, s.rank, tokens), p.stages, places);
 
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -122,9 +151,9 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
     p.x_zero_at = take(count * 4);
   }
   if (p.t_splits > 0) p.t_at = take(int64_t{p.t_splits} * tokens * parts.rank_tiles * 16 * 4);
-  if (p.splits > 1) {
-    p.partial_at = take(blocks * p.splits * tile.partials * 4);
-    p.tickets_bytes = blocks * 4;
+  if (p.workers != p.tiles) {
+    p.partial_at = take(2 * int64_t{p.workers} * tile.partials * 4);
+    p.tickets_bytes = sharing.tiles * 4;
     p.tickets_at = take(p.tickets_bytes);
   }
   p.bytes = at;
@@ -190,7 +219,8 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
     t.qparams = reinterpret_cast<const float2*>(prepared + parts.a_qparams);
     t.sums = integers(parts.a_sums);
     t.bits = 8;
-    t.splits = plan.t_splits;
+    const TileShape tile = integer ? tile8_shape(plan.tile) : tile16_shape(plan.tile);
+    t.shares = split_tiles(tiles_of(tile, s.rank, plan.tokens), plan.stages, plan.t_splits);
     t.t_out = reinterpret_cast<float*>(workspace + plan.t_at);
     if (const char* error = launch_gemm(8, t)) return error;
   }
@@ -211,9 +241,10 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.fused = plan.fused;
   g.t = plan.t_splits > 0 ? reinterpret_cast<const float*>(workspace + plan.t_at) : nullptr;
   g.t_splits = plan.t_splits;
-  g.splits = plan.splits;
+  g.shares = plan.workers == plan.tiles ? split_tiles(plan.tiles, plan.stages, 1)
+                                        : share_tiles(plan.tiles, plan.stages, plan.workers);
   g.epilogue = epilogue;
-  if (plan.splits > 1) {
+  if (plan.workers != plan.tiles) {
     g.partial = workspace + plan.partial_at;
     g.tickets = reinterpret_cast<unsigned*>(workspace + plan.tickets_at);
     if (const char* error = fill_zero(g.tickets, static_cast<size_t>(plan.tickets_bytes), stream)) return error;

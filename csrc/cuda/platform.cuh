@@ -39,6 +39,12 @@ CORA_DEVICE char* shared_memory() {
   extern __shared__ __align__(1024) char cora_shared[];  // as warpgroup_mma8 wants its tiles
   return cora_shared;
 }
+/// threadIdx.x, read where it stands: what follows from it is not kept in registers around a loop.
+CORA_DEVICE int reread_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
 CORA_DEVICE void block_sync() { __syncthreads(); }
 template <typename V>
 CORA_DEVICE V shuffle_xor(V value, int mask) {

@@ -20,7 +20,7 @@ namespace cora::emu {
 
 ThreadState* current = nullptr;
 Dim3 grid_dim, block_dim;
-int device_major = 8;
+int device_major = 8, multiprocessors = 6;
 
 namespace {
 
@@ -435,7 +435,10 @@ extern "C" {
 using namespace cora::emu;
 
 CORA_EMU_EXPORT void cora_emu_seed(unsigned seed) { state.seed = seed; }
-CORA_EMU_EXPORT void cora_emu_device(int major) { device_major = major; }
+CORA_EMU_EXPORT void cora_emu_device(int major, int count) {
+  device_major = major;
+  multiprocessors = count;
+}
 
 /// Breaks every kernel at place `site` (0, 1, ...) of a kind until the next call; kind 0 repairs.
 CORA_EMU_EXPORT void cora_emu_mutate(int kind, int site) {

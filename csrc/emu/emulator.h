@@ -57,8 +57,9 @@ void async_wait(int groups_left, const char* file, int line);
 void warpgroup_issue(std::function<void()> work);
 void warpgroup_wait(int groups_left, const char* file, int line);
 
-/// Compute capability that the kernels find: 8 (99 KiB of shared memory a block) or 9 (227 KiB).
-extern int device_major;
+/// What the kernels find: compute capability 8 (99 KiB of shared memory a block) or 9 (227 KiB), and few
+/// multiprocessors, so that small cases share tiles as large ones do on a GPU.
+extern int device_major, multiprocessors;
 
 /// A buffer the door made for a call: filled with NaN, and registered if buffers are.
 void allocated(void* p, size_t bytes);

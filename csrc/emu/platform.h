@@ -37,6 +37,7 @@ namespace cora::cuda {
 using Dim3 = emu::Dim3;
 
 inline char* shared_memory() { return emu::shared_memory(); }
+inline int reread_thread_index() { return static_cast<int>(threadIdx.x); }
 inline void block_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emu::block_barrier(file, line);
 }
@@ -370,9 +371,8 @@ inline const char* copy_bytes(void* to, const void* from, size_t bytes, void*) {
 struct Device {
   int multiprocessors, major, minor;
 };
-/// Few multiprocessors, so that small cases split their sums as large ones do on a GPU.
 inline const char* query(Device* device) {
-  *device = {6, emu::device_major, 0};
+  *device = {emu::multiprocessors, emu::device_major, 0};
   return nullptr;
 }
 
