@@ -6,11 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 
 # Test processes side by side (pytest-xdist) share the processors.
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-if _PROCESSES > 1:
-    share = max(1, (os.cpu_count() or 1) // _PROCESSES)
-    os.environ.setdefault("OMP_NUM_THREADS", str(share))
-
+os.environ.setdefault(
+    "OMP_NUM_THREADS",
+    str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))),
+)
 # Small operations on a busy machine: spinning OpenMP threads would cost several times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
