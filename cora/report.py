@@ -213,11 +213,12 @@ class Report:
         tuning = self.search.get("tuning", {})
         if tuning.get("step"):
             lines.append(
-                f"tuned {tuning['step']} steps: loss on held-out samples {tuning['before']:.4f} -> "
-                f"{tuning['after']:.4f} ({tuning['train']:.4f} on its own)"
+                f"tuned {tuning['step']} steps: loss on held-out samples {tuning['before']:.4g} -> "
+                f"{tuning['after']:.4g} ({tuning['train']:.4g} on its own)"
             )
         if tuning.get("alarm"):
-            lines.append("tuning raised the held-out loss on its way: try a lower learning rate")
+            advice = "try a lower learning rate" if tuning["step"] else "nothing of it was kept"
+            lines.append(f"tuning raised the held-out loss on its way: {advice}")
         return "\n".join(lines)
 
 

@@ -202,3 +202,16 @@ def test_settings_do_not_depend_on_the_container_of_skip() -> None:
         trained_net(), batches(1), rank_budget=0, search=None, **PLAIN, skip="head", progress=False
     )
     assert one.report.settings["skip"] == ["head"]
+
+
+def test_what_tuning_did_is_said(qnet: nn.Module) -> None:
+    def text(**tuning: Any) -> str:
+        report = Report.from_dict(qnet.report.to_dict())
+        report.search["tuning"] = tuning
+        return str(report)
+
+    losses = {"before": 0.00123, "after": 0.00045, "train": 0.0004}
+    assert "tuned 10 steps: loss on held-out samples 0.00123 -> 0.00045" in text(step=10, **losses)
+    assert "try a lower learning rate" in text(step=10, alarm=True, **losses)
+    assert "nothing of it was kept" in text(step=0, alarm=True)
+    assert "tuning" not in text(step=0, alarm=False)
