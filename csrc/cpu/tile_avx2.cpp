@@ -282,7 +282,7 @@ inline void gemv_s8_narrow(const uint8_t* packed, int64_t rows, const uint8_t* x
   int64_t r = 0;
   for (; r + block <= rows; r += block) {
     const uint8_t* const from = packed + r * quad_row_bytes(kBits);
-    _mm_prefetch(reinterpret_cast<const char*>(from + 4096), _MM_HINT_T0);
+    if (kFirst == 0) prefetch_packed(from, block * quad_row_bytes(kBits));
     gemv_s8_lanes<kBits, kM, kFirst, kCount>(from, block, x + r * kQuad, ldx, acc);
   }
   gemv_s8_lanes<kBits, kM, kFirst, kCount>(packed + r * quad_row_bytes(kBits), rows - r, x + r * kQuad, ldx, acc);
@@ -308,6 +308,7 @@ void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) sum[i][g] = _mm256_setzero_si256();
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
+    prefetch_packed(packed, quad_row_bytes(kBits));
     __m256i w[4];
     load_codes<kBits>(packed, w);
     if (kBits == 8)
@@ -338,6 +339,7 @@ inline void gemv_f32_part(const uint8_t* packed, int64_t rows, const float* zero
 #pragma GCC unroll 4
     for (int g = 0; g < kCount; ++g) sum[i][g] = _mm256_setzero_ps();
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits)) {
+    if (kFirst == 0) prefetch_packed(packed, quad_row_bytes(kBits));
     __m256i w[kCount];
     load_codes<kBits, kFirst, kCount>(packed, w);
 #pragma GCC unroll 4

@@ -254,7 +254,7 @@ void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_
   };
   int64_t r = 0;
   for (; r + kWays <= rows; r += kWays) {
-    _mm_prefetch(reinterpret_cast<const char*>(packed + r * quad_row_bytes(kBits) + 2048), _MM_HINT_T0);
+    prefetch_packed(packed + r * quad_row_bytes(kBits), kWays * quad_row_bytes(kBits));
 #pragma GCC unroll 4
     for (int way = 0; way < kWays; ++way) step(way, r + way);
   }
@@ -280,6 +280,7 @@ void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point
   for (auto& way : sum)
     for (auto& row : way) row[0] = row[1] = _mm512_setzero_ps();
   for (int64_t r = 0; r < rows; ++r) {
+    prefetch_packed(packed + r * quad_row_bytes(kBits), quad_row_bytes(kBits));
     __m512i w[2];
     load_codes<kBits>(packed + r * quad_row_bytes(kBits), w);
 #pragma GCC unroll 4
