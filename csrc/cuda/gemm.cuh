@@ -739,25 +739,8 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   async_wait<0>();
   block_sync();  // from here on the ring is free
 
-  // --- x A^T of an earlier pass: its job ends here ---
-  if (p.t_out != nullptr) {
-    if constexpr (C::kInt8) end_segment(0);
-#pragma unroll
-    for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < C::kCols; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int m = first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + group + 8 * (e / 2);
-          if (m < p.m && panel_of(i) < p.panels)
-            store(p.t_out + (static_cast<int64_t>(blockIdx.x) % p.shares.splits * p.m + m) * p.panels * kTileRows + r,
-                  C::kInt8 ? total[i][j][e] : static_cast<float>(acc[i][j][e]));
-        }
-    return;
-  }
-
   // --- A part of the sum: accumulators meet in global memory; whoever comes last adds them up and goes on ---
-  if (piece.begin > 0 || piece.end < p.shares.stages) {
+  if (p.t_out == nullptr && (piece.begin > 0 || piece.end < p.shares.stages)) {
     const int first = p.shares.owner(piece.tile * p.shares.stages);
     const int last = p.shares.owner((piece.tile + 1) * p.shares.stages - 1);
     // A block has at most two parts of tiles: of the one it begins in, and, as its first owner, of the one it ends in.
@@ -808,11 +791,28 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
     }
   }
 
-  // --- Scale ---
-  float y[C::kRows][C::kCols][4];
   if constexpr (C::kInt8) {
     if (!segmented) end_segment(0);
   }
+
+  // --- x A^T of an earlier pass: its job ends here ---
+  if (p.t_out != nullptr) {
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < C::kCols; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int m = first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + group + 8 * (e / 2);
+          if (m < p.m && panel_of(i) < p.panels)
+            store(p.t_out + (static_cast<int64_t>(blockIdx.x) % p.shares.splits * p.m + m) * p.panels * kTileRows + r,
+                  C::kInt8 ? total[i][j][e] : static_cast<float>(acc[i][j][e]));
+        }
+    return;
+  }
+
+  // --- Scale ---
+  float y[C::kRows][C::kCols][4];
 #pragma unroll
   for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
