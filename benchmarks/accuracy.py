@@ -176,7 +176,12 @@ def _ways(
             "adapter_bits": 8,
             "fit": "plain",
             "search": SearchConfig(
-                "gate", loss=loss, label_loss=task.label_loss, seed=seed, samples=args.samples
+                "gate",
+                loss=loss,
+                label_loss=task.label_loss,
+                seed=seed,
+                samples=args.samples,
+                doubt=0,
             ),
             "bias_correction": False,
             **ONE,

@@ -22,8 +22,6 @@ __all__ = [
     "search_ranks",
 ]
 
-_ERRORS = 2.0  # standard errors by which a proposal must be better
-
 Method = Literal["gate", "sensitivity", "energy", "uniform"]
 PlanMethod = Literal["closed_form", "search"]
 
@@ -48,6 +46,8 @@ class SearchConfig:
         label_loss: function (output, labels) -> loss for loss="labels"; cross-entropy by default.
         holdout: samples that take no part in gradients and pick the best ranks; at most half of all.
         seed: of everything drawn in the search.
+        doubt: standard errors by which a proposal must beat the best ranks so far, and what
+            sensitivities predict against it; 0 takes every lower loss.
 
     Raises:
         ValueError: a field out of range.
@@ -64,6 +64,7 @@ class SearchConfig:
     holdout: int = 256
     seed: int = 0
     plan: PlanMethod = "closed_form"
+    doubt: float = 2.0
 
     def __post_init__(self) -> None:
         if self.method not in Method.__args__:  # type: ignore[attr-defined]
@@ -82,6 +83,8 @@ class SearchConfig:
                 raise ValueError(f"SearchConfig: {name} must be an integer >= {low}, got {value!r}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"SearchConfig: learning_rate must be > 0, got {self.learning_rate!r}")
+        if not 0 <= self.doubt < math.inf:
+            raise ValueError(f"SearchConfig: doubt must be >= 0, got {self.doubt!r}")
 
 
 def butterworth_gain(order: int, cutoff: Tensor, full: int) -> Tensor:
@@ -174,9 +177,8 @@ def search_ranks(
 
     The closed form by sensitivity comes first. What the others, the gates and the exchanges propose is
     measured on held-out samples with the adapters truncated and rounded. A proposal replaces the best so far
-    if it is better by more than twice the standard error of the difference and what sensitivities predict against
-    it: the losses have heavy tails, many proposals are tried, and samples that the float model was trained on
-    flatter what fits them.
+    if it is better by more than `config.doubt` asks for: the losses have heavy tails, many proposals are
+    tried, and samples that the float model was trained on flatter what fits them.
 
     Args:
         fits: layer -> quantized weight and residual factors.
@@ -201,8 +203,8 @@ def search_ranks(
         if best is None:
             scale = loss / max(predicted(ranks), 1e-30)
         else:
-            doubt = scale * (predicted(ranks) - predicted(result.ranks))
-            accepted = is_better(best - losses - max(doubt, 0.0), _ERRORS)
+            foretold = scale * (predicted(ranks) - predicted(result.ranks)) if config.doubt else 0.0
+            accepted = is_better(best - losses - max(foretold, 0.0), config.doubt)
         if accepted:
             best, result.ranks, result.loss = losses, dict(ranks), loss
         result.history.append(

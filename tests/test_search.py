@@ -262,6 +262,17 @@ def test_the_search_is_no_worse_than_where_it_starts(options: dict[str, Any]) ->
     assert len(steps) == 30 and all(math.isfinite(h["loss"]) for h in search["history"])
 
 
+def test_without_doubt_every_lower_loss_is_taken() -> None:
+    net, data = trained_net(), batches(4, 32)
+    config = SearchConfig("gate", iterations=45, holdout=48, doubt=0)
+    history = quantize(net, data, config, bias_correction=False).report.search["history"]
+    best = math.inf
+    for entry in history:
+        if entry["kind"] != "gradient":
+            assert entry["accepted"] == (entry["loss"] < best)
+            best = min(best, entry["loss"])
+
+
 def test_what_ranks_leave_is_predicted() -> None:
     """All of the residual without adapters, nothing at full rank, in between by its singular values."""
     calibration = Calibration(trained_net(), batches())
@@ -424,6 +435,7 @@ def test_few_samples_and_uneven_batches() -> None:
         {"iterations": -1}, {"iterations": 1.5}, {"iterations": True},
         {"samples": 0}, {"batch_size": 0}, {"order": 0}, {"order": "4"}, {"learning_rate": 0},
         {"learning_rate": float("nan")}, {"holdout": 0}, {"holdout": 0.5},
+        {"doubt": -1}, {"doubt": float("nan")},
     ],
     ids=str,
 )  # fmt: skip
