@@ -34,7 +34,7 @@ struct Int8 {};  // x as unsigned 8-bit codes
 /// stages of all tiles stand in a row, and block w takes each + (w < more) of them.
 struct Shares {
   int32_t stages;  // of a tile
-  int32_t tiles, workers, splits, each, more;
+  int32_t workers, splits, each, more;
 
   CORA_HOST_DEVICE int begin(int worker) const { return worker * each + (worker < more ? worker : more); }
   CORA_HOST_DEVICE int owner(int stage) const {
@@ -44,12 +44,12 @@ struct Shares {
 };
 
 inline Shares split_tiles(int64_t tiles, int stages, int splits) {
-  return {stages, static_cast<int32_t>(tiles), static_cast<int32_t>(tiles * splits), splits, 0, 0};
+  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0};
 }
 /// workers <= tiles * stages < 2^31.
 inline Shares share_tiles(int64_t tiles, int stages, int workers) {
   const auto all = static_cast<int32_t>(tiles * stages);
-  return {stages, static_cast<int32_t>(tiles), workers, 0, all / workers, all % workers};
+  return {stages, workers, 0, all / workers, all % workers};
 }
 
 struct GemmArgs {
