@@ -247,11 +247,12 @@ def draw_ablations(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(7 * columns, 4.4 * lines), layout="constrained")
     for place, name in enumerate(found):
         axes = figure.add_subplot(lines, columns, place + 1)
-        for label, points in found[name].items():
+        for i, (label, points) in enumerate(found[name].items()):
             xs = sorted(points)
             middle = [statistics.mean(points[x]) for x in xs]
             spread = [statistics.stdev(points[x]) if len(points[x]) > 1 else 0.0 for x in xs]
-            axes.errorbar(xs, middle, spread, marker="o", ms=3, capsize=2, label=label)
+            style = "-" if i < 10 else "--"  # there are ten colours
+            axes.errorbar(xs, middle, spread, ls=style, marker="o", ms=3, capsize=2, label=label)
         axes.set_yscale("log")
         if name in ("ranks", "order", "calibration_size"):
             axes.set_xscale("log")
