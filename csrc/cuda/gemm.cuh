@@ -7,7 +7,7 @@
 //           8-bit x: int32 sums of products of integers, exact; scaled in float32. B sees t = x A^T rounded to x's type
 //           (8-bit x: to tf32). Every sum has a fixed order: the same call gives the same bits.
 // Method:   a block owns kBlockN channels x kBlockM tokens. A ring of kStages stages is filled by cp.async, one
-//           commit a stage; waiting for all but kStages - 2 and one barrier make the oldest stage readable and the
+//           commit a stage; waiting for all but kAhead - 1 and one barrier make the oldest stage readable and the
 //           one read before it free. Rows of x are 128 bytes, their 16-byte chunks permuted by the row (see
 //           chunk_of) so that neither the copies nor the reads conflict.
 //           The adapter: `fused` computes t in the same loop from the same stages (the four warps along N share the
@@ -393,6 +393,19 @@ struct Block {
     }
   }
 
+  /// Waits for stage `stage` of the ring, which holds tiles k .. of K, and sets the copy of the tiles kAhead stages
+  /// later going: to the place that was read last, or by warpgroups the time before.
+  CORA_DEVICE const char* next_stage(int k, int stage, int stage_bytes) {
+    async_wait<C::kAhead - 1>();
+    if constexpr (C::kWarpgroup) warpgroup_publish();
+    block_sync();
+    const int free = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
+    const int ahead = k + C::kAhead * C::kTilesK;
+    if (ahead < end_block) copy_stage(ahead, shared + free * stage_bytes);
+    async_commit();
+    return shared + stage * stage_bytes;
+  }
+
   /// x operands of 16 (Int8: 32) inputs: step `step` of tile `tile` of the stage.
   CORA_DEVICE void read_x(const char* stage, int tile, int step, uint32_t (&out)[C::kCols][2]) const {
     const int first = warp_m * C::kCols * 8;
@@ -452,13 +465,7 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
   const int lane = block.lane, group = block.group, warp_n = block.warp_n;
   int stage = 0, segment = 0;
   for (int k = begin; k < end; k += C::kTilesK) {
-    async_wait<C::kAhead - 1>();
-    block_sync();
-    const int next = stage == 0 ? C::kStages - 1 : stage - 1;  // read in the last round: free
-    const int ahead = k + C::kAhead * C::kTilesK;
-    if (ahead < end) block.copy_stage(ahead, block.shared + next * stage_bytes);
-    async_commit();
-    const char* const from = block.shared + stage * stage_bytes;
+    const char* const from = block.next_stage(k, stage, stage_bytes);
 #pragma unroll
     for (int tile = 0; tile < C::kTilesK; ++tile) {
       if (k + tile >= end) break;
@@ -530,14 +537,7 @@ CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>&
   uint32_t w[2][4];
   int stage = 0;
   for (int k = begin; k < end; k += C::kTilesK) {
-    async_wait<C::kAhead - 1>();
-    warpgroup_publish();
-    block_sync();
-    const int next = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
-    const int ahead = k + C::kAhead * C::kTilesK;
-    if (ahead < end) block.copy_stage(ahead, block.shared + next * stage_bytes);
-    async_commit();
-    const char* const from = block.shared + stage * stage_bytes;
+    const char* const from = block.next_stage(k, stage, stage_bytes);
     // No branch between these: the assembler would have each instruction wait for the one before. Tiles beyond the end
     // of K hold zeros for x, and anything for the weights.
 #pragma unroll
@@ -828,7 +828,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   // --- The adapter: t to shared memory, then ceil(r / 16) more steps ---
   if (p.rank_tiles > 0) {
     const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
-    Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [warps along N][token][16]
+    Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
     if (p.fused) {
       const int part = C::kWarpgroup ? warp_n % fused_tiles : warp_n;
       const int first = C::kWarpgroup ? warp_n / fused_tiles * fused_tiles * 16 : warp_m * C::kCols * 8;
