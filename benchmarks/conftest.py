@@ -30,7 +30,7 @@ ROUNDS = 20
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--threads", type=int, default=torch.get_num_threads(), help="threads")
-    parser.addoption("--isa", default=None, help="CPU level: scalar, avx2, avx512 or amx")
+    parser.addoption("--isa", default=None, help="CPU level: scalar, avx2, avxvnni, avx512 or amx")
 
 
 def pytest_configure(config: pytest.Config) -> None:

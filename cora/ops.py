@@ -75,7 +75,7 @@ def isa() -> dict[str, str]:
 
 
 def set_isa(name: str) -> None:
-    """Force a CPU level: ``scalar``, ``avx2``, ``avx512`` or ``amx`` (as ``CORA_ISA`` does at start).
+    """Force a CPU level: ``scalar``, ``avx2``, ``avxvnni``, ``avx512`` or ``amx`` (as ``CORA_ISA`` does at start).
 
     Raises:
         RuntimeError: unknown, or not supported by this CPU; the message lists the valid names.

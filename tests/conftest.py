@@ -18,13 +18,21 @@ import torch
 
 from cora import ops
 
-LEVELS = ("scalar", "avx2", "avx512", "amx")
+LEVELS = ("scalar", "avx2", "avxvnni", "avx512", "amx")
 
 
 def supported_levels() -> tuple[str, ...]:
     """The CPU levels of this machine, lowest first."""
     best = ops.isa()["level"]
-    return LEVELS[: LEVELS.index(best) + 1]
+    found = []
+    for level in LEVELS[: LEVELS.index(best) + 1]:
+        try:
+            ops.set_isa(level)
+        except RuntimeError:  # avxvnni is not below avx512 on every CPU
+            continue
+        found.append(level)
+    ops.set_isa(best)
+    return tuple(found)
 
 
 SUPPORTED = supported_levels()

@@ -16,10 +16,16 @@ namespace cora::cpu {
 
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512", "amx"};
 
 #if CORA_X86
-/// AVX-512 BF16, AMX int8 and bf16; g++ 11 and older do not know them by name.
+// Compilers do not know all of these by name.
+bool has_avxvnni() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+/// AVX-512 BF16, AMX int8 and bf16.
 bool has_amx() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -38,7 +44,8 @@ bool amx_permitted() {
 #endif
 }
 
-Isa detect() {
+bool supported(Isa isa) {
+  if (isa == Isa::kScalar) return true;
 #if CORA_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
@@ -46,16 +53,28 @@ Isa detect() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
-  if (avx2 && avx512) return has_amx() && amx_permitted() ? Isa::kAmx : Isa::kAvx512;
-  if (avx2) return Isa::kAvx2;
+  switch (isa) {
+    case Isa::kAvx2: return avx2;
+    case Isa::kAvxVnni: return avx2 && has_avxvnni();
+    case Isa::kAvx512: return avx2 && avx512;
+    case Isa::kAmx: return avx2 && avx512 && has_amx() && amx_permitted();
+    default: return false;
+  }
+#else
+  return false;
 #endif
-  return Isa::kScalar;
+}
+
+Isa detect() {
+  int best = kIsaCount - 1;
+  while (!supported(static_cast<Isa>(best))) --best;
+  return static_cast<Isa>(best);
 }
 
 Isa parse(const std::string& name, const char* source) {
-  const int best = static_cast<int>(detect());
   std::string valid;
-  for (int i = 0; i <= best; ++i) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (!supported(static_cast<Isa>(i))) continue;
     if (name == kNames[i]) return static_cast<Isa>(i);
     valid += (i ? ", " : "") + std::string(kNames[i]);
   }

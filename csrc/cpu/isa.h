@@ -6,9 +6,10 @@
 
 namespace cora::cpu {
 
-/// kAvx512: F, BW, DQ, VL, VNNI, VBMI. kAmx: kAvx512 and AVX-512 BF16, AMX int8 and bf16.
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
-constexpr int kIsaCount = 4;
+/// kAvx512: F, BW, DQ, VL, VNNI, VBMI. kAmx: kAvx512 and AVX-512 BF16, AMX int8 and bf16. Each CPU has the levels below
+/// its best, but for kAvxVnni, whose instruction many with AVX-512 have in another encoding only.
+enum class Isa { kScalar = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4 };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 /// The level in force: the best the CPU has, capped by CORA_ISA or set_active_isa().
@@ -42,6 +43,8 @@ struct KernelTable {
 #if defined(__clang__)
 #define CORA_BEGIN_AVX2 \
   CORA_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function))
+#define CORA_BEGIN_AVXVNNI \
+  CORA_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,avxvnni"))), apply_to = function))
 #define CORA_BEGIN_AVX512                                                                              \
   CORA_PRAGMA(clang attribute push(                                                                    \
       __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), \
@@ -54,6 +57,7 @@ struct KernelTable {
 #define CORA_END_TARGET CORA_PRAGMA(clang attribute pop)
 #else
 #define CORA_BEGIN_AVX2 CORA_PRAGMA(GCC push_options) CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2"))
+#define CORA_BEGIN_AVXVNNI CORA_PRAGMA(GCC push_options) CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avxvnni"))
 // g++ 12's own avx512fintrin.h trips both warnings.
 #define CORA_BEGIN_AVX512                                     \
   CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \

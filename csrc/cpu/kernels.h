@@ -292,15 +292,16 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(RowSumsFn, row_sums)                            \
   _(RequantizeFn, requantize)                       \
   _(EpilogueFn, epilogue)                           \
-  _(GemvS8Fn, gemv_s8)                              \
   _(GemvF32Fn, gemv_f32)                            \
   _(DepthwiseF32Fn, depthwise_f32)                  \
   _(DepthwiseStripFn, depthwise_strip)              \
   _(DepthwiseS8Fn, depthwise_s8)                    \
   _(TransposeFn, transpose)
+// Where vpdpbusd is worth it.
+#define CORA_KERNELS_WITH_AVXVNNI(_) _(GemvS8Fn, gemv_s8)
+#define CORA_KERNELS_ALL(_) _(TileS8Fn, tile_s8)
 // Where the tile registers are worth it.
 #define CORA_KERNELS_UP_TO_AMX(_)   \
-  _(TileS8Fn, tile_s8)              \
   _(StoreHiddenFn, store_hidden)    \
   _(QuantizedHiddenFn, quantized_hidden) \
   _(ExpandUpFn, expand_up)          \
@@ -320,45 +321,65 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 #define CORA_DECLARE(Fn, name) Fn name;
 namespace scalar {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_WITH_AVXVNNI(CORA_DECLARE)
+CORA_KERNELS_ALL(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
 }  // namespace scalar
 namespace avx2 {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_WITH_AVXVNNI(CORA_DECLARE)
+CORA_KERNELS_ALL(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AVX2(CORA_DECLARE)
 }  // namespace avx2
+namespace avxvnni {
+CORA_KERNELS_WITH_AVXVNNI(CORA_DECLARE)
+CORA_KERNELS_ALL(CORA_DECLARE)
+}  // namespace avxvnni
 namespace avx512 {
 CORA_KERNELS_COMMON(CORA_DECLARE)
+CORA_KERNELS_WITH_AVXVNNI(CORA_DECLARE)
+CORA_KERNELS_ALL(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_FROM_AVX512(CORA_DECLARE)
 }  // namespace avx512
 namespace amx {
+CORA_KERNELS_ALL(CORA_DECLARE)
 CORA_KERNELS_UP_TO_AMX(CORA_DECLARE)
 CORA_KERNELS_AMX(CORA_DECLARE)
 }  // namespace amx
 
-// The tables k_<name>: k_fake_quantize() is the active level's kernel.
+// The tables k_<name>: k_fake_quantize() is the active level's kernel. What avxvnni has avx512 has too: not every CPU
+// with that could fall to it.
 #if CORA_X86
 #define CORA_LEVELS(...) {__VA_ARGS__}
 #else
-#define CORA_LEVELS(first, ...) {first, nullptr, nullptr, nullptr}
+#define CORA_LEVELS(first, ...) {first, nullptr, nullptr, nullptr, nullptr}
 #endif
 #define CORA_TABLE(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, nullptr)};
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, nullptr)};
+#define CORA_TABLE_WITH_AVXVNNI(Fn, name)                                                                          \
+  inline constexpr KernelTable<Fn> k_##name{#name,                                                                \
+                                            CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, nullptr)};
+#define CORA_TABLE_ALL(Fn, name)                                                                                  \
+  inline constexpr KernelTable<Fn> k_##name{#name,                                                                \
+                                            CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, amx::name)};
 #define CORA_TABLE_UP_TO_AMX(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, avx512::name, amx::name)};
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, amx::name)};
 #define CORA_TABLE_AMX(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(nullptr, nullptr, nullptr, amx::name)};
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(nullptr, nullptr, nullptr, nullptr, amx::name)};
 #define CORA_TABLE_UP_TO_AVX2(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, nullptr)};
+  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, nullptr, nullptr)};
 #if CORA_X86
 #define CORA_TABLE_FROM_AVX512(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, {nullptr, nullptr, avx512::name, nullptr}};
+  inline constexpr KernelTable<Fn> k_##name{#name, {nullptr, nullptr, nullptr, avx512::name, nullptr}};
 #else
 #define CORA_TABLE_FROM_AVX512(Fn, name) inline constexpr KernelTable<Fn> k_##name{#name, {}};
 #endif
 CORA_KERNELS_COMMON(CORA_TABLE)
+CORA_KERNELS_WITH_AVXVNNI(CORA_TABLE_WITH_AVXVNNI)
+CORA_KERNELS_ALL(CORA_TABLE_ALL)
 CORA_KERNELS_UP_TO_AMX(CORA_TABLE_UP_TO_AMX)
 CORA_KERNELS_AMX(CORA_TABLE_AMX)
 CORA_KERNELS_UP_TO_AVX2(CORA_TABLE_UP_TO_AVX2)

@@ -16,6 +16,8 @@ std::string isa() {
   std::string text = cpu::isa_name(cpu::active_isa());
 #define CORA_APPEND(Fn, name) append(text, cpu::k_##name);
   CORA_KERNELS_COMMON(CORA_APPEND)
+  CORA_KERNELS_WITH_AVXVNNI(CORA_APPEND)
+  CORA_KERNELS_ALL(CORA_APPEND)
   CORA_KERNELS_UP_TO_AMX(CORA_APPEND)
   CORA_KERNELS_UP_TO_AVX2(CORA_APPEND)
   if (cpu::active_isa() == cpu::Isa::kAmx) {
