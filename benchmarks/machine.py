@@ -20,7 +20,9 @@ from cora import ops
 _SOURCE = Path(__file__).with_name("native") / "peaks.cpp"
 _PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "nncf", "bitsandbytes", "xllamacpp")
 _FLAGS = (
-    "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
+    "avx2", "avx_vnni",
+    "avx512f", "avx512_vnni", "avx512vbmi", "avx512_bf16", "avx512_fp16",
+    "amx_int8", "amx_bf16",
 )  # fmt: skip
 
 PEAKS = {
