@@ -64,7 +64,7 @@ def main() -> None:
     )
     add("--activations", action="store_true", help="quantized inputs, instead of the main rows")
     add("--peers", action="store_true", help="other libraries, instead of the main rows")
-    add("--only", nargs="+", default=[], help="peers whose names hold one of these")
+    add("--only", nargs="+", default=[], help="ways whose names hold one of these")
     add(
         "--peer-activations",
         type=int,
@@ -110,6 +110,8 @@ def _measure(task: Task, setting: Row, args: argparse.Namespace) -> None:
         chosen = _peer_ways if args.peers else _activation_ways if args.activations else _ways
         ways = chosen(task, model, calibration, batches, seed, args)
     for method, bits, make, *place in ways:
+        if args.only and not any(part in method for part in args.only):
+            continue
         key = {**setting, "method": method, "bits": bits}
         results = _read(args.output)  # anew: several measurements may write one file
         if any(all(row[k] == key[k] for k in COUNTED) for row in results["rows"]):
@@ -237,8 +239,6 @@ def _peer_ways(
     for name, reason in unavailable().items():
         print(f"{name}: not measured: {reason}")
     for peer in peers():
-        if args.only and not any(part in peer.name for part in args.only):
-            continue
         for bits in args.bits:
             if bits in peer.bits and peer.applies(calibration.model):
 

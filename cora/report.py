@@ -247,27 +247,28 @@ def totals_of(
         float_weights: bits of the quantized layers' float weights, what the budget is a share of.
         float_total: bits of the float model with everything in it.
 
-    `bits_per_weight` counts everything that quantized layers store except biases, over their weights.
+    `bits_per_weight` counts what stores weights (codes, scales, zero-points, adapters) over the layers' weights;
+    biases and input ranges are in the other sums.
     """
+    codes = sum(layer.stored_bits["weight"] for layer in layers)
     adapter = sum(layer.stored_bits["adapter"] for layer in layers)
     weights = sum(layer.weights for layer in layers)
     quantized = sum(layer.total_bits for layer in layers)
-    bias = sum(layer.stored_bits["bias"] for layer in layers)
     packed_rows = sum(row.stored_bits for row in by_rows)
     rest = sum(entry.stored_bits for entry in entries)
     total = quantized + packed_rows + rest
     return {
         "total_bits": total,
-        "weight_bits": sum(layer.stored_bits["weight"] for layer in layers),
+        "weight_bits": codes,
         "adapter_bits": adapter,
-        "bias_bits": bias,
+        "bias_bits": sum(layer.stored_bits["bias"] for layer in layers),
         "activation_bits": sum(layer.stored_bits["activation"] for layer in layers),
         "row_bits": packed_rows,
         "float_bits": rest,
         "float_total_bits": float_total,
         "float_weight_bits": float_weights,
         "quantized_weights": weights,
-        "bits_per_weight": (quantized - bias) / weights,
+        "bits_per_weight": (codes + adapter) / weights,
         "adapter_share": adapter / float_weights,
         "compression": float_total / total,
     }

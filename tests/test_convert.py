@@ -535,6 +535,8 @@ def test_what_chosen_bits_share(wide: Calibration) -> None:
     bits = [row.bits for row in fixed.report.layers]
     assert bits[0] == bits[-1] == 8 and min(bits[1:-1]) < 6
     assert fixed.report.totals["bits_per_weight"] <= 4.5
+    ranged = chosen(wide, 4.5, activation_bits=8, rank_budget=0)
+    assert ranged.report.totals["bits_per_weight"] <= 4.5
 
 
 def test_without_arguments_it_is_three_and_a_half_bits(wide: Calibration) -> None:
