@@ -2,14 +2,16 @@
 
 Tensors of a packed layer are stored at their width (codes, zero-points and adapters packed to bits,
 scales in float16 where that is what they are), everything else as it is. One metadata entry, "cora",
-is JSON: format version, layers, checksum and the report. Two runs write the same bytes.
+is deflated JSON: format version, layers, checksum and the report. Two runs write the same bytes.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from .report import Report, float_state
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _KEY = "cora"
 # What a layer does beside its weight's shape; a file is for layers that do the same.
@@ -84,8 +86,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         "report": _stored_report(getattr(qmodel, "report", None)),
     }
     header["sha256"] = _checksum(header, tensors)
-    metadata = {_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}
-    write_file(Path(path), safetensors.torch.save(tensors, metadata))
+    write_file(Path(path), safetensors.torch.save(tensors, {_KEY: _encode(header)}))
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -374,6 +375,22 @@ def _stored_report(report: Report | None) -> dict[str, Any] | None:
     return values
 
 
+def _encode(header: Any) -> str:
+    """As metadata holds it: as plain JSON it would be a third of a very small model's file."""
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _decode(metadata: str) -> dict[str, Any]:
+    """The inverse; ValueError or zlib.error of anything else."""
+    if metadata.startswith("{"):  # format 1, so that its version can be named
+        return json.loads(metadata)  # type: ignore[no-any-return]
+    packed = base64.b64decode(metadata, validate=True)
+    if base64.b64encode(packed).decode() != metadata:
+        raise ValueError("it ends in bits that say nothing")
+    return json.loads(zlib.decompress(packed))  # type: ignore[no-any-return]
+
+
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     content = {key: value for key, value in header.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
@@ -395,9 +412,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if _KEY not in metadata:
         raise ValueError(f"{path}: a safetensors file, but not one that cora.save wrote")
     try:
-        header = json.loads(metadata[_KEY])
+        header = _decode(metadata[_KEY])
         version = header["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, zlib.error) as error:
         raise ValueError(f"{path}: its header was altered or damaged ({error})") from error
     if version != FORMAT_VERSION:
         raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import struct
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 import cora
 from cora import QuantSpec, SearchConfig
+from cora.serialization import _decode, _encode
 
 
 def assert_same_model(a: nn.Module, b: nn.Module) -> None:
@@ -250,10 +250,10 @@ def test_a_packed_model_is_no_architecture(qnet: nn.Module, file: Path) -> None:
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
     """The file with its header and tensors edited, in safetensors' own form."""
     with safetensors.safe_open(path, framework="pt") as stream:
-        header = json.loads(stream.metadata()["cora"])
+        header = _decode(stream.metadata()["cora"])
         tensors = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
     change(header, tensors)
-    safetensors.torch.save_file(tensors, path, {"cora": json.dumps(header)})
+    safetensors.torch.save_file(tensors, path, {"cora": _encode(header)})
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
@@ -294,8 +294,8 @@ def test_any_flipped_byte_is_noticed(file: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, t: h.update(format=2), "format version 1 was expected, got 2"),
-        (lambda h, t: h.update(format="1"), "format version 1 was expected, got '1'"),
+        (lambda h, t: h.update(format=3), "format version 2 was expected, got 3"),
+        (lambda h, t: h.update(format="2"), "format version 2 was expected, got '2'"),
         (lambda h, t: h.pop("format"), "header was altered or damaged"),
         (lambda h, t: h.pop("sha256"), "checksum does not match"),
         (lambda h, t: h["layers"].pop("head"), "checksum does not match"),
@@ -320,10 +320,13 @@ def test_foreign_files(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(ValueError, match="a safetensors file, but not one that cora.save wrote"):
         cora.load(path, Net())
-    for content in ("[]", "3", "{", '"x"', "null"):
+    for content in ("[]", "{", "", "bnVsbA==", *(_encode(x) for x in ([], 3, "x", None))):
         safetensors.torch.save_file({"weight": torch.ones(3)}, path, {"cora": content})
         with pytest.raises(ValueError, match="header was altered or damaged"):
             cora.load(path, Net())
+    safetensors.torch.save_file({"weight": torch.ones(3)}, path, {"cora": '{"format":1}'})
+    with pytest.raises(ValueError, match="format version 2 was expected, got 1"):
+        cora.load(path, Net())
     torch.save(Net().state_dict(), path)
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         cora.load(path, Net())
