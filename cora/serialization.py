@@ -384,11 +384,11 @@ def _encode(header: Any) -> str:
 def _decode(metadata: str) -> dict[str, Any]:
     """The inverse; ValueError or zlib.error of anything else."""
     if metadata.startswith("{"):  # format 1, so that its version can be named
-        return json.loads(metadata)  # type: ignore[no-any-return]
+        return json.loads(metadata)
     packed = base64.b64decode(metadata, validate=True)
     if base64.b64encode(packed).decode() != metadata:
         raise ValueError("it ends in bits that say nothing")
-    return json.loads(zlib.decompress(packed))  # type: ignore[no-any-return]
+    return json.loads(zlib.decompress(packed))
 
 
 def _checksum(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
