@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .modules import replace_layers
 
-__all__ = ["SplitAttention", "has_attention", "split_attention"]
+__all__ = ["SplitAttention", "linear", "split_attention"]
 
 
 class SplitAttention(nn.Module):
@@ -38,9 +38,9 @@ class SplitAttention(nn.Module):
         shared = attention.in_proj_bias
         biases = (None, None, None) if shared is None else shared.chunk(3)
         self.q_proj, self.k_proj, self.v_proj = (
-            _linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)
+            linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)
         )
-        self.out_proj = _linear(attention.out_proj.weight, attention.out_proj.bias)
+        self.out_proj = linear(attention.out_proj.weight, attention.out_proj.bias)
         self.train(attention.training)
 
     def forward(
@@ -108,7 +108,8 @@ class SplitAttention(nn.Module):
         return total
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with copies of a weight [N, K] and a bias [N]."""
     rows, columns = weight.shape
     layer = nn.Linear(columns, rows, bias is not None, device="meta")
     layer.weight = nn.Parameter(weight.detach().clone())
@@ -121,11 +122,6 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -math.inf)
-
-
-def has_attention(model: nn.Module) -> bool:
-    """Whether `split_attention` finds something to split."""
-    return any(type(module) is nn.MultiheadAttention for module in model.modules())
 
 
 def split_attention(model: nn.Module) -> Any:

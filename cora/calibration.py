@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .attention import has_attention, split_attention
 from .batches import (
     Batch,
     divergence,
@@ -34,6 +33,7 @@ from .moments import (
     regularized,
     symmetric,
 )
+from .restructure import hides_layers, restructure
 
 __all__ = [
     "ActivationRange",
@@ -120,8 +120,8 @@ class Calibration:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         whole = copy.deepcopy(model).eval().requires_grad_(False)
-        self.splits_attention = has_attention(whole)
-        self.model = split_attention(copy.deepcopy(whole)) if self.splits_attention else whole
+        self.restructured = hides_layers(whole)
+        self.model = restructure(copy.deepcopy(whole)) if self.restructured else whole
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
@@ -138,8 +138,8 @@ class Calibration:
         self.memory_limit = memory_limit
         self.device = next(self.model.parameters()).device
         self.batches = self._take(batches, samples)
-        if self.splits_attention and not self._gives_what(whole):
-            self.splits_attention, self.model = False, whole
+        if self.restructured and not self._gives_what(whole):
+            self.restructured, self.model = False, whole
             self.layers, self.kept_float = quantizable_layers(whole)
         self.fold_bn = fold_bn
         self.folded: dict[str, str] = {}  # layer -> the batch norm now in it
@@ -184,7 +184,7 @@ class Calibration:
         return taken
 
     def _gives_what(self, whole: nn.Module) -> bool:
-        """Whether the model gives another one's output: code of its own may read an attention's weights."""
+        """Whether the model gives another one's output: its own code may read a restructured weight."""
         with torch.no_grad():
             try:
                 found = self.batches[0].run(self.model)
@@ -198,10 +198,10 @@ class Calibration:
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
-        if self.splits_attention or self.folded:
+        if self.restructured or self.folded:
             model = copy.deepcopy(model)
-        if self.splits_attention:
-            model = split_attention(model)
+        if self.restructured:
+            model = restructure(model)
         if self.folded:
             here = dict(model.named_modules())
             pairs = {a: b for a, b in self.folded.items() if {a, b} <= here.keys()}

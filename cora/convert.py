@@ -13,7 +13,6 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .allocation import Budget, check_rank_budget
-from .attention import split_attention
 from .calibration import ActivationRange, Calibration, correct_biases
 from .embedding import QuantEmbedding, pack_embeddings
 from .evaluation import Evaluator, activation_simulator
@@ -35,6 +34,7 @@ from .report import (
     make_report,
     versions,
 )
+from .restructure import restructure
 from .search import SearchConfig, search_ranks
 from .tuning import TuneConfig
 from .tuning import tune as tune_layers
@@ -257,8 +257,8 @@ def quantize(
         fitted = fitted_to(quantized, result.ranks, dict.fromkeys(specs, width))
 
     qmodel: Any = copy.deepcopy(model).eval()
-    if calibration.splits_attention:
-        qmodel = split_attention(qmodel)
+    if calibration.restructured:
+        qmodel = restructure(qmodel)
     layers: dict[str, QuantLayer] = {}
     for name, q in fitted.layers.items():
         float_layer: Any = fitted.network.get_submodule(name)

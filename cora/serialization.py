@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .attention import SplitAttention, split_attention
+from .attention import SplitAttention
 from .embedding import QuantEmbedding, names_sharing
 from .files import write_file
 from .fold import FoldedBatchNorm
@@ -31,6 +31,7 @@ from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
 from .quantizer import QParams, zero_point_bits
 from .recurrent import QUANT_RECURRENT, QuantRecurrent, matrices_of
 from .report import Report, float_state
+from .restructure import hides_layers, restructure
 
 __all__ = ["FORMAT_VERSION", "load", "read_header", "save"]
 
@@ -82,6 +83,7 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         "embeddings": embeddings,
         "recurrent": recurrent,
         "attention": _attention(qmodel),
+        "restructured": not hides_layers(qmodel),
         "folded": sorted(n for n, m in qmodel.named_modules() if isinstance(m, FoldedBatchNorm)),
         "report": _stored_report(getattr(qmodel, "report", None)),
     }
@@ -107,12 +109,12 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     report = header["report"]
     qmodel: Any = copy.deepcopy(model).eval()
     qmodel.__dict__.pop("report", None)
-    if attention := header.get("attention"):
-        qmodel = split_attention(qmodel)
-        if (here := _attention(qmodel)) != attention:
+    if header["restructured"]:
+        qmodel = restructure(qmodel)
+        if (here := _attention(qmodel)) != header["attention"]:
             raise ValueError(
-                f"{path}: the file is of another architecture: its attention is {', '.join(attention)}, "
-                f"the model's {', '.join(here) or 'none'}"
+                f"{path}: the file is of another architecture: its attention is "
+                f"{', '.join(header['attention']) or 'none'}, the model's {', '.join(here) or 'none'}"
             )
     layers: dict[str, nn.Module] = {}
     available = dict(qmodel.named_modules())

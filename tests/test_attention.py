@@ -258,7 +258,7 @@ def test_a_model_that_reads_the_weights_itself() -> None:
 
     model, x = Own().eval(), torch.randn(24, 5, 24)
     calibration = Calibration(model, x)
-    assert list(calibration.layers) == ["head"] and not calibration.splits_attention
+    assert list(calibration.layers) == ["head"] and not calibration.restructured
     calibration.check(model)
     qmodel = quantize(model, calibration, rank_budget=0)
     assert type(qmodel.attention) is nn.MultiheadAttention
