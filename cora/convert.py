@@ -13,7 +13,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .allocation import Budget, check_rank_budget
-from .calibration import ActivationRange, Calibration, correct_biases
+from .biases import correct_biases
+from .calibration import ActivationRange, Calibration
 from .embedding import QuantEmbedding, pack_embeddings
 from .evaluation import Evaluator, activation_simulator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer

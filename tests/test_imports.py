@@ -18,7 +18,7 @@ LAYERS = {
     "cli": 13, "compare": 12, "roofline": 11, "serialization": 11, "fuse": 10, "convert": 10,
     "diagnosis": 10, "joint": 9, "report": 9,
     "tracing": 8, "fitting": 8, "search": 8, "planning": 8, "tuning": 8,
-    "allocation": 7, "evaluation": 7, "drift": 7,
+    "allocation": 7, "biases": 7, "evaluation": 7, "drift": 7,
     "calibration": 6, "restructure": 5, "attention": 4, "fold": 4, "batches": 3, "moments": 3,
     "embedding": 3, "recurrent": 3, "modules": 3, "lowrank": 2, "rounding": 2,
     "quantizer": 1, "ops": 0, "gpu": -1, "files": 0, "tables": 0,
