@@ -21,8 +21,12 @@ constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avxvnni", "avx512"
 #if CORA_X86
 // Compilers do not know all of these by name.
 bool has_avxvnni() {
+#ifdef CORA_EMULATED_AVXVNNI
+  return true;
+#else
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
 }
 
 /// AVX-512 BF16, AMX int8 and bf16.

@@ -10,11 +10,27 @@
 #if CORA_X86
 #include <immintrin.h>
 
+#ifdef CORA_EMULATED_AVXVNNI  // the sanitized build: every CPU with AVX2 tests this level
+CORA_BEGIN_AVX2
+#else
 CORA_BEGIN_AVXVNNI
+#endif
 
 namespace cora::cpu::avxvnni {
 
 namespace {
+
+/// acc + the four products of each dword.
+inline __m256i add_products(__m256i acc, __m256i x, __m256i w) {
+#ifdef CORA_EMULATED_AVXVNNI
+  const __m256i nibble = _mm256_set1_epi8(0x0f), one = _mm256_set1_epi16(1), sixteen = _mm256_set1_epi16(16);
+  const __m256i low = _mm256_and_si256(x, nibble), high = _mm256_and_si256(_mm256_srli_epi16(x, 4), nibble);
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(low, w), one));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(high, w), sixteen));
+#else
+  return _mm256_dpbusd_avx_epi32(acc, x, w);
+#endif
+}
 
 /// kM rows of x by 8 * kV weight rows.
 template <int kM, int kV>
@@ -37,7 +53,7 @@ void tile_s8_fixed(const uint8_t* const* rows, const int64_t* tap, int64_t taps,
       for (int i = 0; i < kM; ++i) {
         const __m256i xi = broadcast4(x[i] + k);
 #pragma GCC unroll 2
-        for (int v = 0; v < kV; ++v) c[i][v] = _mm256_dpbusd_avx_epi32(c[i][v], xi, w[v]);
+        for (int v = 0; v < kV; ++v) c[i][v] = add_products(c[i][v], xi, w[v]);
       }
     }
   }
@@ -66,7 +82,7 @@ inline void gemv_s8_part(const uint8_t* packed, int64_t rows, const uint8_t* x, 
     for (int i = 0; i < kM; ++i) {
       const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
 #pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v) sum[i][v] = _mm256_dpbusd_avx_epi32(sum[i][v], xi, w[v]);
+      for (int v = 0; v < kCount; ++v) sum[i][v] = add_products(sum[i][v], xi, w[v]);
     }
   }
 #pragma GCC unroll 4
