@@ -16,7 +16,7 @@ import cora
 from cora import Calibration, QuantSpec, SearchConfig, TuneConfig
 from cora.batches import divergence
 from cora.calibration import quantizable_layers
-from cora.fitting import _towards
+from cora.fitting import FittedLayers, _towards
 from cora.fold import FoldedBatchNorm
 from cora.modules import QuantLayer
 
@@ -604,6 +604,24 @@ def test_layers_fitted_in_order_are_closer(budget: float) -> None:
             found[propagate] = float(divergence(qmodel(unseen), model(unseen)))
         assert not any(m._forward_hooks for m in calibration.model.modules())
     assert found[True] < 0.9 * found[False]
+
+
+@pytest.mark.parametrize(("worse", "kept"), [(0.05, True), (0.5, False), (-0.5, True)])
+def test_layers_by_themselves_must_be_measurably_closer(
+    worse: float, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample in eight loses a whole nat more or less either way: 0.05 of a mean is nothing beside it."""
+
+    def losses(self: FittedLayers, evaluator: object) -> Tensor:
+        noise = torch.tensor([1.0, 0, 0, 0, -1.0, 0, 0, 0]).repeat(4)
+        return 2 + noise + worse if self.in_order else torch.full((32,), 2.0)
+
+    monkeypatch.setattr(FittedLayers, "losses", losses)
+    model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    qmodel = quantize(
+        model, torch.randn(64, 12), QuantSpec(2), rank_budget=0, tune=None, propagate=True
+    )
+    assert qmodel.report.settings["propagated"] == kept
 
 
 def test_inputs_that_did_not_drift_move_nothing() -> None:
