@@ -19,7 +19,7 @@ from .evaluation import Evaluator, is_better
 from .lowrank import Adapter, LayerShape, factors, quantize_adapter, truncate
 from .moments import lowest, output_energy, regularized
 from .quantizer import QuantSpec
-from .rounding import Feedback, Rounded, quantize_matrix
+from .rounding import Feedback, Rounded, descend, quantize_matrix
 
 __all__ = ["Fit", "FittedLayers", "QuantizedLayer", "fit_layers", "quantize_layer"]
 
@@ -291,7 +291,10 @@ def _fit_together(
     best: tuple[float, QuantizedLayer, Adapter] | None = None
     feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
     for _ in range(_FITS):
-        rounded = quantize_matrix(target - product, spec, name, feedback)
+        left = target - product
+        rounded = quantize_matrix(left, spec, name, feedback)
+        if feedback is not None:
+            rounded = descend(rounded, left, moment)
         quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
         adapter = _useful(quantized.fit, target, rank, adapter_bits, weighted)
         product = adapter.matrix()

@@ -1,12 +1,13 @@
 """From a weight matrix to codes: which quantizer, and each weight up or down.
 
 Rounding to nearest has the least error of the weights; with the second moment of the layer's input, error
-feedback has the least error that a left-to-right pass finds at the layer's output.
+feedback has the least error that a left-to-right pass finds at the layer's output, and descent over the codes
+goes on from there to one that no change of a single code improves.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .quantizer import (
     zero_point_bits,
 )
 
-__all__ = ["Feedback", "Rounded", "quantize_matrix"]
+__all__ = ["Feedback", "Rounded", "descend", "quantize_matrix"]
 
 # Shares of the full range tried with clip="mse": coarser than for nearest rounding, whose errors are exact,
 # because the later columns' corrections make up for a step that is a little too wide or narrow.
@@ -32,6 +33,8 @@ _SHARES = {bits: [1.0 - 0.05 * i for i in range(max(5, 17 - 2 * bits))] for bits
 _DAMPING = (
     0.01  # of the mean diagonal, so that weakly seen columns do not take unbounded corrections
 )
+_SWEEPS = 3  # of descent over the codes; a fourth moves next to nothing
+_COLUMNS = 64  # whose gradients are kept up to date one by one; the others follow in one product
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,21 @@ class Feedback:
         seen = moment.diagonal(dim1=-2, dim2=-1)
         order = seen.argsort(dim=-1, descending=True, stable=True)
         rows = order[:, :, None].expand(moment.shape)
-        ordered = moment.gather(1, rows).gather(2, rows.mT).double()
-        damping = _DAMPING * seen.double().mean(-1)
-        damping = torch.where(damping > 0, damping, torch.ones_like(damping))
-        ordered.diagonal(dim1=-2, dim2=-1).add_(damping[:, None])
+        ordered = _damped(moment).gather(1, rows).gather(2, rows.mT)
         # H = L L^T in reversed order gives the Cholesky factor of H^-1 without inverting H itself.
         lower = torch.linalg.cholesky(ordered.flip(-1, -2))
         eye = torch.eye(moment.shape[-1], dtype=lower.dtype, device=lower.device)
         inverse = torch.linalg.solve_triangular(lower, eye.expand(lower.shape), upper=False)
         return Feedback(inverse.flip(-1, -2).float().contiguous(), order.contiguous(), seen)
+
+
+def _damped(moment: Tensor) -> Tensor:
+    """A second moment that every column is seen in: float64 [groups, K, K]."""
+    damped = moment.to(torch.float64, copy=True)
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    damping = _DAMPING * diagonal.mean(-1)
+    diagonal.add_(torch.where(damping > 0, damping, torch.ones_like(damping))[:, None])
+    return damped
 
 
 def quantize_matrix(
@@ -137,10 +146,63 @@ def quantize_matrix(
     _, codes, scale, zero = best
     stored = scales.shape[1]
     qparams = make_qparams(scale[:stored], zero[:stored], spec)
-    run = matrix.shape[1] // scale.shape[1]
-    grouped = codes.reshape(len(matrix), -1, run).float()
-    dequantized = scale[:, :, None] * (grouped - zero[:, :, None].float())
-    return Rounded(qparams, codes, dequantized.reshape(matrix.shape))
+    return Rounded(qparams, codes, _dequantized(codes, scale, zero))
+
+
+def descend(rounded: Rounded, matrix: Tensor, moment: Tensor) -> Rounded:
+    """Codes changed one by one, each to the best while all others stay: coordinate descent of the error.
+
+    A pass from left to right never comes back to a code whose error later columns could not make up for.
+    Scales and zero-points stay.
+
+    Args:
+        rounded: where to start.
+        matrix: what was quantized, float32 [N, K].
+        moment: of the layer's input, float32 [groups, K, K]; damped as for error feedback.
+
+    Returns:
+        A matrix with at most the error trace(E H E^T) of `rounded`, E = matrix - dequantized, H the
+        damped moment.
+    """
+    qparams, groups = rounded.qparams, len(moment)
+    columns = matrix.shape[1]
+    curvature = _damped(moment)
+
+    def by_column(value: Tensor) -> Tensor:
+        wide = value.double().repeat_interleave(columns // value.shape[1], 1)
+        return wide.expand(matrix.shape).reshape(groups, -1, columns)
+
+    scale, zero = by_column(qparams.scale), by_column(qparams.zero_point)
+    codes = by_column(rounded.codes).clone()
+    gradient = (by_column(matrix) - scale * (codes - zero)) @ curvature
+    for _ in range(_SWEEPS):
+        moved = False
+        for start in range(0, columns, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            inner = curvature[:, block, block]
+            old, local = codes[:, :, block].clone(), gradient[:, :, block].clone()
+            for i in range(inner.shape[-1]):
+                k = start + i
+                step = local[:, :, i] / (scale[:, :, k] * inner[:, i, i, None])
+                now = (codes[:, :, k] + step).round_().clamp_(0, 2**qparams.bits - 1)
+                change = scale[:, :, k] * (now - codes[:, :, k])
+                codes[:, :, k] = now
+                local -= change[:, :, None] * inner[:, None, i]
+            change = scale[:, :, block] * (codes[:, :, block] - old)
+            if change.any():
+                gradient -= change @ curvature[:, block]
+                moved = True
+        if not moved:
+            break
+    codes = codes.reshape(matrix.shape)
+    dequantized = _dequantized(codes, qparams.scale, qparams.zero_point)
+    return replace(rounded, codes=codes.to(torch.uint8), dequantized=dequantized)
+
+
+def _dequantized(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Values of codes [N, K] with scales and zero-points [1 or N, G]: float32 [N, K]."""
+    grouped = codes.reshape(len(codes), scale.shape[1], -1).float()
+    return (scale[:, :, None] * (grouped - zero[:, :, None].float())).reshape(codes.shape)
 
 
 def _best_by_group(

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cora import QuantSpec
+from cora import QuantSpec, rounding
 from cora.lowrank import LayerShape
 from cora.moments import output_energy
 from cora.quantizer import choose_qparams
-from cora.rounding import Feedback, quantize_matrix
+from cora.rounding import Feedback, Rounded, descend, quantize_matrix
 
 SPECS = [
     QuantSpec(2),
@@ -156,6 +156,70 @@ def test_inputs_that_are_never_seen() -> None:
     zeros = Feedback.of(torch.zeros(1, 12, 12))
     fed = quantize_matrix(matrix, QuantSpec(4, clip="minmax"), feedback=zeros)
     assert torch.equal(fed.codes, nearest.codes)
+
+
+def damped(moment: Tensor) -> Tensor:
+    mean = moment.diagonal(dim1=-2, dim2=-1).double().mean(-1)
+    return moment.double() + 0.01 * mean[:, None, None] * torch.eye(moment.shape[-1])
+
+
+def slow_descent(start: Rounded, matrix: Tensor, moment: Tensor, sweeps: int) -> Tensor:
+    """Codes one by one, each the best of all levels while the others stay, with the whole error each time."""
+    q, groups, columns = start.qparams, len(moment), matrix.shape[1]
+    wide = (t.double().repeat_interleave(columns // t.shape[1], 1) for t in (q.scale, q.zero_point))
+    scale, zero = (t.expand(matrix.shape) for t in wide)
+    codes, per_group, weighted = start.codes.double(), len(matrix) // groups, damped(moment)
+    for _ in range(sweeps):
+        for row in range(len(matrix)):
+            for k in range(columns):
+                tried = codes[row].repeat(2**q.bits, 1)
+                tried[:, k] = torch.arange(2**q.bits)
+                error = matrix[row].double() - scale[row] * (tried - zero[row])
+                errors = ((error @ weighted[row // per_group]) * error).sum(1)
+                codes[row, k] = errors.argmin()
+    return codes
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize(("rows", "groups", "columns"), [(4, 1, 132), (6, 3, 24), (3, 3, 12)])
+def test_descent(
+    spec: QuantSpec, rows: int, groups: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One code at a time by brute force; columns in several blocks, groups, a row a group."""
+    matrix, moment = torch.randn(rows, columns), correlated(groups, columns)
+    start = quantize_matrix(matrix, spec, feedback=Feedback.of(moment))
+    before = start.codes.clone()
+    found = descend(start, matrix, moment)
+    assert torch.equal(start.codes, before)
+    assert torch.equal(found.codes.double(), slow_descent(start, matrix, moment, 3))
+    assert found.qparams is start.qparams and found.codes.dtype == torch.uint8
+    scale, zero = (
+        t.repeat_interleave(columns // t.shape[1], 1)
+        for t in (found.qparams.scale, found.qparams.zero_point)
+    )
+    assert torch.equal(found.dequantized, scale * (found.codes.float() - zero.float()))
+    errors = [error_of(matrix, q.dequantized, damped(moment).float()) for q in (start, found)]
+    changed = not torch.equal(found.codes, before)
+    assert errors[1] < errors[0] if changed else errors[1] == errors[0]
+    assert changed or columns < 100  # a small matrix may have nothing to win
+    # Where nothing moves any more, a further descent has nothing to do.
+    monkeypatch.setattr(rounding, "_SWEEPS", 100)
+    end = descend(found, matrix, moment)
+    assert torch.equal(descend(end, matrix, moment).codes, end.codes)
+    assert torch.equal(slow_descent(end, matrix, moment, 1), end.codes.double())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_descent_leaves_what_is_exact(spec: QuantSpec) -> None:
+    """Constant weights, whose scales may be tiny, and inputs that are never seen."""
+    moment = correlated(1, 24)
+    for value in (0.0, 0.37):
+        matrix = torch.full((6, 24), value)
+        found = descend(quantize_matrix(matrix, spec, feedback=Feedback.of(moment)), matrix, moment)
+        assert torch.equal(found.dequantized, matrix)
+    matrix, unseen = torch.randn(4, 24), torch.zeros(1, 24, 24)
+    nearest = quantize_matrix(matrix, spec.replace(rounding="nearest"))
+    assert torch.equal(descend(nearest, matrix, unseen).codes, nearest.codes)
 
 
 def test_errors() -> None:
