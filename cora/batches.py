@@ -18,6 +18,7 @@ __all__ = [
     "float_tensors",
     "gradients",
     "in_parts",
+    "kl_divergence",
     "output_logits",
     "required_inputs",
     "take",
@@ -140,6 +141,20 @@ def float_tensors(output: Any) -> list[Tensor]:
     return []
 
 
+def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(teacher || student) of softmax distributions, in nats.
+
+    Args:
+        teacher, student: logits [..., classes]; a class that the teacher masks (-inf) has no share.
+
+    Returns:
+        float32 [...], one value a distribution.
+    """
+    log_p, log_q = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)
+    gap = torch.where(log_p == float("-inf"), 0.0, log_p - log_q)
+    return (log_p.exp() * gap).sum(-1)
+
+
 def divergences(
     student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
 ) -> Tensor:
@@ -156,10 +171,7 @@ def divergences(
     """
     p, q = logits(teacher), logits(student)
     if p is not None and q is not None:
-        log_p, log_q = F.log_softmax(p.float(), -1), F.log_softmax(q.float(), -1)
-        # A class the float model masks (logit -inf) has no share in the sum.
-        gap = torch.where(log_p == float("-inf"), 0.0, log_p - log_q)
-        return (log_p.exp() * gap).sum(-1).reshape(len(p), -1).mean(1)
+        return kl_divergence(p, q).reshape(len(p), -1).mean(1)
     pairs = list(zip(float_tensors(student), float_tensors(teacher), strict=True))
     if not pairs:
         raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")

@@ -8,37 +8,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import importlib.util
 import json
 import math
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import torch
-from torch import nn
+from typing import Any, NoReturn, get_args
 
 import cora
-from cora import Calibration, QuantSpec, SearchConfig, TuneConfig, ops
-from cora.bench import bench, in_memory_bytes
-from cora.convert import DEFAULT_TARGET_BITS
-from cora.quantizer import SUPPORTED_BITS
-from cora.report import float_state_bits, versions
-from cora.serialization import read_header
-from cora.tables import comparison_table, kib, text_table
-from cora.tasks import Task, UserTask, available_tasks, load_object, resolve_task
-from cora.tasks.corruptions import robustness, robustness_table
+from cora import commands
+from cora.calibration import ActivationRange
+from cora.convert import DEFAULT_TARGET_BITS, Activation, FirstLast
+from cora.evaluation import Loss
+from cora.fitting import Fit
+from cora.lowrank import ADAPTER_BITS
+from cora.quantizer import SUPPORTED_BITS, Clip, Granularity, Rounding
+from cora.search import Method, PlanMethod
 
 __all__ = ["main"]
 
 _BAD_INPUT = (ValueError, TypeError, OSError, ImportError, AttributeError, RuntimeError)
 _MODEL_HELP = (
-    "a built-in task (see `cora info`), file.py or module with build() and calibration(), "
+    "a built-in task (see `cora info`), file.py with build() and calibration(), "
     "file.py:object or module:object"
 )
 _FUSE_HELP = "run the packed model fused (see `cora.fuse`)"
@@ -131,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="cora", description="Low-bit quantization with searched low-rank adapters."
     )
     parser.add_argument("--version", action="version", version=f"cora {cora.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print one JSON object")
     common.add_argument("--no-progress", action="store_true", help="no bars on stderr")
@@ -142,14 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def add(name: str, run: Callable[..., Any], about: str, *parents: _Parser) -> Any:
-        command = commands.add_parser(
+        command = subparsers.add_parser(
             name, help=about, description=about, parents=[common, *parents], allow_abbrev=False
         )
         command.set_defaults(run=run)
         return command
 
-    _quantize_arguments(add("quantize", _quantize, "quantize a model into a packed file", data))
-    command = add("evaluate", _evaluate, "a packed file beside its float model", data)
+    _quantize_arguments(
+        add("quantize", commands.quantize, "quantize a model into a packed file", data)
+    )
+    command = add("evaluate", commands.evaluate, "a packed file beside its float model", data)
     _model_arguments(command)
     command.add_argument("file", type=_existing, metavar="FILE")
     command.add_argument("--limit", type=_positive, metavar="N", help="validation samples")
@@ -160,9 +156,9 @@ def _parser() -> argparse.ArgumentParser:
         help="also on images with noise, blur and less contrast, at five severities",
     )
     about = "what a packed file holds, or where quantization would hurt a model and what helps"
-    _inspect_arguments(add("inspect", _inspect, about, data))
-    command = add("bench", _bench, "time a packed file against its float model", data)
-    _model_arguments(command)
+    _inspect_arguments(add("inspect", commands.inspect, about, data))
+    command = add("bench", commands.bench, "time a packed file against its float model", data)
+    _model_arguments(command, ("calibration",))
     command.add_argument("file", type=_existing, metavar="FILE")
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 8], metavar="N")
     command.add_argument("--threads", type=_positive, nargs="+", default=[1], metavar="N")
@@ -173,13 +169,13 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", type=_positive, nargs="+", metavar="N", help="random inputs of this shape"
     )
     command.add_argument("--fuse", action="store_true", help=_FUSE_HELP)
-    add("info", _info, "versions, kernels in use, tasks and their data", data)
+    add("info", commands.info, "versions, kernels in use, tasks and their data", data)
     return parser
 
 
-def _model_arguments(command: Any) -> None:
+def _model_arguments(command: Any, batches: Sequence[str] = ("calibration", "validation")) -> None:
     command.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
-    for name in ("calibration", "validation"):
+    for name in batches:
         command.add_argument(
             f"--{name}",
             metavar="SPEC",
@@ -193,13 +189,13 @@ def _inspect_arguments(command: Any) -> None:
     add("--html", type=_page, metavar="PAGE", help="write the report as a page")
     add = command.add_argument_group("of a packed file").add_argument
     add("--model", help=f"also check that the file fits: {_MODEL_HELP}")
-    # Their defaults are set in _diagnose: a packed file must be able to refuse them.
+    # Without defaults: a packed file must be able to refuse them.
     add = command.add_argument_group("of a model").add_argument
-    add("--bits", type=int, choices=range(2, 9), help="default 3")
-    add("--granularity", choices=("per_tensor", "per_channel", "per_group"))
+    add("--bits", type=int, choices=SUPPORTED_BITS, help="default 3")
+    add("--granularity", choices=get_args(Granularity))
     add("--group-size", type=_positive, metavar="N", help="weights a scale; implies per_group")
-    add("--clip", choices=("minmax", "ksigma", "mse"), help="default mse")
-    add("--adapter-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32), help="default 4")
+    add("--clip", choices=get_args(Clip), help="default mse")
+    add("--adapter-bits", type=int, choices=ADAPTER_BITS, help="default 4")
     add("--samples", type=_positive, metavar="N", help="calibration samples")
     add("--seed", type=int, help="default 0")
     add(
@@ -207,12 +203,6 @@ def _inspect_arguments(command: Any) -> None:
         metavar="SPEC",
         help="file.py:object or module:object: batches, or a function",
     )
-
-
-_OF_A_MODEL = (
-    *("bits", "granularity", "group_size", "clip", "adapter_bits", "samples", "seed"),
-    "calibration",
-)
 
 
 def _quantize_arguments(command: Any) -> None:
@@ -225,11 +215,12 @@ def _quantize_arguments(command: Any) -> None:
     weights = command.add_argument_group("weights")
     add = weights.add_argument
     size = weights.add_mutually_exclusive_group()
+    text = "stored bits a weight with everything; bits, groups and ranks are chosen"
     size.add_argument(
         "--target-bits",
         type=float,
         metavar="BITS",
-        help="stored bits a weight with everything; bits, groups and ranks are chosen (default 3.5)",
+        help=f"{text} (default {DEFAULT_TARGET_BITS})",
     )
     size.add_argument(
         "--max-drop",
@@ -237,437 +228,47 @@ def _quantize_arguments(command: Any) -> None:
         metavar="POINTS",
         help="the fewest bits that change at most so many percent of held-out answers",
     )
-    size.add_argument("--bits", type=int, choices=range(2, 9), help="the same bits in every layer")
-    add("--granularity", choices=("per_tensor", "per_channel", "per_group"))
+    size.add_argument(
+        "--bits", type=int, choices=SUPPORTED_BITS, help="the same bits in every layer"
+    )
+    add("--granularity", choices=get_args(Granularity), help="with --bits")
     add("--group-size", type=_positive, metavar="N", help="weights a scale; implies per_group")
-    add("--clip", choices=("minmax", "ksigma", "mse"), default="mse")
-    add("--k", type=float, default=3.0, help="standard deviations of --clip ksigma")
+    add("--clip", choices=get_args(Clip), default="mse")
+    add("--k", type=float, help="standard deviations of --clip ksigma (default 3)")
     add("--symmetric", action="store_true")
-    add("--rounding", choices=("gptq", "nearest"), default="gptq")
+    add("--rounding", choices=get_args(Rounding), default="gptq")
     add("--no-propagate", action="store_true", help="fit every layer to the float model's inputs")
     add("--tune", type=int, default=120, metavar="N", help="gradient steps of the last tuning")
     add("--skip", nargs="+", default=[], metavar="PATTERN", help="layers that stay float")
-    add("--first-last", choices=("same", "8bit", "float"), default="same")
+    add("--first-last", choices=get_args(FirstLast), default="same")
+    add("--keep-bn", action="store_true", help="do not fold batch norms into the layers before")
+    add("--no-bias-correction", action="store_true", help="leave biases as they are")
     for what in ("embedding", "recurrent"):
         text = f"of {what} weights, by rows: 2..8, or float (default 8)"
         add(f"--{what}-bits", type=_row_bits, default=8, metavar="N", help=text)
-    activations = command.add_argument_group("activations")
-    add = activations.add_argument
-    add("--activation-bits", type=int, choices=range(2, 9))
-    add("--activation", choices=("static", "dynamic"), default="static")
-    add("--activation-range", choices=("minmax", "percentile", "mse"), default="mse")
-    add("--keep-bn", action="store_true", help="do not fold batch norms into the layers before")
-    add("--no-bias-correction", action="store_true", help="leave biases as they are")
-    adapters = command.add_argument_group("adapters")
-    add = adapters.add_argument
+    add = command.add_argument_group("activations").add_argument
+    add("--activation-bits", type=int, choices=SUPPORTED_BITS)
+    text = "with --activation-bits"
+    add("--activation", choices=get_args(Activation), help=f"{text}, default static")
+    add("--activation-range", choices=get_args(ActivationRange), help=f"{text}, default mse")
+    add = command.add_argument_group("adapters").add_argument
     add(
         "--rank-budget",
         type=float,
-        default=0.05,
         metavar="SHARE",
-        help="with --bits; 0: no adapters",
+        help="with --bits, of the float weights' bits (default 0.05); 0: no adapters",
     )
-    add("--adapter-bits", type=int, choices=(2, 3, 4, 5, 6, 7, 8, 16, 32))
-    add("--fit", choices=("weighted", "plain"), default="weighted")
-    add(
-        "--search",
-        choices=("sensitivity", "energy", "uniform", "gate", "none"),
-        default="sensitivity",
-        help="ranks with --bits: a closed form, or gate: the search; none: uniform ranks",
-    )
-    add("--plan", choices=("closed_form", "search"), default="closed_form", help="without --bits")
-    add("--iterations", type=int, metavar="N", help="steps of the search")
+    add("--adapter-bits", type=int, choices=ADAPTER_BITS, help="default 4; or 4 and 8, by layer")
+    add("--fit", choices=get_args(Fit), default="weighted")
+    add("--loss", choices=get_args(Loss), default="kl", help="what held-out samples are judged by")
+    add = command.add_argument_group("calibration and search").add_argument
     add("--samples", type=_positive, metavar="N", help="calibration samples")
     add("--seed", type=int, default=0)
-    add("--loss", choices=("kl", "labels"), default="kl")
-
-
-# --- The model and its data ----------------------------------------------------------------------
-
-
-def _task(args: argparse.Namespace) -> Task:
-    """The task that MODEL names, with the batches that --calibration and --validation name."""
-    name = args.model
-    given = {
-        part: _as_function(load_object(spec))
-        for part in ("calibration", "validation")
-        if (spec := getattr(args, part, None))
-    }
-    task: Task | None = None
-    if ":" in name and not name.startswith("imagenet:"):
-        build = _builder(load_object(name))
-        if build is not None:
-            task = UserTask(name, build, _no_batches)
-    task = task or resolve_task(name, args.data)
-    if not given:
-        return task
-    if not isinstance(task, UserTask):
-        raise ValueError(
-            f"--{next(iter(given))} goes with a model of your own, {name} has its data"
-        )
-    return task.with_data(**given)
-
-
-def _builder(found: Any) -> Callable[[], nn.Module] | None:
-    """A function that gives the model, if the object is a model, or a function or class of one."""
-    if isinstance(found, nn.Module):
-        return lambda: copy.deepcopy(found)
-    if isinstance(found, Task) or hasattr(found, "calibration") or not callable(found):
-        return None
-    made = found()
-    return (lambda: copy.deepcopy(made)) if isinstance(made, nn.Module) else None
-
-
-def _as_function(found: Any) -> Callable[..., Iterable[Any]]:
-    return found if callable(found) else lambda: found
-
-
-def _no_batches() -> NoReturn:
-    raise ValueError("MODEL is a model without data: name batches with --calibration")
-
-
-def _evaluator(
-    task: Task, model: nn.Module, limit: int | None, progress: bool
-) -> Callable[[nn.Module], dict[str, float]] | None:
-    """model -> metrics, also against the float model's outputs; None without validation data."""
-    if not task.has_metric:
-        return None
-    reference: Any = task.outputs(model, limit, progress) if task.has_validation else model
-    return lambda candidate: task.evaluate(candidate, limit, reference, progress)
-
-
-def _example(task: Task) -> Any:
-    """A batch of inputs."""
-    return next(iter(task.calibration(min(32, task.default_samples), 0)))
-
-
-# --- Commands: each returns the JSON values and the text ------------------------------------------
-
-
-def _quantize(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    if args.html is not None and args.html.resolve() == args.output.resolve():
-        raise ValueError(f"--html and --output are the same file, {args.output}")
-    if args.bits is None and (args.granularity or args.group_size):
-        raise ValueError("--granularity and --group-size go with --bits: else they are chosen")
-    granularity: Any = args.granularity or ("per_group" if args.group_size else "per_channel")
-    spec = QuantSpec(
-        args.bits or 4,
-        granularity,
-        args.group_size,
-        args.symmetric,
-        args.clip,
-        args.k,
-        args.rounding,
-    )
-    target = args.target_bits
-    if args.bits is None and target is None and args.max_drop is None:
-        target = DEFAULT_TARGET_BITS
-    task = _task(args)
-    samples = args.samples or task.default_samples
-    options = {} if args.iterations is None else {"iterations": args.iterations}
-    config = SearchConfig(
-        method="uniform" if args.search == "none" else args.search,
-        samples=samples,
-        seed=args.seed,
-        loss=args.loss,
-        label_loss=task.label_loss,
-        plan=args.plan,
-        **options,
-    )
-    clock = time.perf_counter()
-    model = task.model()
-    calibration = Calibration(
-        model,
-        task.calibration(samples, args.seed),
-        samples,
-        args.seed,
-        logits=task.output_logits,
-        progress=args.progress,
-        fold_bn=not args.keep_bn,
-    )
-    qmodel = cora.quantize(
-        model,
-        calibration,
-        spec,
-        args.activation_bits,
-        args.rank_budget,
-        args.adapter_bits,
-        config,
-        args.skip,
-        args.progress,
-        target_bits=target,
-        max_drop=args.max_drop,
-        tune=TuneConfig(iterations=args.tune),
-        propagate=not args.no_propagate,
-        fit=args.fit,
-        first_last=args.first_last,
-        activation=args.activation,
-        activation_range=args.activation_range,
-        bias_correction=not args.no_bias_correction,
-        embedding_bits=args.embedding_bits,
-        recurrent_bits=args.recurrent_bits,
-    )
-    seconds = time.perf_counter() - clock
-    cora.save(qmodel, args.output)
-    report: Any = qmodel.report
-    notes = []
-    if report.search["interrupted"]:
-        notes.append("the search was interrupted: these are the best ranks so far, not compared")
-    elif not args.no_compare:
-        evaluate = _evaluator(task, model, args.limit, args.progress)
-        if evaluate is None:
-            notes.append("no validation data: compared on the calibration data")
-        cora.compare(model, calibration, qmodel, evaluate, args.progress)
-        cora.save(qmodel, args.output)  # the report in the file now holds the comparison
-    if args.html is not None:
-        report.to_html(args.html)
-    size = args.output.stat().st_size
-    text = [str(report)]
-    if report.comparison:
-        text += ["", text_table(*comparison_table(report.comparison))]
-    text += ["", *notes, f"{args.output}: {size:,} bytes, quantized in {seconds:.1f} s"]
-    text += [f"{args.html}: the report"] if args.html else []
-    values = {
-        "model": args.model,
-        "file": str(args.output),
-        "file_bytes": size,
-        "html": str(args.html) if args.html else None,
-        "seconds": seconds,
-        "notes": notes,
-        "report": report.to_dict(),
-    }
-    return values, "\n".join(text)
-
-
-def _evaluate(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    task = _task(args)
-    model = task.model()
-    qmodel = cora.load(args.file, model)
-    report: Any = getattr(qmodel, "report", None)
-    if args.fuse:
-        qmodel = cora.fuse(qmodel, _example(task))
-    evaluate = _evaluator(task, model, args.limit, args.progress)
-    if evaluate is None:
-        raise ValueError(f"{args.model}: there are no validation data; name them with --validation")
-    packed_bits = report.totals["bits_per_weight"] if report else math.nan
-    rows = [
-        {
-            "row": label,
-            "bits_per_weight": bits,
-            "total_bits": float_state_bits(candidate),
-            **evaluate(candidate),
-        }
-        for label, candidate, bits in (("float", model, 32.0), ("packed", qmodel, packed_bits))
-    ]
-    if report:
-        rows[1]["total_bits"] = report.totals["total_bits"]
-    text = text_table(*comparison_table(rows))
-    if "samples" in rows[0]:
-        text += f"\n{rows[0]['samples']:.0f} validation samples"
-    corrupted = None
-    if args.corruptions:
-        models = {"float": model, "packed": qmodel}
-        corrupted = robustness(task, models, args.limit, progress=args.progress)
-        text += f"\n\n{text_table(*robustness_table(corrupted))}"
-    values = {"model": args.model, "file": str(args.file), "fused": args.fuse, "rows": rows}
-    return {**values, "corruptions": corrupted}, text
-
-
-def _inspect(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    target = Path(args.target)
-    packed = target.suffix == ".safetensors" or (target.is_file() and target.suffix != ".py")
-    for option in ("model",) if not packed else _OF_A_MODEL:
-        if getattr(args, option) is not None:
-            kind, other = ("packed file", "model") if packed else ("model", "packed file")
-            name = f"--{option.replace('_', '-')}"
-            raise ValueError(f"{name} goes with a {other}, {args.target} is a {kind}")
-    if not packed:
-        return _diagnose(args)
-    if not target.is_file():
-        raise ValueError(f"there is no file {args.target!r}")
-    args.file = target
-    header = read_header(args.file)
-    size = args.file.stat().st_size
-    report = cora.Report.from_dict(header["report"]) if header["report"] else None
-    text = [f"{args.file}: {size:,} bytes, format {header['format']}, checksum right"]
-    if args.model:
-        args.calibration = args.validation = None
-        cora.load(args.file, _task(args).model())
-        text.append(f"it fits {args.model}")
-    if report is None:
-        if args.html:
-            raise ValueError(f"{args.file}: it was saved without a report, so there is no page")
-        head = ["layer", "kind", "weight", "bits", "rank"]
-        cells = [
-            [name, la["kind"], str(la["weight_shape"]), str(la["bits"]), str(la["rank"])]
-            for name, la in header["layers"].items()
-        ]
-        text += ["", text_table(head, cells)]
-    else:
-        text += ["", str(report)]
-        if report.comparison:
-            text += ["", text_table(*comparison_table(report.comparison))]
-        if args.html:
-            report.to_html(args.html)
-            text += ["", f"{args.html}: the report"]
-    values = {
-        "file": str(args.file),
-        "file_bytes": size,
-        "format": header["format"],
-        "layers": header["layers"],
-        "fits": args.model,
-        "report": header["report"],
-    }
-    return values, "\n".join(text)
-
-
-def _diagnose(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """What `inspect` says of a model."""
-    granularity: Any = args.granularity or ("per_group" if args.group_size else "per_channel")
-    spec = QuantSpec(args.bits or 3, granularity, args.group_size, clip=args.clip or "mse")
-    args.model = args.target
-    task = _task(args)
-    samples, seed = args.samples or task.default_samples, args.seed or 0
-    model = task.model()
-    batches = task.calibration(samples, seed)
-    calibration = Calibration(
-        model, batches, samples, seed, logits=task.output_logits, progress=args.progress
-    )
-    diagnosis = cora.diagnose(model, calibration, spec, args.adapter_bits or 4, args.progress)
-    text = [str(diagnosis)]
-    if args.html:
-        diagnosis.to_html(args.html)
-        text += ["", f"{args.html}: the diagnosis"]
-    values = {"model": args.model, "html": str(args.html) if args.html else None}
-    return {**values, "diagnosis": diagnosis.to_dict()}, "\n".join(text)
-
-
-def _bench(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    task = _task(args)
-    model = task.model()
-    qmodel = cora.load(args.file, model)
-    if args.shape:
-        example: Any = torch.randn(args.shape, generator=torch.Generator().manual_seed(0))
-    else:
-        example = _example(task)
-    if args.fuse:
-        qmodel = cora.fuse(qmodel, example)
-    rows = bench(model, qmodel, example, args.batch, args.threads, args.seconds, args.progress)
-    sizes = {
-        "float_bytes": float_state_bits(model) // 8,
-        "file_bytes": args.file.stat().st_size,
-        "float_memory_bytes": in_memory_bytes(model),
-        "packed_memory_bytes": in_memory_bytes(qmodel),
-    }
-    names = [key.removesuffix("_iqr_ms") for key in rows[0] if key.endswith("_iqr_ms")]
-    head = ["batch", "threads", *[f"{name.replace('_', ' ')}, ms" for name in names], "speed-up"]
-    cells = [
-        [
-            str(row["batch"]),
-            str(row["threads"]),
-            *[f"{row[f'{name}_ms']:.2f} (iqr {row[f'{name}_iqr_ms']:.2f})" for name in names],
-            f"{row['speedup']:.2f}x",
-        ]
-        for row in rows
-    ]
-    text = (
-        f"{_layer_table(rows[0])}{text_table(head, cells)}\n\nmedians; the last column is the faster "
-        f"float time over the packed one\nfile {kib(8 * sizes['file_bytes'])} KiB, float state "
-        f"{kib(8 * sizes['float_bytes'])} KiB; in memory {kib(8 * sizes['packed_memory_bytes'])} "
-        f"KiB against {kib(8 * sizes['float_memory_bytes'])} KiB"
-    )
-    values = {
-        "model": args.model,
-        "file": str(args.file),
-        "fused": args.fuse,
-        "rows": rows,
-        **sizes,
-    }
-    return {**values, "machine": versions()}, text
-
-
-def _layer_table(row: dict[str, Any]) -> str:
-    """The packed layers of one combination with their floors."""
-    if not row["layers"]:
-        return ""
-    total = sum(layer["ms"] for layer in row["layers"])
-    head = ["layer", "us", "share", "GOP/s", "GB/s", "floor, us", "bound by", "reached"]
-    cells = [
-        [
-            layer["name"],
-            f"{1e3 * layer['ms']:.1f}",
-            f"{100 * layer['ms'] / total:.1f} %",
-            f"{layer['operations'] / layer['ms'] / 1e6:.0f}",
-            f"{layer['bytes'] / layer['ms'] / 1e6:.1f}",
-            f"{1e3 * layer['floor_ms']:.1f}",
-            layer["bound"],
-            f"{100 * layer['reached']:.0f} %",
-        ]
-        for layer in row["layers"]
-    ]
-    roof = row["roof"]
-    return (
-        f"{text_table(head, cells)}\n\nbatch {row['batch']}, {row['threads']} threads: packed layers "
-        f"{total:.3f} of {row['packed_ms']:.3f} ms, floor {row['floor_ms']:.3f} ms "
-        f"({100 * row['reached']:.0f} % reached); measured here: products of codes "
-        f"{roof['integer'] / 1e9:.0f} GOP/s, of floats {roof['floating'] / 1e9:.0f} GFLOP/s, memory "
-        f"{roof['bandwidth'] / 1e9:.1f} GB/s\n\n"
-    )
-
-
-_CUDA_FUSED = (
-    "Linear, Conv1d and Conv2d in one group, scales per tensor, channel or whole channels, integer "
-    "adapters up to rank 256; inputs float16, bfloat16 or quantized"
-)
-_CUDA_UNPACKED = (
-    "float32 inputs, grouped and depthwise convolutions, scale groups that cut through channels, "
-    "float adapters, ranks above 256, float Linear inputs of 256 rows or more (faster so)"
-)
-
-
-def _info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    isa = ops.isa()
-    library = Path(ops.__file__).with_name("libcora_cuda.so")
-    if not library.is_file():
-        cuda = "no library: cora was built without nvcc"
-    elif not torch.cuda.is_available():
-        cuda = "library built; this torch or machine has no CUDA device"
-    else:
-        cuda = f"library built; {torch.cuda.get_device_name()}"
-    tasks = [
-        {"name": task.name, "description": task.description, "missing": task.missing}
-        for task in available_tasks(args.data)
-    ]
-    known = versions()
-    head = ", ".join(f"{key} {value}" for key, value in known.items() if key != "isa")
-    kernels = ", ".join(f"{op} {level}" for op, level in isa.items() if op != "level")
-    text = [
-        head,
-        f"CPU level {isa['level']} ({torch.get_num_threads()} threads); kernels: {kernels}",
-        f"CUDA: {cuda}",
-        f"CUDA, fused: {_CUDA_FUSED}",
-        f"CUDA, weight unpacked for the call: {_CUDA_UNPACKED}",
-        "",
-        "tasks:",
-    ]
-    for task in tasks:
-        text.append(f"  {task['name']:<18} {task['description']}")
-        if task["missing"]:
-            text.append(f"  {'':<18} not available: {' '.join(task['missing'].split())}")
-    values = {
-        "versions": known,
-        "isa": isa,
-        "threads": torch.get_num_threads(),
-        "cuda": {
-            "library": library.is_file(),
-            "device": torch.cuda.is_available(),
-            "state": cuda,
-            "fused": _CUDA_FUSED,
-            "unpacked": _CUDA_UNPACKED,
-        },
-        "tasks": tasks,
-    }
-    return values, "\n".join(text)
+    text = "ranks with --bits: a closed form (default sensitivity), or gate: the search"
+    add("--search", choices=get_args(Method), help=text)
+    text = "without --bits: the closed form (default), or a search from there"
+    add("--plan", choices=get_args(PlanMethod), help=text)
+    add("--iterations", type=int, metavar="N", help="of --search gate or --plan search")
 
 
 def _plain(value: Any) -> Any:

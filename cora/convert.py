@@ -8,7 +8,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from .evaluation import Evaluator, activation_simulator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
 from .fold import FoldedBatchNorm
 from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_budget, fit_within_drop
-from .lowrank import ADAPTER_BITS, LayerShape
+from .lowrank import LayerShape, check_adapter_bits
 from .modules import (
     QUANT_LAYERS,
     QuantLayer,
@@ -43,6 +43,7 @@ from .tuning import tune as tune_layers
 __all__ = ["DEFAULT_TARGET_BITS", "dequantize", "quantize"]
 
 FirstLast = Literal["same", "8bit", "float"]
+Activation = Literal["static", "dynamic"]
 
 
 def quantize(
@@ -62,7 +63,7 @@ def quantize(
     propagate: bool = True,
     fit: Fit = "weighted",
     first_last: FirstLast = "same",
-    activation: Literal["static", "dynamic"] = "static",
+    activation: Activation = "static",
     activation_range: ActivationRange = "mse",
     fold_bn: bool = True,
     bias_correction: bool = True,
@@ -363,18 +364,16 @@ def _check_arguments(
     if not specs or not all(isinstance(spec, QuantSpec) for spec in specs):
         raise TypeError(f"weight must be a QuantSpec or a dict of them, got {weight!r}")
     check_bits("activation_bits", activation_bits)
-    if adapter_bits is not None and adapter_bits not in ADAPTER_BITS:
-        raise ValueError(
-            f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {adapter_bits!r}"
-        )
+    if adapter_bits is not None:
+        check_adapter_bits(adapter_bits)
     if not isinstance(search, SearchConfig):
         raise TypeError(f"search must be a SearchConfig or None, got {type(search).__name__}")
     for name, value, choices in (
         ("fit", fit, Fit),
         ("first_last", first_last, FirstLast),
-        ("activation", activation, Literal["static", "dynamic"]),
+        ("activation", activation, Activation),
     ):
-        allowed = choices.__args__  # type: ignore[attr-defined]
+        allowed = get_args(choices)
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 

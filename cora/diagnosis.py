@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from .calibration import Calibration
 from .lowrank import (
-    ADAPTER_BITS,
     FloatLayer,
     LayerShape,
+    check_adapter_bits,
     factors,
     fold,
     quantize_adapter,
@@ -288,10 +288,7 @@ def diagnose(
     weight = QuantSpec() if weight is None else weight
     if not isinstance(weight, QuantSpec):
         raise TypeError(f"weight must be a QuantSpec, got {weight!r}")
-    if adapter_bits not in ADAPTER_BITS:
-        raise ValueError(
-            f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {adapter_bits!r}"
-        )
+    check_adapter_bits(adapter_bits)
     if isinstance(calibration, Calibration):
         calibration.check(model)
     else:
@@ -340,7 +337,7 @@ def _measure(
     matrix = calibration.matrix(name)
     moment = calibration.moment(name)
 
-    feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
+    feedback = Feedback.of(moment) if spec.needs_moment else None
 
     def quantized(changed: QuantSpec) -> tuple[QParams, Tensor, float]:
         rounded = quantize_matrix(matrix, changed, name, feedback)

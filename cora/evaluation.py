@@ -16,7 +16,9 @@ from .batches import Batch, divergences, take
 from .calibration import Calibration
 from .modules import fake_quantize_dynamic
 
-__all__ = ["Evaluator", "activation_simulator", "is_better"]
+__all__ = ["Evaluator", "Loss", "activation_simulator", "is_better"]
+
+Loss = Literal["kl", "labels"]
 
 
 # Multiply-adds of a forward pass on the samples of a gradient step, and on the held-out ones.
@@ -46,7 +48,7 @@ class Evaluator:
         holdout: int,
         seed: int,
         simulate: Callable[[nn.Module], Any],
-        loss: Literal["kl", "labels"] = "kl",
+        loss: Loss = "kl",
         label_loss: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.calibration, self.simulate = calibration, simulate

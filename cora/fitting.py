@@ -50,8 +50,8 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Codes of a layer and the factors of its residual, none where no adapter is wanted (fit=None)."""
     matrix = calibration.matrix(name)
-    moment = calibration.moment(name) if fit == "weighted" or spec.rounding == "gptq" else None
-    feedback = Feedback.of(moment) if moment is not None and spec.rounding == "gptq" else None
+    moment = calibration.moment(name) if fit == "weighted" or spec.needs_moment else None
+    feedback = Feedback.of(moment) if moment is not None and spec.needs_moment else None
     rounded = quantize_matrix(matrix, spec, name, feedback)
     weighted = moment if fit == "weighted" else None
     return _fitted(name, calibration, spec, rounded, matrix, bool(fit), weighted)
@@ -289,7 +289,7 @@ def _fit_together(
     weighted = moment if fit == "weighted" else None
     product = torch.zeros_like(target)
     best: tuple[float, QuantizedLayer, Adapter] | None = None
-    feedback = Feedback.of(moment) if spec.rounding == "gptq" else None
+    feedback = Feedback.of(moment) if spec.needs_moment else None
     for _ in range(_FITS):
         left = target - product
         rounded = quantize_matrix(left, spec, name, feedback)

@@ -16,6 +16,8 @@ __all__ = [
     "Adapter",
     "FloatLayer",
     "LayerShape",
+    "check_adapter_bits",
+    "factors",
     "fold",
     "quantize_adapter",
     "rank_bits",
@@ -28,6 +30,14 @@ __all__ = [
 FloatLayer = Any
 
 ADAPTER_BITS = (2, 3, 4, 5, 6, 7, 8, 16, 32)
+
+
+def check_adapter_bits(bits: Any) -> None:
+    """Raise ValueError unless an argument is a width of adapters' elements."""
+    if bits not in ADAPTER_BITS:
+        raise ValueError(
+            f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {bits!r}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +148,7 @@ def quantize_adapter(a: Tensor, b: Tensor, bits: int, groups: int = 1) -> Adapte
         b: float32 [N, r].
         bits: 2..8, 16 (float16) or 32 (float32).
     """
-    if bits not in ADAPTER_BITS:
-        raise ValueError(
-            f"adapter_bits must be one of {', '.join(map(str, ADAPTER_BITS))}, got {bits!r}"
-        )
+    check_adapter_bits(bits)
     rank = b.shape[1]
     if rank == 0 or bits == 32:
         kind = {16: torch.float16, 32: torch.float32}.get(bits, torch.int8)

@@ -159,7 +159,7 @@ class Ladders:
         found: list[Choice] = []
         probes: list[Tensor] = []
         probed = 0.0
-        feedback = Feedback.of(moment) if base.rounding == "gptq" else None
+        feedback = Feedback.of(moment) if base.needs_moment else None
         for spec in self._specs(name, base):
             rounded = quantize_matrix(matrix, spec, name, feedback)
             stored = weight_bits(shape.rows, shape.columns, rounded.qparams)

@@ -115,6 +115,11 @@ class QuantSpec:
         if not isinstance(self.k, (int, float)) or not 0 < self.k < float("inf"):
             raise ValueError(f"QuantSpec: k must be a positive number, got {self.k!r}")
 
+    @property
+    def needs_moment(self) -> bool:
+        """Whether rounding takes the second moment of the layer's input."""
+        return self.rounding == "gptq"
+
     def groups_of(self, columns: int, layer: str = "weight") -> int:
         """Scales along a row of `columns` weights (1 unless per_group).
 

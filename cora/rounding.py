@@ -110,7 +110,7 @@ def quantize_matrix(
     Raises:
         ValueError: non-finite weight, group_size that does not divide K.
     """
-    if spec.rounding == "nearest" or feedback is None:
+    if not spec.needs_moment or feedback is None:
         qparams = choose_qparams(matrix, spec, layer)
         dequantized, codes = ops.fake_quantize(
             matrix, qparams.scale, qparams.zero_point, spec.bits, codes=True

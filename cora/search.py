@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .allocation import ALLOCATORS, Budget, LayerFit, allocate
 from .calibration import Calibration
-from .evaluation import Evaluator, is_better
+from .evaluation import Evaluator, Loss, is_better
 
 __all__ = [
     "SearchConfig",
@@ -59,7 +59,7 @@ class SearchConfig:
     batch_size: int = 32
     learning_rate: float = 0.05
     order: int = 4
-    loss: Literal["kl", "labels"] = "kl"
+    loss: Loss = "kl"
     label_loss: Callable[[Any, Any], Tensor] | None = field(default=None, compare=False)
     holdout: int = 256
     seed: int = 0
@@ -67,14 +67,14 @@ class SearchConfig:
     doubt: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.method not in Method.__args__:  # type: ignore[attr-defined]
-            expected = ", ".join(Method.__args__)  # type: ignore[attr-defined]
+        if self.method not in get_args(Method):
+            expected = ", ".join(get_args(Method))
             raise ValueError(f"SearchConfig: method must be one of {expected}, got {self.method!r}")
         if self.plan not in get_args(PlanMethod):
             raise ValueError(
                 f"SearchConfig: plan must be one of {', '.join(get_args(PlanMethod))}, got {self.plan!r}"
             )
-        if self.loss not in ("kl", "labels"):
+        if self.loss not in get_args(Loss):
             raise ValueError(f"SearchConfig: loss must be 'kl' or 'labels', got {self.loss!r}")
         lowest = {"iterations": 0, "samples": 1, "batch_size": 1, "order": 1, "holdout": 1}
         for name, low in lowest.items():

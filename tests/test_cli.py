@@ -49,7 +49,7 @@ def interrupted():
 TASK = """
 from parts import build, batches as calibration, more as validation
 """
-QUICK = ["--samples", "16", "--iterations", "2", "--tune", "2", "--no-progress"]
+QUICK = ["--samples", "16", "--tune", "2", "--no-progress"]
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_quantize_a_whole_task(folder: Path, capsys: pytest.CaptureFixture[str])
     values = run(
         capsys,
         *("quantize", "whole.py", "-o", "m.safetensors", "--bits", "2", "--group-size", "3"),
-        *("--skip", "5", "--search", "none", "--activation-bits", "8", *QUICK),
+        *("--skip", "5", "--search", "uniform", "--activation-bits", "8", *QUICK),
     )
     report = values["report"]
     assert report["settings"]["weight"]["granularity"] == "per_group"
@@ -311,9 +311,15 @@ BAD = {
     "no output": (["quantize", "whole.py"], "--output"),
     "bits": (["quantize", "whole.py", "-o", "m", "--bits", "9"], "--bits"),
     "samples": (["quantize", "whole.py", "-o", "m", "--samples", "0"], "positive integer"),
-    "iterations": (["quantize", "whole.py", "-o", "m", "--iterations", "-1"], "iterations"),
-    "k": (["quantize", "whole.py", "-o", "m", "--k", "0"], "k must be"),
-    "budget": (["quantize", "whole.py", "-o", "m", "--rank-budget", "-1"], "rank_budget"),
+    "iterations": (
+        ["quantize", "whole.py", "-o", "m", "--plan", "search", "--iterations", "-1"],
+        "iterations",
+    ),
+    "k": (["quantize", "whole.py", "-o", "m", "--clip", "ksigma", "--k", "0"], "k must be"),
+    "budget": (
+        ["quantize", "whole.py", "-o", "m", "--bits", "3", "--rank-budget", "-1"],
+        "rank_budget",
+    ),
     "skip": (["quantize", "whole.py", "-o", "m", "--skip", "x"], "skip"),
     "group": (
         ["quantize", "whole.py", "-o", "m", "--bits", "3", "--group-size", "7"],
@@ -342,6 +348,25 @@ BAD = {
     "tune": (["quantize", "whole.py", "-o", "m", "--tune", "-1"], "iterations must be"),
     "rounding": (["quantize", "whole.py", "-o", "m", "--rounding", "up"], "--rounding"),
     "plan": (["quantize", "whole.py", "-o", "m", "--plan", "best"], "--plan"),
+    **{
+        f"ignored {option}": (
+            ["quantize", "whole.py", "-o", "m", f"--{option}", value, *others],
+            f"--{option} goes with",
+        )
+        for option, value, others in (
+            ("granularity", "per_tensor", ()),
+            ("group-size", "8", ()),
+            ("search", "gate", ()),
+            ("rank-budget", "0.1", ()),
+            ("plan", "search", ("--bits", "3")),
+            ("iterations", "8", ()),
+            ("iterations", "8", ("--bits", "3", "--search", "energy")),
+            ("k", "2", ()),
+            ("activation", "dynamic", ()),
+            ("activation-range", "minmax", ()),
+            ("limit", "8", ("--no-compare",)),
+        )
+    },
     "user's own error": (
         ["quantize", "parts.py:build", "--calibration", "parts.py:broken", "-o", "m"],
         "two lines",

@@ -10,13 +10,16 @@ import struct
 import tarfile
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from cora import Calibration
+from cora.batches import kl_divergence
 from cora.tasks import (
     DataNotFoundError,
     Task,
@@ -26,7 +29,7 @@ from cora.tasks import (
     resolve_task,
 )
 from cora.tasks import data as data_module
-from cora.tasks.base import ClassificationMeter, LazyBatches, kl_divergence
+from cora.tasks.base import ClassificationMeter, LazyBatches
 from cora.tasks.boxes import connected_components, find_boxes, match_boxes
 from cora.tasks.cifar import load_cifar10
 from cora.tasks.data import Remote, download, load_checkpoint
@@ -459,7 +462,7 @@ def test_unknown_task() -> None:
 
 USER_FILE = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 def build():
     torch.manual_seed(0)
@@ -510,7 +513,56 @@ def test_user_file(user_file: Path) -> None:
         task.evaluate(model, reference=outputs[:2])
     with pytest.raises(ValueError, match="limit"):
         task.evaluate(model, limit=0)
-    assert task.example_input().shape == (1, 3, 4)
+
+
+class Outputs(nn.Module):
+    """A body whose output has the wanted form."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.body = form, nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Any:
+        y = self.body(x) if shift is None else self.body(x) + shift
+        if self.form == "one value":
+            return y.mean((1, 2, 3))[:, None]
+        if self.form == "logits in a dict":
+            return {"logits": y.mean((2, 3))}
+        return {"boxes": y[:, :3], "more": (y[:, 3],)} if self.form == "parts" else y
+
+
+@pytest.mark.parametrize(
+    ("form", "labels", "metrics"),
+    [
+        ("one value", None, ["relative_error"]),
+        ("parts", None, ["relative_error"]),
+        ("logits in a dict", (8,), ["top1", "kl", "agreement"]),
+        ("pixels", (8, 5, 5), ["top1", "kl", "agreement"]),
+    ],
+)
+@pytest.mark.parametrize("inputs", ["tensor", "two", "dict"])
+def test_user_outputs_are_read_as_quantize_reads_them(
+    form: str, labels: tuple[int, ...] | None, metrics: list[str], inputs: str
+) -> None:
+    """Of another model, so that a metric that compares nothing shows."""
+    x, shift = torch.randn(8, 3, 5, 5), torch.randn(8, 4, 1, 1)
+    y = None if labels is None else torch.randint(0, 4, labels)
+    batch: Any = {
+        "tensor": (x, y),
+        "two": ((x, shift), y),
+        "dict": {"x": x, "shift": shift, **({} if y is None else {"labels": y})},
+    }[inputs]
+    task = UserTask("mine", lambda: Outputs(form), lambda: [batch], lambda: [batch])
+    model, other = task.model(), task.model()
+    calibration = Calibration(model, task.calibration(8), logits=task.output_logits)
+    assert calibration.divergence(other) > 0
+    result = task.evaluate(other, reference=task.outputs(model))
+    assert [name for name in result if name != "samples"] == metrics
+    assert result.get("relative_error", result.get("kl")) > 0.01
+    if "kl" in metrics:
+        assert result["kl"] == pytest.approx(float(calibration.divergence(other)), rel=1e-5)
+    same = task.evaluate(model, reference=task.outputs(model))
+    assert same.get("relative_error", same.get("kl")) == 0
 
 
 @pytest.mark.parametrize("name", ["my_model.py:factory", "my_model.py:Mine", "my_model:Mine"])

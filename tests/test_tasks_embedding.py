@@ -229,8 +229,6 @@ def test_limit_keeps_the_first(folder: Path) -> None:
     assert torch.equal(first[1][0]["input_ids"], whole[1][0]["input_ids"][:8])
     result = task.evaluate(model, limit=40, reference=task.outputs(model))
     assert result["relative_error"] == 0.0 and result["agreement"] == 1.0
-    example = task.example_input()
-    assert model(**example).shape == (1, 24)
 
 
 def test_quantized_end_to_end(folder: Path) -> None:

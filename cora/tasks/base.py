@@ -13,25 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-__all__ = ["Batch", "Meter", "ClassificationMeter", "Task", "kl_divergence"]
+from cora.batches import kl_divergence
+
+__all__ = ["Batch", "ClassificationMeter", "Meter", "Task"]
 
 Batch = tuple[Tensor, Tensor]
 Reference = nn.Module | Callable[[Any], Any] | Sequence[Tensor]
 _T = TypeVar("_T")
-
-
-def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
-    """KL(teacher || student) of softmax distributions, in nats.
-
-    Args:
-        teacher, student: logits [..., classes].
-
-    Returns:
-        Tensor [...], one value a distribution.
-    """
-    log_p = F.log_softmax(teacher.float(), dim=-1)
-    log_q = F.log_softmax(student.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
 
 
 class Meter(ABC):
@@ -151,11 +139,6 @@ class Task(ABC):
         if logits is None:
             raise ValueError(f"{self.name}: this task has no loss against labels")
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten().to(logits.device))
-
-    def example_input(self) -> Tensor:
-        """One input, batch of one, for benchmarks and tracing."""
-        inputs: Tensor = next(iter(self.validation(limit=1)))[0]
-        return inputs
 
     def outputs(
         self, model: nn.Module, limit: int | None = None, progress: bool = False

@@ -224,6 +224,3 @@ class Cifar10(Task):
 
     def meter(self) -> ClassificationMeter:
         return ClassificationMeter()
-
-    def example_input(self) -> Tensor:
-        return torch.zeros(1, 3, 32, 32)

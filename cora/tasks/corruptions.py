@@ -150,6 +150,9 @@ class Corrupted(Task):
     def output_logits(self, output: Any) -> Tensor | None:
         return self.task.output_logits(output)
 
+    def _tensor(self, output: Any) -> Tensor:
+        return self.task._tensor(output)
+
     def compare(
         self, models: Mapping[str, nn.Module], limit: int | None = None
     ) -> dict[str, dict[str, float]]:

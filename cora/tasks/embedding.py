@@ -257,7 +257,3 @@ class TextEmbedding(Task):
 
     def output_logits(self, output: Any) -> None:
         return None
-
-    def example_input(self) -> Any:
-        ids = torch.zeros(1, _TOKENS, dtype=torch.int64)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -173,6 +173,3 @@ class FashionMnist(Task):
 
     def meter(self) -> ClassificationMeter:
         return ClassificationMeter()
-
-    def example_input(self) -> Tensor:
-        return torch.zeros(1, 1, 28, 28)

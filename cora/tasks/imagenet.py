@@ -257,9 +257,6 @@ class Imagenet(Task):
     def meter(self) -> ClassificationMeter:
         return ClassificationMeter(topk=(1, 5))
 
-    def example_input(self) -> Tensor:
-        return torch.zeros(1, 3, self.preprocessing.size, self.preprocessing.size)
-
 
 def _library_model(library: str, name: str) -> tuple[nn.Module, Preprocessing]:
     """A pretrained network of torchvision or timm and how its weights want their input."""

@@ -228,6 +228,3 @@ class OcrDetection(Task):
 
     def output_logits(self, output: Any) -> None:
         return None
-
-    def example_input(self) -> Tensor:
-        return torch.zeros(1, 3, *self.size)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cora.tasks.base import Batch, Meter, Task, batches, check_samples, kl_divergence
+from cora.batches import kl_divergence
+from cora.tasks.base import Batch, Meter, Task, batches, check_samples
 from cora.tasks.data import Source, fetch, load_checkpoint, locate, missing_message
 from cora.tasks.text import Style, TextSource, missing_renderer, render_line
 
@@ -249,6 +250,3 @@ class OcrRecognition(Task):
         lengths = (targets != _BLANK).sum(dim=1)
         targets = targets.to(output.device)
         return F.ctc_loss(log_probabilities, targets, frames, lengths, _BLANK, zero_infinity=True)
-
-    def example_input(self) -> Tensor:
-        return torch.zeros(1, 1, _HEIGHT, self.width)

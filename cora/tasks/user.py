@@ -7,16 +7,18 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from cora.tasks.base import ClassificationMeter, Meter, Reference, Task, kl_divergence
+from cora import batches
+from cora.batches import Batch, float_tensors, kl_divergence, required_inputs
+from cora.tasks.base import ClassificationMeter, Meter, Reference, Task
 
 __all__ = ["UserTask", "load_module", "load_object"]
 
@@ -106,36 +108,26 @@ def _size(value: Any) -> int:
     return len(value)
 
 
-def _split(batch: Any) -> tuple[Any, Tensor | None]:
-    """(inputs, targets or None) of a tensor, an (inputs, targets) pair or a dict with labels."""
-    if isinstance(batch, dict):
-        inputs = dict(batch)
-        for key in ("labels", "label", "targets", "target"):
-            if key in inputs:
-                return inputs, inputs.pop(key)
-        return inputs, None
-    if isinstance(batch, (tuple, list)):
-        return batch[0], batch[1] if len(batch) > 1 else None
-    return batch, None
-
-
 class _AnyMeter(Meter):
-    """Top-1 where targets are classes; with a reference KL and agreement, else relative error."""
+    """Top-1 where targets are classes; with a reference KL and agreement, else relative error.
 
-    def __init__(self, regression: bool) -> None:
-        self.regression = regression
+    Outputs are logits [..., classes], or the values of a regression [..., 1]: see `UserTask._tensor`.
+    """
+
+    def __init__(self) -> None:
         self.classes = ClassificationMeter()
         self.kl = self.error = self.energy = 0.0
         self.agree = self.count = self.samples = 0
 
     def update(self, output: Tensor, targets: Any, reference: Tensor | None) -> None:
         self.samples += len(output)
+        regression = output.shape[-1] == 1
         labels = isinstance(targets, Tensor) and not targets.is_floating_point()
-        if labels and targets.shape == output.shape[:-1]:
+        if labels and not regression and targets.shape == output.shape[:-1]:
             self.classes.update(output.flatten(0, -2), targets.flatten(), None)
         if reference is None:
             return
-        if self.regression:
+        if regression:
             self.error += float((output - reference).double().square().sum())
             self.energy += float(reference.double().square().sum())
             return
@@ -162,8 +154,10 @@ class UserTask(Task):
         calibration: returns batches; may take ``samples`` and ``seed``.
         validation: returns batches; may take ``limit``.
         evaluate: ``evaluate(model)`` returns a dict or a number; may take what Task.evaluate takes.
-        output_logits, label_loss: as in Task.
-        regression: the model's output is not logits; compare by squared error.
+        output_logits: as in Task; by default what `cora.quantize` takes an output for, see
+            `cora.batches.output_logits`.
+        label_loss: as in Task.
+        regression: whatever the output's form, it is not logits; compare by squared error.
     """
 
     def __init__(
@@ -186,6 +180,7 @@ class UserTask(Task):
         self._output_logits = output_logits
         self._label_loss = label_loss
         self.regression = regression
+        self._required: int | None = None  # inputs of the model
 
     @classmethod
     def from_object(cls, name: str, found: Any) -> UserTask:
@@ -230,6 +225,7 @@ class UserTask(Task):
             raise TypeError(
                 f"{self.name}: build() must return a torch.nn.Module, got {type(model)}"
             )
+        self._required = required_inputs(model)
         return model.eval()
 
     def calibration(self, samples: int = 1600, seed: int = 0) -> list[Any]:
@@ -238,7 +234,7 @@ class UserTask(Task):
             if seen >= samples:
                 break
             kept.append(batch)
-            seen += _size(batch)
+            seen += len(self._batch(batch))
         if not kept:
             raise ValueError(f"{self.name}: calibration() returned no batches")
         return kept
@@ -250,8 +246,17 @@ class UserTask(Task):
         for batch in _call_with(self._validation, limit=limit):
             if limit is not None and seen >= limit:
                 return
-            seen += _size(batch)
-            yield _split(batch)
+            made = self._batch(batch)
+            seen += len(made)
+            single = len(made.args) == 1 and not made.kwargs
+            yield made.args[0] if single else made.kwargs or made.args, made.labels
+
+    def _batch(self, batch: Any) -> Batch:
+        """As `cora.quantize` reads it."""
+        if self._required is None:
+            self.model()
+        assert self._required is not None
+        return Batch(batch, self._required)
 
     @property
     def has_validation(self) -> bool:
@@ -264,7 +269,19 @@ class UserTask(Task):
     def output_logits(self, output: Any) -> Tensor | None:
         if self._output_logits is not None:
             return self._output_logits(output)
-        return None if self.regression else super().output_logits(output)
+        return None if self.regression else batches.output_logits(output)
+
+    def _tensor(self, output: Any) -> Tensor:
+        """Logits [..., classes]; of a regression all values of a sample, [samples, values, 1]."""
+        logits = self.output_logits(output)
+        if logits is not None:
+            return logits
+        found = float_tensors(output)
+        if not found:
+            raise TypeError(
+                f"{self.name}: the model's output must hold float tensors, got {type(output).__name__}"
+            )
+        return torch.cat([t.reshape(len(t), -1) for t in found], 1)[..., None]
 
     def label_loss(self, output: Any, targets: Tensor) -> Tensor:
         if self._label_loss is not None:
@@ -272,7 +289,7 @@ class UserTask(Task):
         return super().label_loss(output, targets)
 
     def meter(self) -> Meter:
-        return _AnyMeter(self.regression)
+        return _AnyMeter()
 
     def evaluate(
         self,
@@ -290,7 +307,3 @@ class UserTask(Task):
         else:
             result = evaluate(model)
         return dict(result) if isinstance(result, dict) else {"metric": float(result)}
-
-    def example_input(self) -> Any:
-        inputs, _ = _split(next(itertools.islice(self.calibration(1), 1)))
-        return inputs[:1] if isinstance(inputs, Tensor) else inputs
