@@ -668,8 +668,6 @@ def _ggml() -> Any:
         "ggml_backend_dev_backend_reg": (pointer, [pointer]),
         "ggml_backend_reg_get_proc_address": (pointer, [pointer, ctypes.c_char_p]),
         "ggml_backend_buft_name": (ctypes.c_char_p, [pointer]),
-        "ggml_cpu_has_avx512_vnni": (ctypes.c_int, []),
-        "ggml_cpu_has_amx_int8": (ctypes.c_int, []),
     }  # fmt: skip
 
     class Functions:
@@ -683,13 +681,6 @@ def _ggml() -> Any:
         function.restype, function.argtypes = result, arguments
         setattr(functions, name, function)
     return functions
-
-
-def ggml_build() -> str:
-    """What ggml was compiled for."""
-    ggml = _ggml()
-    has = [n for n in ("avx512_vnni", "amx_int8") if getattr(ggml, f"ggml_cpu_has_{n}")()]
-    return "+".join(has) or "AVX2"
 
 
 def _no_ggml() -> str | None:

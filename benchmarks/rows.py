@@ -438,4 +438,4 @@ def cases() -> list[Case]:
     return [*linear_cases(), *conv_cases(), *network_cases(), *quantization_cases()]
 
 
-__all__ = ["Case", "Contest", "ROWS", "Seconds", "cases", "packed"]
+__all__ = ["ROWS", "Case", "Contest", "Seconds", "cases", "packed"]

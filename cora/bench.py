@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch
-from .roofline import measure_roof, time_layers
+from .roofline import measure_roof, time_layers, wait
 
 __all__ = ["bench", "in_memory_bytes"]
 
@@ -132,15 +132,10 @@ def _in_turns(
         rounds = 0
         while rounds < _ROUNDS or time.perf_counter() < end:
             for name, call in calls.items():
-                _wait(device)
+                wait(device)
                 start = time.perf_counter()
                 call()
-                _wait(device)
+                wait(device)
                 times[name].append(1e3 * (time.perf_counter() - start))
             rounds += 1
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

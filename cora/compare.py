@@ -63,10 +63,10 @@ def compare(
             "fold_bn",
             "bias_correction",
             "propagate",
+            "embedding_bits",
+            "recurrent_bits",
         )
     }
-    for key in ("embedding_bits", "recurrent_bits"):
-        options[key] = settings.get(key)  # older files have none
     options["tune"] = TuneConfig(**settings["tune"])
     options["search"] = SearchConfig(**settings["search"])
     if settings["activation_bits"]:

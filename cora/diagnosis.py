@@ -26,7 +26,7 @@ from .lowrank import (
     truncate,
 )
 from .quantizer import QParams, QuantSpec, weight_bits
-from .report import float_weight_bits
+from .report import SPECTRUM_POINTS, float_weight_bits
 from .rounding import Feedback, quantize_matrix
 from .tables import text_table
 
@@ -45,7 +45,6 @@ _RESCUED = 0.25
 _NEGLIGIBLE_LOSS = 1e-3
 # A layer is tiny when its float weights add at most this share to what the network's weights store.
 _TINY_SHARE = 0.005
-_SPECTRUM_POINTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,7 +366,7 @@ def _measure(
         other, _, left = quantized(changed)
         extra = weight_bits(shape.rows, shape.columns, other) - bits
         options.append(Option(advice, detail, extra, left))
-    step = max(1, -(-shape.full_rank // _SPECTRUM_POINTS))
+    step = max(1, -(-shape.full_rank // SPECTRUM_POINTS))
     signal = _inner(matrix, matrix, shape, moment)
     measured = LayerDiagnosis(
         name=name,

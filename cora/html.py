@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .report import Report
 
 __all__ = [
+    "LABELLED_LAYERS",
+    "Section",
     "figure",
     "html_table",
     "image",
@@ -49,7 +51,7 @@ th { color: #5a6472; font-weight: 600; } tr.best td { background: #e8f3ec; font-
 img { max-width: 100%; height: auto; } p, figcaption { color: #3a424c; }
 """
 _BLUE, _GREY, _ORANGE, _GREEN = "#2060a8", "#c3cad3", "#d07818", "#208050"
-_LABELLED_LAYERS = 60  # beyond it names under the bars could not be read
+LABELLED_LAYERS = 60  # beyond it names under the bars could not be read
 
 
 # --- Building blocks -----------------------------------------------------------------------------
@@ -178,7 +180,7 @@ def plot_ranks(report: Report) -> Any:
     right.set_xlabel("error at the layer's output, % of its energy")
     right.grid(axis="x", alpha=0.3)
     right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
-    if len(layers) <= _LABELLED_LAYERS:
+    if len(layers) <= LABELLED_LAYERS:
         left.set_yticks(list(rows), [layer.name for layer in layers], fontsize=7)
         for row, layer in zip(rows, layers, strict=True):
             colour = "white" if layer.rank > 0.9 * layer.full_rank else "black"
@@ -474,7 +476,6 @@ def _totals_table(report: Report) -> str:
     cells = [
         [name, kib(totals[key]), f"{totals[key] / totals['total_bits']:.1%}"]
         for name, key in parts.items()
-        if key in totals  # an older file has none packed by rows
     ]
     return html_table(["part", "KiB", "share"], cells, best=len(cells) - 1)
 

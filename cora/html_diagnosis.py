@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .html import Section, figure, html_table, svg, write_page
+from .html import LABELLED_LAYERS, Section, figure, html_table, svg, write_page
 
 if TYPE_CHECKING:
     from .diagnosis import Diagnosis
@@ -19,7 +19,6 @@ _COLOURS = {
     "leave float": "#a04080",
     "fine as it is": "#c3cad3",
 }
-_LABELLED_LAYERS = 60  # beyond it names under the bars could not be read
 _LEGEND = {"fontsize": 8, "loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
 
 
@@ -30,7 +29,7 @@ def _layer_figure(diagnosis: Diagnosis) -> Any:
     drawn, (left, right) = figure(10.5, height, 2, sharey=True)
     left.invert_yaxis()
     left.margins(y=0.02)
-    if len(layers) <= _LABELLED_LAYERS:
+    if len(layers) <= LABELLED_LAYERS:
         left.set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=7)
     else:
         left.set_ylabel("layer, in the model's order")

@@ -13,8 +13,8 @@ __all__ = [
     "DEFAULT_TARGET_BITS",
     "Attempt",
     "budget_for_bits",
-    "fit_within_drop",
     "fit_within_budget",
+    "fit_within_drop",
 ]
 
 DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given

@@ -13,12 +13,14 @@ from torch import Tensor
 from . import ops
 
 __all__ = [
+    "FLOAT16_MAX",
+    "FLOAT16_MIN_NORMAL",
     "SUPPORTED_BITS",
     "QParams",
     "QuantSpec",
     "better_of",
-    "check_bits",
     "candidate_qparams",
+    "check_bits",
     "choose_qparams",
     "make_qparams",
     "packed_bytes",
@@ -45,8 +47,8 @@ Rounding = Literal["gptq", "nearest"]
 
 # A zero-point beyond 2**24 is not an exact float32 integer, so the kernels could not subtract it exactly.
 _MAX_ZERO_POINT = 2**23
-_FLOAT16_MIN_NORMAL = 2.0**-14
-_FLOAT16_MAX = 65504.0
+FLOAT16_MIN_NORMAL = 2.0**-14
+FLOAT16_MAX = 65504.0
 # Beyond it a code's value could overflow float32.
 _MAX_MAGNITUDE = 1e37
 # Shares of the full range that clip="mse" tries, largest first: ties keep the wider range.
@@ -182,8 +184,8 @@ def _scale_and_zero(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor,
 
 def _round_scale(scale: Tensor) -> Tensor:
     """To float16 where it is in float16's normal range; other values stay float32."""
-    fits = (scale >= _FLOAT16_MIN_NORMAL) & (scale <= _FLOAT16_MAX)
-    return torch.where(fits, scale.clamp(max=_FLOAT16_MAX).half().float(), scale)
+    fits = (scale >= FLOAT16_MIN_NORMAL) & (scale <= FLOAT16_MAX)
+    return torch.where(fits, scale.clamp(max=FLOAT16_MAX).half().float(), scale)
 
 
 def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -193,18 +195,6 @@ def _finish(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]
     if not spec.symmetric:
         zero = torch.round(-low / scale)
     return scale, zero
-
-
-def _squared_errors(matrix: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Squared error of each group under each candidate [candidates, R, G], float64."""
-    if matrix.device.type == "cpu":
-        return ops.quantization_error(matrix, scale, zero, bits)
-    errors = []
-    for s, z in zip(scale, zero, strict=True):
-        _, residual = ops.fake_quantize(matrix, s, z, bits, residual=True)
-        error = residual.square_().reshape(len(matrix), s.shape[1], -1).sum(-1)
-        errors.append(error if s.shape[0] > 1 else error.sum(0, keepdim=True))
-    return torch.stack(errors).double()
 
 
 def _checked(weight: Tensor, layer: str) -> Tensor:
@@ -266,9 +256,7 @@ def candidate_qparams(
 
 def make_qparams(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> QParams:
     """Chosen scales and zero-points [R, G] with the type they are stored in."""
-    exact = (
-        bool((scale == scale.half().float()).all()) and float(scale.min()) >= _FLOAT16_MIN_NORMAL
-    )
+    exact = bool((scale == scale.half().float()).all()) and float(scale.min()) >= FLOAT16_MIN_NORMAL
     return QParams(
         scale.contiguous(),
         zero_point.contiguous(),
@@ -303,7 +291,7 @@ def choose_qparams(weight: Tensor, spec: QuantSpec, layer: str = "weight") -> QP
     for start in range(0, len(_MSE_SHARES), at_once):
         scales, zeros = candidate_qparams(weight, spec, _MSE_SHARES[start : start + at_once], layer)
         for found in zip(
-            _squared_errors(weight, scales, zeros, spec.bits), scales, zeros, strict=True
+            ops.quantization_error(weight, scales, zeros, spec.bits), scales, zeros, strict=True
         ):
             best = found if best is None else better_of(found, best)
     assert best is not None

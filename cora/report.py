@@ -20,18 +20,19 @@ from .modules import QuantLayer
 from .recurrent import QuantRecurrent
 
 __all__ = [
+    "SPECTRUM_POINTS",
     "FloatEntry",
     "LayerReport",
     "Report",
     "RowsReport",
-    "make_report",
-    "report_of",
     "float_state",
     "float_state_bits",
     "float_weight_bits",
+    "make_report",
+    "report_of",
 ]
 
-_SPECTRUM_POINTS = 64  # singular values kept of a layer, at most
+SPECTRUM_POINTS = 64  # singular values kept of a layer, at most
 
 
 def float_weight_bits(layers: Iterable[FloatLayer]) -> int:
@@ -159,8 +160,8 @@ class Report:
             totals=values["totals"],
             settings=values["settings"],
             search=values["search"],
-            comparison=values.get("comparison", []),
-            by_rows=[RowsReport(**entry) for entry in values.get("by_rows", [])],
+            comparison=values["comparison"],
+            by_rows=[RowsReport(**entry) for entry in values["by_rows"]],
         )
 
     def to_html(self, path: str | Path) -> None:
@@ -338,7 +339,7 @@ def make_report(
         after = calibration.energy(name, original - packed.matrix())
         singular = q.fit.energies().sqrt()  # none where no adapter was wanted
         spectrum = (singular / singular[:1].clamp(min=1e-30)).tolist()
-        step = max(1, -(-len(spectrum) // _SPECTRUM_POINTS))
+        step = max(1, -(-len(spectrum) // SPECTRUM_POINTS))
         rows.append(
             LayerReport(
                 name=name,

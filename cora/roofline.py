@@ -21,7 +21,7 @@ from .batches import Batch
 from .fuse import FusedLayer
 from .modules import QuantLayer
 
-__all__ = ["LayerTime", "Roof", "measure_roof", "time_layers"]
+__all__ = ["LayerTime", "Roof", "measure_roof", "time_layers", "wait"]
 
 _SIDE = 1024  # of the product that arithmetic is measured on
 _LEAST_BYTES = 1 << 20
@@ -136,11 +136,11 @@ def time_layers(model: nn.Module, batch: Batch, roof: Roof, seconds: float) -> l
     device = batch.tensors()[0].device
 
     def before(module: nn.Module, _: Any) -> None:
-        _wait(device)
+        wait(device)
         begun[module] = time.perf_counter()
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _wait(device)
+        wait(device)
         name = getattr(module, "name", "") or names[module]
         times.setdefault(name, []).append(time.perf_counter() - begun[module])
         calls[name] = (module, [t for t in inputs if isinstance(t, Tensor)], output)
@@ -199,14 +199,15 @@ def _best(run: Callable[[], Any], device: torch.device, seconds: float = 0.02) -
     run()
     end = time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         run()
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - start)
     return best
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until all that was asked of a device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -122,7 +122,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         float_layer: FloatLayer = available.get(name)
         _check_layer(path, name, float_layer, config)
         layers[name] = _unpack_layer(float_layer, config, _take(path, name, config, tensors))
-    for name, config in header.get("embeddings", {}).items():
+    for name, config in header["embeddings"].items():
         embedding: Any = available.get(name)
         _check_weight(path, name, embedding, config)
         stored = _take(path, name, config, tensors)
@@ -130,12 +130,12 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         qparams = _unpack_qparams(config, stored)
         packed = QuantEmbedding(embedding, stored["codes"], qparams, dtype)
         layers |= dict.fromkeys(names_sharing(qmodel, embedding), packed)
-    for name, config in header.get("recurrent", {}).items():
+    for name, config in header["recurrent"].items():
         recurrent: Any = available.get(name)
         _check_recurrent(path, name, recurrent, config)
         stored = _take(path, name, config, tensors)
         layers[name] = _unpack_recurrent(recurrent, config, stored)
-    for name in header.get("folded", []):
+    for name in header["folded"]:
         if not isinstance(available.get(name), nn.modules.batchnorm._BatchNorm | FoldedBatchNorm):
             found = type(available[name]).__name__ if name in available else "nothing"
             raise ValueError(

@@ -1,6 +1,6 @@
 """The last step: scales, biases and adapters of packed layers, tuned together to the float model's outputs.
 
-Codes stay as they are. What is tuned is small (a few numbers a channel) and sees the whole network, so a few
+Codes stay as they are. What is tuned is small (a few numbers a channel) and sees the whole network, so a
 hundred gradient steps on unlabelled samples find what no layer by itself can: how its errors meet the others'.
 """
 
@@ -22,6 +22,7 @@ from .batches import gradients
 from .evaluation import Evaluator, is_better
 from .lowrank import FloatLayer, fold, quantize_adapter, rounded_factors
 from .modules import QuantLayer
+from .quantizer import FLOAT16_MAX, FLOAT16_MIN_NORMAL
 
 __all__ = ["TuneConfig", "TuneResult", "tune"]
 
@@ -115,7 +116,7 @@ class _Layer:
         scale = self.log_scale.exp()
         if self.packed.scale_dtype != torch.float16:
             return scale
-        stored = scale.detach().clamp(2.0**-14, 65504).half().float()
+        stored = scale.detach().clamp(FLOAT16_MIN_NORMAL, FLOAT16_MAX).half().float()
         return scale + (stored - scale).detach()
 
     def weight(self) -> Tensor:
