@@ -80,10 +80,6 @@ inline Tensor to_dtype(const Tensor& t, ScalarType dtype) {
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return torch::stable::empty({shape.data(), shape.size()}, dtype);
 }
-/// Like empty(), on x's device.
-inline Tensor empty_on(const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::new_empty(x, {shape.data(), shape.size()}, dtype);
-}
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
   return {sizes.begin(), sizes.end()};

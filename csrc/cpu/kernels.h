@@ -200,7 +200,6 @@ using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t ta
 // exact in bfloat16; a float32 is the sum of three bfloat16 (a float16 of two), so the products are those
 // of float32.
 using Bf16 = uint16_t;
-constexpr int kMaxPlanes = 3;
 constexpr int32_t kExactBf16 = 256;  // integers up to here are exact
 
 /// x as the sum of out[p * stride + i] over `planes`, each the upper half of what those before left. False when

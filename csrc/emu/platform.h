@@ -133,30 +133,22 @@ struct Matrices {
   uint32_t* result;
   const char* row;
 };
-template <bool kTransposed>
-void load_matrices(void* const* lanes) {
+inline void load_matrices(void* const* lanes) {
   for (int i = 0; i < 32; ++i)
     for (int m = 0; m < 4; ++m) {
-      uint16_t pair[2];
-      for (int e = 0; e < 2; ++e) {
-        const int row = kTransposed ? 2 * (i % 4) + e : i / 4, column = kTransposed ? i / 4 : 2 * (i % 4) + e;
-        std::memcpy(&pair[e], static_cast<Matrices*>(lanes[8 * m + row])->row + 2 * column, 2);
-      }
-      static_cast<Matrices*>(lanes[i])->result[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+      const char* row = static_cast<Matrices*>(lanes[8 * m + i / 4])->row;
+      std::memcpy(&static_cast<Matrices*>(lanes[i])->result[m], row + 4 * (i % 4), 4);
     }
-}
-template <bool kTransposed>
-void matrices(uint32_t (&r)[4], const void* row) {
-  static const char identity = 0;
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emu::fail("ldmatrix: a row is not aligned to 16 bytes");
-  Matrices m{r, static_cast<const char*>(row)};
-  emu::warp_collective(&identity, &m, load_matrices<kTransposed>);
 }
 
 }  // namespace detail
 
-inline void load_matrices(uint32_t (&r)[4], const void* row) { detail::matrices<false>(r, row); }
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { detail::matrices<true>(r, row); }
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  static const char identity = 0;
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emu::fail("ldmatrix: a row is not aligned to 16 bytes");
+  detail::Matrices m{r, static_cast<const char*>(row)};
+  emu::warp_collective(&identity, &m, detail::load_matrices);
+}
 
 // --- Arithmetic -------------------------------------------------------------------------------------------
 
