@@ -13,9 +13,11 @@ from conftest import LEVELS, SUPPORTED
 from cora import ops
 
 # The kernels a level has of its own, where that is not all, and what the others take.
-AMX = {"tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project"}
-AMX |= {"split", "panel_bf16", "tile_bf16", "rescale"}
+BF16 = {"split", "panel_bf16", "tile_bf16", "rescale"}
+AMX = {"tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project"} | BF16
 AVXVNNI = {"tile_s8", "gemv_s8"}
+# Those that lower levels do without.
+ONLY = {"depthwise_codes": ("avx512", "amx"), **dict.fromkeys(BF16, ("amx",))}
 NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"}}
 NEEDS["avxvnni"] = NEEDS["avx2"] | {"avx_vnni"}
 NEEDS["avx512"] = NEEDS["avx2"] | {
@@ -34,6 +36,7 @@ def test_every_kernel_runs_at_its_level(isa: str) -> None:
     report = ops.isa()
     assert report.pop("level") == isa
     assert len(report) >= 20
+    assert {name for name in ONLY if name in report} == {n for n, on in ONLY.items() if isa in on}
     expected = dict.fromkeys(report, isa)
     if isa == "amx":
         expected = {name: "amx" if name in AMX else "avx512" for name in report}

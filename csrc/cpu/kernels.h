@@ -317,6 +317,15 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 // Where 32 registers pay; the lower levels do without.
 #define CORA_KERNELS_FROM_AVX512(_) _(DepthwiseCodesFn, depthwise_codes)
 
+#define CORA_KERNELS(_)        \
+  CORA_KERNELS_COMMON(_)       \
+  CORA_KERNELS_WITH_AVXVNNI(_) \
+  CORA_KERNELS_ALL(_)          \
+  CORA_KERNELS_UP_TO_AMX(_)    \
+  CORA_KERNELS_AMX(_)          \
+  CORA_KERNELS_UP_TO_AVX2(_)   \
+  CORA_KERNELS_FROM_AVX512(_)
+
 #define CORA_DECLARE(Fn, name) Fn name;
 namespace scalar {
 CORA_KERNELS_COMMON(CORA_DECLARE)

@@ -8,6 +8,7 @@ namespace {
 
 template <typename Fn>
 void append(std::string& text, const cpu::KernelTable<Fn>& table) {
+  if (table() == nullptr) return;  // for higher levels only
   text += std::string(" ") + table.name + "=" + cpu::isa_name(table.level(cpu::active_isa()));
 }
 
@@ -15,14 +16,7 @@ void append(std::string& text, const cpu::KernelTable<Fn>& table) {
 std::string isa() {
   std::string text = cpu::isa_name(cpu::active_isa());
 #define CORA_APPEND(Fn, name) append(text, cpu::k_##name);
-  CORA_KERNELS_COMMON(CORA_APPEND)
-  CORA_KERNELS_WITH_AVXVNNI(CORA_APPEND)
-  CORA_KERNELS_ALL(CORA_APPEND)
-  CORA_KERNELS_UP_TO_AMX(CORA_APPEND)
-  CORA_KERNELS_UP_TO_AVX2(CORA_APPEND)
-  if (cpu::active_isa() == cpu::Isa::kAmx) {
-    CORA_KERNELS_AMX(CORA_APPEND)
-  }
+  CORA_KERNELS(CORA_APPEND)
   return text;
 }
 
