@@ -12,14 +12,15 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
-from .allocation import Budget, check_rank_budget
+from .allocation import check_rank_budget
 from .biases import correct_biases
 from .calibration import ActivationRange, Calibration
+from .choose import Chooser
 from .embedding import QuantEmbedding, pack_embeddings
-from .evaluation import Evaluator, activation_simulator
-from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
+from .evaluation import activation_simulator
+from .fitting import Fit, FittedLayers
 from .fold import FoldedBatchNorm
-from .joint import DEFAULT_TARGET_BITS, budget_for_bits, fit_within_budget, fit_within_drop
+from .joint import DEFAULT_TARGET_BITS
 from .lowrank import LayerShape, check_adapter_bits
 from .modules import (
     QUANT_LAYERS,
@@ -27,16 +28,14 @@ from .modules import (
     QuantWeight,
     replace_layers,
 )
-from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
-from .quantizer import QuantSpec, check_bits, weight_bits
+from .quantizer import QuantSpec, check_bits
 from .recurrent import QuantRecurrent, pack_recurrent
 from .report import (
-    float_weight_bits,
     make_report,
     versions,
 )
 from .restructure import restructure
-from .search import SearchConfig, search_ranks
+from .search import SearchConfig
 from .tuning import TuneConfig
 from .tuning import tune as tune_layers
 
@@ -150,141 +149,45 @@ def quantize(
         **pack_recurrent(calibration.model, recurrent_bits, partial(_matches, skip)),
     }
     reasons |= {n: "biases" for n, packed in by_rows.items() if isinstance(packed, QuantRecurrent)}
-    shapes = {name: LayerShape.of(calibration.layers[name]) for name in specs}
-    ranges: dict[str, tuple[Tensor, Tensor]] = {}
-    outputs: dict[str, tuple[Tensor, Tensor]] = {}
-    if activation_bits and activation == "static":
-        ranges = calibration.activation_qparams(activation_bits, activation_range)
-        outputs = calibration.activation_qparams(activation_bits, activation_range, "output")
-        ranges = {name: ranges[name] for name in specs}
-    simulate = activation_simulator(activation_bits, set(specs), ranges, activation)
-
-    def evaluator(offset: int = 0, holdout: int = search.holdout) -> Evaluator:
-        return Evaluator(
-            calibration,
-            search.samples,
-            search.batch_size,
-            holdout,
-            search.seed + offset,
-            simulate,
-            search.loss,
-            search.label_loss,
-        )
-
-    def fitted_to(
-        quantized: Mapping[str, QuantizedLayer],
-        ranks: Mapping[str, int],
-        widths: Mapping[str, int],
-        in_order: bool = True,
-    ) -> FittedLayers:
-        return fit_layers(
-            calibration,
-            quantized,
-            ranks,
-            widths,
-            fit,
-            evaluator(),
-            propagate and in_order,
-            bias_correction,
-            progress,
-        )
-
-    found: dict[str, Any]
+    inputs, outputs = _activation_ranges(calibration, activation_bits, activation, activation_range)
+    inputs = {name: inputs[name] for name in specs if name in inputs}
+    chooser = Chooser(
+        calibration,
+        specs,
+        search,
+        adapter_bits,
+        fit,
+        propagate,
+        bias_correction,
+        activation_simulator(activation_bits, set(specs), inputs, activation),
+        progress,
+    )
     if joint:
-        tried = ADAPTER_WIDTHS if adapter_bits is None else (adapter_bits,)
-        fixed = _ends(specs) if first_last == "8bit" else ()
-        ladders = Ladders(calibration, specs, fixed, tried if rank_budget else (), fit, progress)
-        iterations = search.iterations if search.plan == "search" else 0
-
-        def attempt(budget: float, in_order: bool) -> tuple[PlanResult, FittedLayers]:
-            def fitted_plan(plan: Plan) -> FittedLayers:
-                quantized = {
-                    name: quantize_layer(name, calibration, way.spec, fit if way.rank else None)
-                    for name, way in plan.choices.items()
-                }
-                ranks = {name: way.rank for name, way in plan.choices.items()}
-                widths = {name: way.adapter_bits or tried[0] for name, way in plan.choices.items()}
-                return fitted_to(quantized, ranks, widths, in_order)
-
-            def plan_of(ladders: Ladders) -> PlanResult:
-                return search_plan(ladders, budget, evaluator(), iterations, progress)
-
-            return fit_within_budget(ladders, plan_of, fitted_plan, evaluator())
-
-        changed = None
-        if max_drop is None:
-            planned, fitted = attempt(budget_for_bits(ladders, target_bits), True)
-        else:
-            judge = evaluator(holdout=search.samples)
-            planned, fitted, changed = fit_within_drop(
-                ladders, max_drop / 100, judge, attempt, progress
-            )
-        found = {
-            "method": "joint",
-            "target_bits": ladders.bits(planned.budget),
-            "changed": changed,
-            "front": [
-                {"bits_per_weight": ladders.bits(plan.stored), "predicted": plan.loss}
-                for plan in planned.front
-            ],
-        }
-        interrupted, candidates = planned.interrupted, planned.candidates
-        history = planned.history
-        del ladders
+        ends = _ends(specs) if first_last == "8bit" else set()
+        fitted, found = chooser.joint(target_bits, max_drop, bool(rank_budget), ends)
     else:
-        float_bits = float_weight_bits(calibration.layers[name] for name in specs)
-        width = ADAPTER_WIDTHS[0] if adapter_bits is None else adapter_bits
-        budget = Budget.of(shapes, rank_budget, float_bits, width)
-        quantized = {
-            name: quantize_layer(name, calibration, spec, fit if budget.bits else None)
-            for name, spec in specs.items()
-        }
-        plain_bits = sum(
-            weight_bits(shapes[n].rows, shapes[n].columns, q.rounded.qparams)
-            for n, q in quantized.items()
-        )
-        weights = sum(s.rows * s.columns for s in shapes.values())
-        result = search_ranks(
-            {name: q.fit for name, q in quantized.items()},
-            budget,
-            calibration,
-            search,
-            width,
-            simulate,
-            lambda adapter: (plain_bits + adapter) / weights,
-            progress,
-        )
-        found = {"method": result.method}
-        interrupted, candidates, history = result.interrupted, result.candidates, result.history
-        fitted = fitted_to(quantized, result.ranks, dict.fromkeys(specs, width))
+        fitted, found = chooser.fixed(rank_budget)
 
+    layers = _pack(fitted, calibration, activation_bits, inputs, outputs)
+    folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
     qmodel: Any = copy.deepcopy(model).eval()
     if calibration.restructured:
         qmodel = restructure(qmodel)
-    layers: dict[str, QuantLayer] = {}
-    for name, q in fitted.layers.items():
-        float_layer: Any = fitted.network.get_submodule(name)
-        adapter = fitted.adapters[name]
-        packed = QuantWeight(q.rounded.packed(), q.rounded.qparams, adapter, shapes[name])
-        layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
-        if name in ranges:
-            layers[name].set_activation_range(*ranges[name])
-            layers[name].set_output_range(*outputs[name])
-        layers[name].float_bias = qmodel.get_submodule(name).bias is not None
-    folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
+    for name, layer in layers.items():
+        layer.float_bias = qmodel.get_submodule(name).bias is not None
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
     qmodel = replace_layers(qmodel, {**layers, **places, **by_rows}).eval()
     corrected = bias_correction and (fitted.in_order or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
-    tuned_ranges = ranges if ranges and activation_bits and activation_bits < 8 else None
-    tuned = tune_layers(layers, evaluator(1), tune, tuned_ranges, progress)
+    tuned_ranges = inputs if inputs and activation_bits and activation_bits < 8 else None
+    tuned = tune_layers(layers, chooser.evaluator(1), tune, tuned_ranges, progress)
     settings = {
         "weight": _spec_settings(weight),
         "target_bits": found.get("target_bits"),
         "max_drop": max_drop,
         "activation_bits": activation_bits,
         "activation": activation if activation_bits else None,
-        "activation_range": activation_range if ranges else None,
+        "activation_range": activation_range if inputs else None,
         "rank_budget": rank_budget,
         "adapter_bits": adapter_bits,
         "fit": fit,
@@ -308,9 +211,7 @@ def quantize(
     found |= {
         "ranks": {name: adapter.rank for name, adapter in fitted.adapters.items()},
         "adapter_bits": {n: a.bits for n, a in fitted.adapters.items() if a.rank},
-        "interrupted": interrupted or tuned.interrupted,
-        "candidates": candidates,
-        "history": history,
+        "interrupted": found["interrupted"] or tuned.interrupted,
         # nan where nothing was measured
         "tuning": {key: v for key, v in dataclasses.asdict(tuned).items() if v == v},
     }
@@ -318,6 +219,42 @@ def quantize(
         qmodel, model, calibration, fitted.layers, layers, by_rows, found, reasons, settings
     )
     return qmodel
+
+
+Ranges = dict[str, tuple[Tensor, Tensor]]
+"""Layer -> scale and zero-point of a quantizer of its input or output."""
+
+
+def _activation_ranges(
+    calibration: Calibration, bits: int | None, activation: Activation, method: ActivationRange
+) -> tuple[Ranges, Ranges]:
+    """Static quantizers of all layers' inputs and outputs, none where they are float or dynamic."""
+    if bits is None or activation != "static":
+        return {}, {}
+    return (
+        calibration.activation_qparams(bits, method),
+        calibration.activation_qparams(bits, method, "output"),
+    )
+
+
+def _pack(
+    fitted: FittedLayers,
+    calibration: Calibration,
+    activation_bits: int | None,
+    inputs: Ranges,
+    outputs: Ranges,
+) -> dict[str, QuantLayer]:
+    """The packed layers."""
+    layers: dict[str, QuantLayer] = {}
+    for name, quantized in fitted.layers.items():
+        float_layer: Any = fitted.network.get_submodule(name)
+        rounded, shape = quantized.rounded, LayerShape.of(calibration.layers[name])
+        packed = QuantWeight(rounded.packed(), rounded.qparams, fitted.adapters[name], shape)
+        layers[name] = QUANT_LAYERS[type(float_layer)](float_layer, packed, activation_bits)
+        if name in inputs:
+            layers[name].set_activation_range(*inputs[name])
+            layers[name].set_output_range(*outputs[name])
+    return layers
 
 
 def dequantize(qmodel: nn.Module) -> nn.Module:

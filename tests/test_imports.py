@@ -15,8 +15,8 @@ CORA = Path(__file__).parents[1] / "cora"
 
 # A module may import those of lower layers; the right-hand ones are optional or stand beside.
 LAYERS = {
-    "cli": 14, "commands": 13, "compare": 12, "roofline": 11, "serialization": 11, "fuse": 10, "convert": 10,
-    "diagnosis": 10, "joint": 9, "report": 9,
+    "cli": 15, "commands": 14, "compare": 13, "serialization": 12, "convert": 11, "roofline": 11,
+    "choose": 10, "diagnosis": 10, "fuse": 10, "joint": 9, "report": 9,
     "tracing": 8, "fitting": 8, "search": 8, "planning": 8, "tuning": 8,
     "allocation": 7, "biases": 7, "evaluation": 7, "drift": 7,
     "calibration": 6, "restructure": 5, "attention": 4, "fold": 4, "batches": 3, "moments": 3,
