@@ -63,5 +63,5 @@ $(VENV)/.peers: $(VENV)/.test
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) ruff mypy types-tqdm
+	$(PIP) --no-build-isolation -e '.[test,demo,dev]'
 	touch $@

@@ -18,6 +18,7 @@ from cora.tasks import Task
 
 BUDGETS = (0.01, 0.02, 0.05, 0.1, 0.2)  # of the float bits, what adapters may take
 METHODS = ("uniform", "energy", "sensitivity", "gate")
+_ROUNDINGS = {"nearest": "nearest", "error feedback": "gptq"}  # as rows call them
 _OVER_BITS = ("steps", "adapters")  # ablations whose axis is bits
 ONE = {"propagate": False, "tune": None}  # the step that is looked at, without those after it
 
@@ -88,11 +89,11 @@ class _Ways:
 
     def adapters(self) -> Iterator[Any]:
         """bits of the codes"""
-        for rounding in ("nearest", "gptq"):
+        for name, rounding in _ROUNDINGS.items():
             for fit, budget in (("plain", 0.0), ("plain", 0.05), ("weighted", 0.05)):
                 for bits in self.args.bits:
                     yield self.fixed(
-                        f"{rounding}, {f'{fit} adapters' if budget else 'none'}",
+                        f"{name}, {f'{fit} adapters' if budget else 'none'}",
                         bits,
                         QuantSpec(bits, rounding=rounding),
                         fit=fit,
@@ -102,14 +103,14 @@ class _Ways:
 
     def ranks(self) -> Iterator[Any]:
         """adapters, share of the float bits"""
-        for rounding in ("nearest", "gptq"):
+        for name, rounding in _ROUNDINGS.items():
             for bits in (2, 3):
                 for budget in BUDGETS:
                     for method in METHODS:
                         spec = QuantSpec(bits, rounding=rounding)
                         search = self.search(method=method)
                         yield self.fixed(
-                            f"{rounding}, {method}", budget, spec, rank_budget=budget, search=search
+                            f"{name}, {method}", budget, spec, rank_budget=budget, search=search
                         )
 
     def order(self) -> Iterator[Any]:
@@ -120,13 +121,13 @@ class _Ways:
         """iterations of the rank search"""
         yield from self._searched("iterations", (0, 15, 30, 60, 120, 250))
 
-    def _searched(self, name: str, values: Sequence[int]) -> Iterator[Any]:
-        for rounding in ("nearest", "gptq"):
+    def _searched(self, option: str, values: Sequence[int]) -> Iterator[Any]:
+        for name, rounding in _ROUNDINGS.items():
             for value in values:
                 spec = QuantSpec(2, rounding=rounding)
-                search = self.search(method="gate", **{name: value})
+                search = self.search(method="gate", **{option: value})
                 # Larger budgets leave nothing for the search to find.
-                yield self.fixed(f"{rounding}, 2 %", value, spec, rank_budget=0.02, search=search)
+                yield self.fixed(f"{name}, 2 %", value, spec, rank_budget=0.02, search=search)
 
     def widths(self) -> Iterator[Any]:
         """bits of an adapter's elements"""
@@ -139,15 +140,15 @@ class _Ways:
 
     def clip(self) -> Iterator[Any]:
         """range: standard deviations; 6: min to max, 7: least error"""
-        for rounding in ("nearest", "gptq"):
+        for name, rounding in _ROUNDINGS.items():
             for bits in (2, 3, 4):
                 for x in (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0):
                     clip: Any = {6.0: "minmax", 7.0: "mse"}.get(x, "ksigma")
                     spec = QuantSpec(bits, clip=clip, k=x, rounding=rounding)
-                    yield self.fixed(rounding, x, spec, rank_budget=0)
+                    yield self.fixed(name, x, spec, rank_budget=0)
 
     def granularity(self) -> Iterator[Any]:
-        """weights a scale; 0: a tensor, 1: a channel"""
+        """weights a scale; 0: a tensor, 1: a channel; more: first and last layer stay float"""
         for bits in (2, 3, 4):
             for size in (0, 1, 144, 72, 36):
                 granularity: Any = {0: "per_tensor", 1: "per_channel"}.get(size, "per_group")

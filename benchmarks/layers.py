@@ -105,7 +105,7 @@ def rank_of(share: float, n: int, k: int, groups: int = 1) -> int:
 
 def rank_at(share: float, n: int, k: int, groups: int = 1) -> int:
     """The rank whose 8-bit adapter stores `share` of the bits of the float32 weight, at least 1: what
-    `cora quantize --budget` gives a layer on average."""
+    `cora quantize --rank-budget` gives a layer on average."""
     return max(1, int(4 * share * n * k / (groups * k + n)))
 
 

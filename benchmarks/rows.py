@@ -194,7 +194,7 @@ def _conv(s: Conv, codes: bool, threads: int) -> Contest:
     ours = {
         f"cora W4A8 rank {rank}": _our_conv(s, rank, x, codes),
         "cora no adapter": _our_conv(s, 0, x, codes),
-        f"cora rank {heavy}, --budget {SHARE}": _our_conv(s, heavy, x, codes),
+        f"cora rank {heavy}, --rank-budget {SHARE}": _our_conv(s, heavy, x, codes),
     }
     if not codes:
         ours[f"cora rank {rank} unfused"] = _unfused_conv(s, rank, x)

@@ -6,7 +6,7 @@ The recogniser's bits, groups and ranks are chosen for each budget, and the resu
 bits in every layer, rounded to nearest and with error feedback; the detector, which is far
 larger, gets one width everywhere, adapters with closed-form ranks, and stands beside plain quantization.
 Written into the output folder: the packed files, results.json, result.png, the pages as the float and the packed
-pipeline read them, and report.html with everything. Needs `pip install cora[demo]`.
+pipeline read them, and report.html with everything. Needs `pip install '.[demo]'`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from cora import ops
+from cora.quantizer import SUPPORTED_BITS
 
-ALL_BITS = tuple(range(2, 9))
+ALL_BITS = tuple(SUPPORTED_BITS)
 RAGGED = (1, 7, 31, 33, 97)
 
 # batch, group channels, H, W, group outputs, groups, kernel, stride, padding, dilation
