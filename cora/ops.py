@@ -1088,8 +1088,14 @@ def _(
     bias: Tensor | None,
 ) -> Tensor:
     op = "prepare_layer"
+    _check(channels >= 1, op, f"channels must be >= 1, got {channels}")
     divides = groups >= 1 and channels % groups == 0
     _check(divides, op, f"groups must divide the {channels} channels, got {groups}")
+    if kernel_size:
+        pairs = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+        for name, pair in {**pairs, "dilation": dilation}.items():
+            _check(len(pair) == 2, op, f"{name} must have 2 elements, got {len(pair)}")
+        _check_window(op, kernel_size, stride, padding, dilation)
     k = channels // groups * math.prod(kernel_size)
     _check_packed(op, "codes", codes, scale, zero_point, bits, k)
     n = codes.shape[0]
@@ -1196,6 +1202,17 @@ def run_layer(
     )
 
 
+def _check_quantizer(op: str, name: str, scale: float, zero_point: int, top: int) -> None:
+    _check(0 < scale < math.inf, op, f"{name}_scale must be finite and > 0, got {scale:g}")
+    in_range = 0 <= zero_point <= top
+    _check(in_range, op, f"{name}_zero_point must be 0..{top}, got {zero_point}")
+
+
+def _check_float_or_codes(op: str, name: str, t: Tensor) -> None:
+    wanted, fits = "float32, float16, bfloat16 or uint8", t.dtype in (*_FLOATS, torch.uint8)
+    _check(fits, op, f"{name} must have dtype {wanted}, got {_dtype(t)}")
+
+
 @torch.library.register_fake("cora::run_layer")
 def _(
     x: Tensor,
@@ -1216,24 +1233,71 @@ def _(
     out_halo: int,
 ) -> Tensor:
     op = "run_layer"
-    codes = x.dtype == torch.uint8
-    if not codes:
-        _check_float(op, "x", x)
-    dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
-    n, *pairs = geometry[:-_TAIL] if len(geometry) in (1 + _TAIL, 9 + _TAIL) else geometry
-    if not pairs:
-        return x.new_empty([*x.shape[:-1], n], dtype=dtype)
-    _check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
+    whole = len(geometry) in (1 + _TAIL, 9 + _TAIL)
+    n, *pairs = geometry[:-_TAIL] if whole else geometry
+    _check(len(pairs) in (0, 8), op, "geometry must be layer_geometry() of the layer")
+    linear = not pairs
     kernel, stride, padding, dilation = pairs[:2], pairs[2:4], pairs[4:6], pairs[6:]
-    size = []
-    for d in range(2):
+    if not linear:
+        _check_window(op, kernel, stride, padding, dilation)
+    held = f"got shape {list(layer.shape)}, dtype {_dtype(layer)}"
+    what = f"layer must be a tensor that prepare_layer returned on this kind of device, {held}"
+    _check(layer.dim() == 1 and layer.dtype == torch.uint8, op, what)
+
+    # As check_run in csrc/check.cpp; only the prepared layer knows its number of channels.
+    codes = x.dtype == torch.uint8
+    _check_float_or_codes(op, "x", x)
+    _check(x_bits == 0 or 2 <= x_bits <= 8, op, f"x_bits must be 0 or 2..8, got {x_bits}")
+    given = x_bits > 0 and x_scale is not None
+    _check(given or not codes, op, "x_scale and x_bits must be given with codes")
+    for name, halo in (("x_halo", x_halo), ("add_halo", add_halo), ("out_halo", out_halo)):
+        _check(halo >= 0, op, f"{name} must be >= 0, got {halo}")
+        _check(not linear or halo == 0, op, f"{name} must be 0 for a linear layer, got {halo}")
+    _check(codes or x_halo == 0, op, f"x_halo must be 0 unless x holds codes, got {x_halo}")
+    what = f"out_halo must be 0 for a float output, got {out_halo}"
+    _check(out_scale is not None or out_halo == 0, op, what)
+    if x_scale is not None:
+        _check(x_bits > 0, op, "x_scale must be None when x_bits is 0")
+        _check_quantizer(op, "x", x_scale, x_zero_point, 2**x_bits - 1)
+    what = f"clamp_min must be <= clamp_max, got {clamp_min:g} and {clamp_max:g}"
+    _check(clamp_min <= clamp_max, op, what)
+    if out_scale is not None:
+        _check_quantizer(op, "out", out_scale, out_zero_point, 255)
+    least = "at least 1 dimension" if linear else "4 dimensions"
+    dimensions = x.dim() >= 1 if linear else x.dim() == 4
+    _check(dimensions, op, f"x must have {least}, got shape {list(x.shape)}")
+    if linear or whole:  # the groups are known
+        channels, groups = (x.shape[-1], 1) if linear else (x.shape[1], geometry[-_TAIL])
+        divides = groups >= 1 and channels % groups == 0
+        _check(divides, op, f"groups must divide the {channels} channels, got {groups}")
+        k = channels // groups * math.prod(kernel)
+        what = f"k must be <= 65536 with quantised input, got {k}"
+        _check(x_bits == 0 or k <= 65536, op, what)
+    size = []  # of the output without its border
+    for d in range(0 if linear else 2):
+        inner = x.shape[2 + d] - 2 * x_halo
+        what = f"x_halo must be at most half of x's height and width, got {x_halo}"
+        _check(inner >= 0, op, what)
         reach = dilation[d] * (kernel[d] - 1) + 1
-        padded = x.shape[2 + d] - 2 * x_halo + 2 * padding[d]
-        size.append((padded - reach) // stride[d] + 1 + 2 * out_halo)
-    dense = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    last = codes or out_scale is not None or dense
+        padded = inner + 2 * padding[d]
+        what = f"x's padded height and width must be at least {reach} along dimension {2 + d}"
+        _check(padded >= reach, op, f"{what}, got {padded}")
+        size.append((padded - reach) // stride[d] + 1)
+
+    def output(halo: int) -> list[Any]:
+        return [*x.shape[:-1], n] if linear else [x.shape[0], n, *(s + 2 * halo for s in size)]
+
+    if add is not None:
+        _check_float_or_codes(op, "add", add)
+        _check_shape(op, "add", add, output(add_halo))
+    dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
+    last = not linear and (
+        codes
+        or out_scale is not None
+        or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
+    )
     layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty([x.shape[0], n, *size], dtype=dtype, device=x.device, memory_format=layout)
+    return torch.empty(output(out_halo), dtype=dtype, device=x.device, memory_format=layout)
 
 
 _NO_GRADIENT = (

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -39,6 +40,7 @@ std::string shape_text(const Tensor& t);
 std::string dtype_text(ScalarType dtype);
 
 void check_dtype(const char* op, const char* name, const Tensor& t, ScalarType dtype);
+void check_float(const char* op, const char* name, const Tensor& t);
 void check_shape(const char* op, const char* name, const Tensor& t, const std::vector<int64_t>& shape);
 void check_bits(const char* op, int64_t bits);
 /// All tensors of a call lie on x's device.
@@ -52,6 +54,10 @@ struct QParamShape {
 };
 QParamShape check_qparams(const char* op, const Tensor& scale, const Tensor& zero_point, int64_t rows, int64_t cols);
 
+/// Numbers of a quantizer: a scale is finite and > 0 as float32, a code 0..top.
+void check_scale(const char* op, const char* name, double scale);
+void check_code(const char* op, const char* name, int64_t code, int64_t top);
+
 /// Values, CPU only: scale finite and > 0, |zero_point| < 2^24.
 void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero_point);
 
@@ -59,12 +65,85 @@ void check_qparam_values(const char* op, const Tensor& scale, const Tensor& zero
 QParamShape check_packed(const char* op, const char* name, const Tensor& packed, const Tensor& scale,
                          const Tensor& zero_point, int64_t bits, int64_t k);
 
+/// What dequantize_activation and quantize_activation take.
+void check_activation(const char* op, const char* name, const Tensor& t, double scale, int64_t zero_point, int64_t top,
+                      int64_t halo);
+
 /// An image [batch, channels, H, W], dense and channels last; sizes of 1 may have any stride.
 bool is_channels_last(const Tensor& t);
 
 /// The shape of codes uint8 [..., k] when packed, and of packed bytes when unpacked.
 std::vector<int64_t> packed_shape(const char* op, const Tensor& codes, int64_t bits);
 std::vector<int64_t> unpacked_shape(const char* op, const Tensor& packed, int64_t bits, int64_t k);
+
+// --- Layers: what their drivers on every device take ---------------------------------------------
+
+/// Geometry; [0] is vertical, [1] horizontal. A linear layer is the convolution of 1x1 images by a 1x1 kernel.
+struct Window {
+  bool linear;
+  int64_t batch, channels, size[2];
+  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
+  int64_t groups = 1;
+
+  int64_t reach(int d) const { return dilation[d] * (kernel[d] - 1) + 1; }
+  int64_t padded(int d) const { return size[d] + 2 * padding[d]; }
+  int64_t out(int d) const { return (padded(d) - reach(d)) / stride[d] + 1; }
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t k() const { return group_channels() * taps(); }
+  int64_t pixels() const { return out(0) * out(1); }
+  int64_t rows() const { return batch * pixels(); }  // M: output positions
+};
+
+/// A packed layer's operands, as in cora/ops.py.
+struct LayerArgs {
+  const char* op;
+  Tensor weight, scale, zero_point;
+  int64_t bits;
+  OptTensor a, b, adapter_scale, bias;
+};
+
+/// How a layer is run: its input's quantizer and the epilogue.
+struct RunArgs {
+  const char* op;
+  int64_t x_bits = 0;  // 0: float
+  std::optional<double> x_scale;
+  int64_t x_zero_point = 0;
+  int64_t x_halo = 0;
+  OptTensor add;
+  double add_scale = 1;
+  int64_t add_zero_point = 0, add_halo = 0;
+  double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();  // clamp
+  std::optional<double> out_scale;
+  int64_t out_zero_point = 0, out_halo = 0;
+};
+
+/// Two numbers each.
+void check_window(const char* op, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation);
+
+/// A layer's geometry, its batch and size left open; of a linear layer the pairs are not read.
+Window make_window(const char* op, bool linear, int64_t channels, const std::vector<int64_t>& kernel_size,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, int64_t groups);
+
+/// The channels of x: [..., channels] of a linear layer, [batch, channels, H, W] of a convolution.
+int64_t channels_of(const char* op, const Tensor& x, bool linear);
+
+/// A layer's operands; `name` is what the op calls the weight.
+void check_operands(const char* name, const LayerArgs& args, const Window& window);
+
+/// The input and its quantizer's tensors, of one element each, as linear_lowrank and conv2d_lowrank take them.
+void check_input(const char* op, const Tensor& x, const OptTensor& x_scale, const OptTensor& x_zero_point,
+                 int64_t x_bits);
+
+/// A call of a layer of n outputs; returns the layer's window with x's batch and size.
+Window check_run(const Tensor& x, Window layer, int64_t n, const RunArgs& args);
+
+/// The shape of a layer's output with a border of `halo`.
+std::vector<int64_t> output_shape(const Tensor& x, const Window& window, int64_t n, int64_t halo);
+
+// --- Tensors --------------------------------------------------------------------------------------
 
 /// The product of all sizes but the last.
 inline int64_t rows_of(const Tensor& t) {

@@ -1,4 +1,4 @@
-"""Each bad argument: an error naming op, argument, expectation and value, eager and traced."""
+"""Each bad argument: an error naming op, argument, expectation and value, eager, traced and on CUDA."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator import emulator
 from shapes import layer, qparams
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -37,6 +38,34 @@ def codes(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=U8)
 
 
+def prepare(**change: Any) -> Any:
+    item = layer(6, 18, rank=3, conv_groups=2)
+    args = dict(zip(("codes", "scale", "zero_point", "bits"), item.args(), strict=True))
+    adapter = {name: item.options[name] for name in ("a", "b", "adapter_scale", "bias")}
+    window = {"channels": 4, "kernel_size": 3, "groups": 2}
+    return lambda: ops.prepare_layer(**{**args, **adapter, **window, **change})
+
+
+def run(k: int = 12, **change: Any) -> Any:
+    item = layer(6, k, rank=0, bias=False)
+    prepared = ops.prepare_layer(*item.args(), k)
+    geometry = ops.layer_geometry(item.weight, item.scale, item.bits)
+    args = {"x": torch.randn(2, k), "layer": prepared, "geometry": geometry, **change}
+    return lambda: ops.run_layer(**args)
+
+
+def run_conv(**change: Any) -> Any:
+    item = layer(6, 18, rank=0, conv_groups=2, bias=False)
+    window = (3, 1, 1, 1, 2)
+    prepared = ops.prepare_layer(*item.args(), 4, *window)
+    geometry = ops.layer_geometry(item.weight, item.scale, item.bits, *window)
+    args = {"x": torch.randn(1, 4, 5, 5), "layer": prepared, "geometry": geometry, **change}
+    return lambda: ops.run_layer(**args)
+
+
+CODES = {"x": codes(1, 4, 5, 5), "x_bits": 8, "x_scale": 1.0}
+
+
 def quantize_out(**change: Any) -> Any:
     scale, zero_point = qparams(6, 1, 4)
     x = torch.randn(6, 12)
@@ -57,7 +86,103 @@ def error_feedback(**change: Any) -> Any:
     return lambda: ops.error_feedback(**{**args, **given, **change})
 
 
+# Of the ops whose checks the CPU and CUDA share.
+LAYER_ERRORS = [
+    (prepare(bits=9), "cora::prepare_layer: bits must be 2..8, got 9"),
+    (prepare(channels=0), "channels must be >= 1, got 0"),
+    (prepare(channels=5), "groups must divide the 5 channels, got 2"),
+    (prepare(groups=0), "groups must divide the 4 channels, got 0"),
+    (prepare(kernel_size=(3,)), "kernel_size must have 2 elements, got 1"),
+    (prepare(stride=(1, 1, 1)), "stride must have 2 elements, got 3"),
+    (prepare(stride=0), r"cora::prepare_layer: stride must be >= 1, got \[0, 0\]"),
+    (prepare(dilation=(1, 0)), r"dilation must be >= 1, got \[1, 0\]"),
+    (prepare(padding=-1), r"padding must be >= 0, got \[-1, -1\]"),
+    (prepare(kernel_size=2), r"codes must have shape \[6, 4\], got \[6, 9\]"),
+    (prepare(b=torch.zeros(6, 4, dtype=I8)), r"a must have shape \[8, 18\], got \[6, 18\]"),
+    (prepare(bias=torch.zeros(5)), r"bias must have shape \[6\], got \[5\]"),
+    (
+        run(x=torch.zeros(2, 12, dtype=F64)),
+        "cora::run_layer: x must have dtype float32, float16, bfloat16 or uint8, got float64",
+    ),
+    (run(x=torch.tensor(1.0)), r"x must have at least 1 dimension, got shape \[\]"),
+    (run_conv(x=torch.randn(4, 5, 5)), r"x must have 4 dimensions, got shape \[4, 5, 5\]"),
+    (run_conv(x=torch.randn(1, 4, 0, 5)), "at least 3 along dimension 2, got 2"),
+    (run(x_bits=9), "x_bits must be 0 or 2..8, got 9"),
+    (run(x_bits=1), "x_bits must be 0 or 2..8, got 1"),
+    (run(k=65537, x_bits=8), "k must be <= 65536 with quantised input, got 65537"),
+    (run(x=codes(2, 12)), "x_scale and x_bits must be given with codes"),
+    (run(x=codes(2, 12), x_bits=8), "x_scale and x_bits must be given with codes"),
+    (run(x_scale=1.0), "x_scale must be None when x_bits is 0"),
+    (run(x_scale=0.0, x_bits=8), "x_scale must be finite and > 0, got 0"),
+    (run(x_scale=1.0, x_zero_point=16, x_bits=4), "x_zero_point must be 0..15, got 16"),
+    (run(add_halo=1), "add_halo must be 0 for a linear layer, got 1"),
+    (run_conv(x_halo=1), "x_halo must be 0 unless x holds codes, got 1"),
+    (run_conv(**CODES, x_halo=-1), "x_halo must be >= 0, got -1"),
+    (run_conv(**CODES, x_halo=3), "x_halo must be at most half of x's height and width, got 3"),
+    (run_conv(out_halo=1), "out_halo must be 0 for a float output, got 1"),
+    (run_conv(out_halo=-1, out_scale=1.0), "out_halo must be >= 0, got -1"),
+    (run(clamp_min=3.0, clamp_max=1.5), "clamp_min must be <= clamp_max, got 3 and 1.5"),
+    (run(clamp_min=float("nan")), "clamp_min must be <= clamp_max, got nan and inf"),
+    (run(out_scale=float("inf")), "out_scale must be finite and > 0, got inf"),
+    (run(out_scale=1.0, out_zero_point=999), "out_zero_point must be 0..255, got 999"),
+    (
+        run(add=torch.zeros(2, 6, dtype=I32)),
+        "add must have dtype float32, float16, bfloat16 or uint8, got int32",
+    ),
+    (run(add=torch.zeros(2, 5)), r"add must have shape \[2, 6\], got \[2, 5\]"),
+    (
+        run_conv(add=torch.zeros(1, 6, 5, 5), add_halo=1),
+        r"add must have shape \[1, 6, 7, 7\], got \[1, 6, 5, 5\]",
+    ),
+    (
+        linear(x=torch.randn(2, 14)),
+        r"cora::linear_lowrank: weight must have shape \[6, 7\], got \[6, 6\]",
+    ),
+    (linear(x=torch.tensor(1.0)), "x must have at least 1 dimension"),
+    (
+        linear(x=torch.zeros(2, 12, dtype=F64)),
+        "x must have dtype float32, float16 or bfloat16, got float64",
+    ),
+    (linear(weight=torch.zeros(6, 6)), "weight must have dtype uint8, got float32"),
+    (linear(a=None), "a and b must be given together"),
+    (linear(a=None, b=None), "adapter_scale must be None without an adapter"),
+    (
+        linear(a=torch.zeros(3, 12, dtype=I32)),
+        "a must have dtype int8, float16, bfloat16 or float32, got int32",
+    ),
+    (linear(b=torch.zeros(6, 3)), "b must have dtype int8, got float32"),
+    (linear(b=torch.zeros(6, 4, dtype=I8)), r"a must have shape \[4, 12\], got \[3, 12\]"),
+    (linear(b=torch.zeros(5, 3, dtype=I8)), r"b must have shape \[6, 3\], got \[5, 3\]"),
+    (linear(adapter_scale=None), "adapter_scale must be given with an int8 adapter"),
+    (linear(adapter_scale=torch.ones(4)), r"adapter_scale must have shape \[3\], got \[4\]"),
+    (
+        linear(a=torch.zeros(3, 12), b=torch.zeros(6, 3)),
+        "adapter_scale must be None with a float adapter",
+    ),
+    (linear(bias=torch.zeros(5)), r"bias must have shape \[6\], got \[5\]"),
+    (linear(bias=torch.zeros(6, dtype=F64)), "bias must have dtype float32, got float64"),
+    (linear(x_bits=1), "x_bits must be 0 or 2..8, got 1"),
+    (linear(x_bits=8, x_scale=torch.ones(1)), "x_scale and x_zero_point must be given together"),
+    (
+        linear(x_scale=torch.ones(1), x_zero_point=torch.ones(1, dtype=I32)),
+        "x_scale must be None when x_bits is 0",
+    ),
+    (
+        linear(x_bits=8, x_scale=torch.ones(2), x_zero_point=torch.ones(1, dtype=I32)),
+        r"x_scale must have 1 element, got shape \[2\]",
+    ),
+    (conv(x=torch.randn(4, 5, 5)), "cora::conv2d_lowrank: x must have 4 dimensions"),
+    (conv(x=torch.randn(1, 5, 5, 5)), "groups must divide the 5 channels, got 2"),
+    (conv(groups=0), "groups must divide the 4 channels, got 0"),
+    (conv(stride=0), r"stride must be >= 1, got \[0, 0\]"),
+    (conv(padding=(0, -1)), r"padding must be >= 0, got \[0, -1\]"),
+    (conv(kernel_size=2), r"weight must have shape \[6, 4\], got \[6, 9\]"),
+    (conv(dilation=3), "x's padded height and width must be at least 7 along dimension 2, got 5"),
+]
+
 SHAPE_ERRORS = [
+    *LAYER_ERRORS,
+    (run(geometry=[5, 3]), r"geometry must be layer_geometry\(\) of the layer"),
     (error_feedback(bits=9), "cora::error_feedback: bits must be 2..8, got 9"),
     (error_feedback(x=torch.zeros(6, 12).half()), "x must have dtype float32, got float16"),
     (error_feedback(x=torch.zeros(72)), r"x must have 2 dimensions, got shape \[72\]"),
@@ -226,53 +351,11 @@ SHAPE_ERRORS = [
         lambda: ops.residual_svd_init(torch.zeros(4, 6), *qparams(3, 1, 4), 4, 1),
         r"cora::residual_svd_init: scale must have shape \[1 or 4, G\]",
     ),
-    (
-        linear(x=torch.randn(2, 14)),
-        r"cora::linear_lowrank: weight must have shape \[6, 7\], got \[6, 6\]",
-    ),
-    (linear(x=torch.tensor(1.0)), "x must have at least 1 dimension"),
-    (
-        linear(x=torch.zeros(2, 12, dtype=F64)),
-        "x must have dtype float32, float16 or bfloat16, got float64",
-    ),
-    (linear(weight=torch.zeros(6, 6)), "weight must have dtype uint8, got float32"),
-    (linear(a=None), "a and b must be given together"),
-    (linear(a=None, b=None), "adapter_scale must be None without an adapter"),
-    (
-        linear(a=torch.zeros(3, 12, dtype=I32)),
-        "a must have dtype int8, float16, bfloat16 or float32, got int32",
-    ),
-    (linear(b=torch.zeros(6, 3)), "b must have dtype int8, got float32"),
-    (linear(b=torch.zeros(6, 4, dtype=I8)), r"a must have shape \[4, 12\], got \[3, 12\]"),
-    (linear(b=torch.zeros(5, 3, dtype=I8)), r"b must have shape \[6, 3\], got \[5, 3\]"),
-    (linear(adapter_scale=None), "adapter_scale must be given with an int8 adapter"),
-    (linear(adapter_scale=torch.ones(4)), r"adapter_scale must have shape \[3\], got \[4\]"),
-    (
-        linear(a=torch.zeros(3, 12), b=torch.zeros(6, 3)),
-        "adapter_scale must be None with a float adapter",
-    ),
-    (linear(bias=torch.zeros(5)), r"bias must have shape \[6\], got \[5\]"),
-    (linear(bias=torch.zeros(6, dtype=F64)), "bias must have dtype float32, got float64"),
-    (linear(x_bits=1), "x_bits must be 0 or 2..8, got 1"),
-    (linear(x_bits=8, x_scale=torch.ones(1)), "x_scale and x_zero_point must be given together"),
-    (
-        linear(x_scale=torch.ones(1), x_zero_point=torch.ones(1, dtype=I32)),
-        "x_scale must be None when x_bits is 0",
-    ),
-    (
-        linear(x_bits=8, x_scale=torch.ones(2), x_zero_point=torch.ones(1, dtype=I32)),
-        r"x_scale must have 1 element, got shape \[2\]",
-    ),
-    (conv(x=torch.randn(4, 5, 5)), "cora::conv2d_lowrank: x must have 4 dimensions"),
-    (conv(x=torch.randn(1, 5, 5, 5)), "groups must divide the 5 channels, got 2"),
-    (conv(groups=0), "groups must divide the 4 channels, got 0"),
-    (conv(stride=0), r"stride must be >= 1, got \[0, 0\]"),
-    (conv(padding=(0, -1)), r"padding must be >= 0, got \[0, -1\]"),
-    (conv(kernel_size=2), r"weight must have shape \[6, 4\], got \[6, 9\]"),
-    (conv(dilation=3), "x's padded height and width must be at least 7 along dimension 2, got 5"),
 ]
 
 VALUE_ERRORS = [
+    (run(x=torch.randn(2, 14)), r"x must have 12 channels along dimension 1, got shape \[2, 14\]"),
+    (run_conv(x=torch.randn(1, 6, 5, 5)), "x must have 4 channels along dimension 1, got shape"),
     (error_feedback(scale=torch.zeros(6, 3)), "scale must be finite and > 0, got 0 at position 0"),
     (
         error_feedback(order=torch.arange(12).expand(2, 12) // 11),
@@ -324,4 +407,11 @@ def test_eager(isa: str, call: Any, message: str) -> None:
 @pytest.mark.parametrize("call,message", SHAPE_ERRORS)
 def test_traced(call: Any, message: str) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("call,message", LAYER_ERRORS)
+def test_cuda(monkeypatch: pytest.MonkeyPatch, call: Any, message: str) -> None:
+    monkeypatch.setattr(ops, "_ops", emulator().ops)
+    with pytest.raises(RuntimeError, match=message):
         call()

@@ -5,22 +5,12 @@
 #include "cpu/kernels.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace cora {
 
 namespace {
 
 constexpr int64_t kGrain = 16384;  // elements a task
-
-void check_activation(const char* op, const char* name, const Tensor& t, double scale, int64_t zero_point, int64_t top,
-                      int64_t halo) {
-  CORA_CHECK(op, std::isfinite(static_cast<float>(scale)) && static_cast<float>(scale) > 0,
-             "scale must be finite and > 0, got ", scale);
-  CORA_CHECK(op, zero_point >= 0 && zero_point <= top, "zero_point must be 0..", top, ", got ", zero_point);
-  CORA_CHECK(op, halo >= 0, "halo must be >= 0, got ", halo);
-  CORA_CHECK(op, halo == 0 || t.dim() == 4, name, " must have 4 dimensions for a halo, got shape ", shape_text(t));
-}
 
 /// An image as the kernels see it; a tensor that is none is one line of its elements.
 struct Image {
@@ -46,9 +36,7 @@ Tensor empty_image(const std::vector<int64_t>& shape, ScalarType dtype) {
 Tensor quantize_activation_cpu(Tensor x, double scale, int64_t zero_point, int64_t bits, int64_t halo) {
   const char* op = "quantize_activation";
   check_bits(op, bits);
-  const ScalarType dtype = x.scalar_type();
-  CORA_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-             "x must have dtype float32, float16 or bfloat16, got ", dtype_text(dtype));
+  check_float(op, "x", x);
   const int top = max_code(static_cast<int>(bits));
   check_activation(op, "x", x, scale, zero_point, top, halo);
   const Tensor xf = to_dtype(x, ScalarType::Float);

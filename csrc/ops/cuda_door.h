@@ -52,8 +52,5 @@ cuda::PixelStrides pixel_strides(const Tensor& image);
 
 /// The Api's code of a dtype; kFloat32 .. kInt8.
 int element_type(ScalarType dtype);
-inline bool is_float_dtype(ScalarType t) {
-  return t == ScalarType::Float || t == ScalarType::Half || t == ScalarType::BFloat16;
-}
 
 }  // namespace cora

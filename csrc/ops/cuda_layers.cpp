@@ -4,9 +4,8 @@
 #include "bits.h"
 #include "ops/cuda_door.h"
 
+#include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
 
 namespace cora {
 
@@ -32,56 +31,22 @@ Tensor floats_in(const Tensor& prepared, int64_t at, int64_t count) {
 
 // --- The layer ---------------------------------------------------------------------------------------------------
 
-struct Operands {
-  Tensor codes, scale, zero_point;
-  OptTensor a, b, adapter_scale, bias;
-};
-
-struct Geometry {
-  bool linear;
-  int64_t channels, groups;
-  std::vector<int64_t> kernel, stride, padding, dilation;
-};
-
-void check_pair(const char* op, const char* name, const std::vector<int64_t>& v, int64_t least) {
-  CORA_CHECK(op, v.size() == 2, name, " must have 2 elements, got ", v.size());
-  CORA_CHECK(op, v[0] >= least && v[1] >= least, name, " must be >= ", least, ", got [", v[0], ", ", v[1], "]");
-  CORA_CHECK(op, v[0] < 32768 && v[1] < 32768, name, " must be < 32768, got [", v[0], ", ", v[1], "]");
-}
-
-/// A linear layer comes with an empty kernel.
-Geometry make_geometry(const char* op, int64_t channels, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-                       std::vector<int64_t> padding, std::vector<int64_t> dilation, int64_t groups) {
-  Geometry g{kernel.empty(), channels, groups, std::move(kernel), std::move(stride), std::move(padding),
-             std::move(dilation)};
-  CORA_CHECK(op, channels >= 1, "channels must be >= 1, got ", channels);
-  CORA_CHECK(op, groups >= 1 && channels % groups == 0, "groups must divide the ", channels, " channels, got ", groups);
-  if (g.linear) {
-    g.kernel = g.stride = g.dilation = {1, 1};
-    g.padding = {0, 0};
-    return g;
-  }
-  check_pair(op, "kernel_size", g.kernel, 1);
-  check_pair(op, "stride", g.stride, 1);
-  check_pair(op, "padding", g.padding, 0);
-  check_pair(op, "dilation", g.dilation, 1);
-  return g;
-}
-
-cuda::LayerShape make_shape(const char* op, const Geometry& g, int64_t n, int64_t bits, int64_t q_rows, int64_t q_groups,
+cuda::LayerShape make_shape(const char* op, const Window& w, int64_t n, int64_t bits, int64_t q_rows, int64_t q_groups,
                             int64_t rank, int64_t adapter) {
-  const int64_t k = g.channels / g.groups * g.kernel[0] * g.kernel[1];
-  CORA_CHECK(op, n <= INT32_MAX / 2 && g.channels <= INT32_MAX / 2 && k <= INT32_MAX / 2,
-             "the layer must have fewer than 2^30 rows and columns, got ", n, " and ", k);
+  CORA_CHECK(op, n <= INT32_MAX / 2 && w.channels <= INT32_MAX / 2 && w.k() <= INT32_MAX / 2,
+             "the layer must have fewer than 2^30 rows and columns, got ", n, " and ", w.k());
   cuda::LayerShape s{};
   s.n = static_cast<int32_t>(n);
-  s.channels = static_cast<int32_t>(g.channels);
-  s.groups = static_cast<int32_t>(g.groups);
+  s.channels = static_cast<int32_t>(w.channels);
+  s.groups = static_cast<int32_t>(w.groups);
   for (int d = 0; d < 2; ++d) {
-    s.kernel[d] = static_cast<int32_t>(g.kernel[d]);
-    s.stride[d] = static_cast<int32_t>(g.stride[d]);
-    s.padding[d] = static_cast<int32_t>(g.padding[d]);
-    s.dilation[d] = static_cast<int32_t>(g.dilation[d]);
+    CORA_CHECK(op, std::max({w.kernel[d], w.stride[d], w.padding[d], w.dilation[d]}) < 32768,
+               "kernel_size, stride, padding and dilation must be < 32768, got ", w.kernel[d], ", ", w.stride[d], ", ",
+               w.padding[d], " and ", w.dilation[d], " along dimension ", 2 + d);
+    s.kernel[d] = static_cast<int32_t>(w.kernel[d]);
+    s.stride[d] = static_cast<int32_t>(w.stride[d]);
+    s.padding[d] = static_cast<int32_t>(w.padding[d]);
+    s.dilation[d] = static_cast<int32_t>(w.dilation[d]);
   }
   s.bits = static_cast<int32_t>(bits);
   s.q_rows = static_cast<int32_t>(q_rows);
@@ -91,48 +56,16 @@ cuda::LayerShape make_shape(const char* op, const Geometry& g, int64_t n, int64_
   return s;
 }
 
-cuda::LayerShape check_operands(const char* op, const char* name, const Operands& o, int64_t bits, const Geometry& g) {
-  const int64_t k = g.channels / g.groups * g.kernel[0] * g.kernel[1], n = o.codes.size(0);
-  const QParamShape q = check_packed(op, name, o.codes, o.scale, o.zero_point, bits, k);
-  CORA_CHECK(op, n % g.groups == 0, "groups must divide the ", n, " rows of ", name, ", got ", g.groups);
-  CORA_CHECK(op, o.a.has_value() == o.b.has_value(), "a and b must be given together");
-  int64_t rank = 0, adapter = cuda::kInt8;
-  if (o.a.has_value()) {
-    const ScalarType type = o.a->scalar_type();
-    CORA_CHECK(op, type == ScalarType::Char || is_float_dtype(type),
-               "a must have dtype int8, float16, bfloat16 or float32, got ", dtype_text(type));
-    check_dtype(op, "b", *o.b, type);
-    CORA_CHECK(op, o.b->dim() == 2, "b must have 2 dimensions, got shape ", shape_text(*o.b));
-    rank = o.b->size(1);
-    check_shape(op, "b", *o.b, {n, rank});
-    check_shape(op, "a", *o.a, {g.groups * rank, k});
-    check_same_device(op, "a", *o.a, o.codes);
-    check_same_device(op, "b", *o.b, o.codes);
-    if (type == ScalarType::Char) {
-      CORA_CHECK(op, o.adapter_scale.has_value(), "adapter_scale must be given with an int8 adapter");
-      check_dtype(op, "adapter_scale", *o.adapter_scale, ScalarType::Float);
-      check_shape(op, "adapter_scale", *o.adapter_scale, {g.groups * rank});
-      check_same_device(op, "adapter_scale", *o.adapter_scale, o.codes);
-    } else {
-      CORA_CHECK(op, !o.adapter_scale.has_value(), "adapter_scale must be None with a float adapter");
-    }
-    adapter = element_type(type);
-  } else {
-    CORA_CHECK(op, !o.adapter_scale.has_value(), "adapter_scale must be None without an adapter");
-  }
-  if (o.bias.has_value()) {
-    check_dtype(op, "bias", *o.bias, ScalarType::Float);
-    check_shape(op, "bias", *o.bias, {n});
-    check_same_device(op, "bias", *o.bias, o.codes);
-  }
-  return make_shape(op, g, n, bits, q.rows, q.groups, rank, adapter);
+cuda::LayerShape shape_of(const LayerArgs& v, const Window& w) {
+  return make_shape(v.op, w, v.weight.size(0), v.bits, v.scale.size(0), v.scale.size(1), v.b ? v.b->size(1) : 0,
+                    v.a ? element_type(v.a->scalar_type()) : cuda::kInt8);
 }
 
-Tensor prepare(const char* op, const Operands& o, const cuda::LayerShape& shape) {
-  const CudaCall call(op, o.codes);
+Tensor prepare(const LayerArgs& v, const cuda::LayerShape& shape) {
+  const CudaCall call(v.op, v.weight);
   const auto dense = [](const OptTensor& t) { return t.has_value() ? OptTensor(as_contiguous(*t)) : OptTensor(); };
-  const Tensor codes = as_contiguous(o.codes), scale = as_contiguous(o.scale), zero = as_contiguous(o.zero_point);
-  const OptTensor a = dense(o.a), b = dense(o.b), adapter_scale = dense(o.adapter_scale), bias = dense(o.bias);
+  const Tensor codes = as_contiguous(v.weight), scale = as_contiguous(v.scale), zero = as_contiguous(v.zero_point);
+  const OptTensor a = dense(v.a), b = dense(v.b), adapter_scale = dense(v.adapter_scale), bias = dense(v.bias);
   Tensor prepared = allocate(codes, {cuda::parts_of(shape).bytes}, ScalarType::Byte);
   cuda::LayerParameters in{};
   in.codes = data<uint8_t>(codes);
@@ -148,17 +81,6 @@ Tensor prepare(const char* op, const Operands& o, const cuda::LayerShape& shape)
 
 // --- A call of it ------------------------------------------------------------------------------------------------
 
-struct RunArgs {
-  const char* op;
-  cuda::Input quantizer{};  // x_bits, halo, parameters; its data is filled in here
-  OptTensor add;
-  float add_scale = 1;
-  int64_t add_zero = 0, add_halo = 0;
-  float low = -INFINITY, high = INFINITY;
-  std::optional<double> out_scale;
-  int64_t out_zero = 0, out_halo = 0;
-};
-
 /// Strides of x as images of one pixel (linear) or as they are.
 cuda::PixelStrides strides_of(const Tensor& t, bool linear) {
   if (!linear) return pixel_strides(t);
@@ -166,51 +88,42 @@ cuda::PixelStrides strides_of(const Tensor& t, bool linear) {
   return {k, k, k, 1};
 }
 
-Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool linear, const Tensor& x_in, const Tensor& prepared) {
+/// The quantizer of x, as far as the host knows it; its data is not filled in.
+cuda::Input quantizer_of(const RunArgs& args, bool codes) {
+  cuda::Input in{};
+  in.x_bits = static_cast<int32_t>(codes ? 8 : args.x_bits);
+  in.halo = static_cast<int32_t>(args.x_halo);
+  if (args.x_bits == 0) return in;
+  in.parameters = args.x_scale ? cuda::kOnHost : cuda::kDynamic;
+  in.host_scale = static_cast<float>(args.x_scale.value_or(1));
+  in.host_zero_point = static_cast<int32_t>(args.x_zero_point);
+  return in;
+}
+
+/// `w` is check_run's, `in` quantizer_of(args, ..).
+Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, cuda::Input in, const Tensor& x_in,
+           const Tensor& prepared) {
   const char* op = args.op;
-  const bool codes = x_in.scalar_type() == ScalarType::Byte;
-  CORA_CHECK(op, codes || is_float_dtype(x_in.scalar_type()),
-             "x must have dtype float32, float16, bfloat16 or uint8, got ", dtype_text(x_in.scalar_type()));
+  const bool codes = x_in.scalar_type() == ScalarType::Byte, linear = w.linear;
   check_same_device(op, "layer", prepared, x_in);
   check_dtype(op, "layer", prepared, ScalarType::Byte);
   check_shape(op, "layer", prepared, {cuda::parts_of(shape).bytes});
   const CudaCall call(op, x_in);
   const Tensor x = linear ? as_contiguous(x_in) : x_in;
-  const int64_t halo = codes ? args.quantizer.halo : 0;
-  const int64_t last = linear ? x.dim() - 1 : 1;
-  CORA_CHECK(op, x.size(last) == shape.channels, "x must have ", shape.channels, " channels along dimension ", last,
-             ", got shape ", shape_text(x));
-  cuda::Input in = args.quantizer;
   in.data = x.numel() > 0 ? x.const_data_ptr() : nullptr;
   in.type = element_type(x.scalar_type());
   in.strides = strides_of(x, linear);
-  const int64_t items = linear ? x.numel() / shape.channels : x.size(0);
-  CORA_CHECK(op, items <= INT32_MAX / 2, "x must have fewer than 2^30 rows, got ", items);
-  in.items = static_cast<int32_t>(items);
-  in.height = static_cast<int32_t>(linear ? 1 : x.size(2) - 2 * halo);
-  in.width = static_cast<int32_t>(linear ? 1 : x.size(3) - 2 * halo);
-  const bool integer = codes || in.x_bits > 0;
-  CORA_CHECK(op, !codes || in.parameters != cuda::kDynamic, "x_scale must be given with codes");
-  CORA_CHECK(op, !integer || cuda::columns_of(shape) <= 65536, "k must be <= 65536 with quantised input, got ",
-             cuda::columns_of(shape));
-  for (int d = 0; d < 2; ++d) {
-    const int64_t reach = int64_t{shape.dilation[d]} * (shape.kernel[d] - 1) + 1;
-    const int64_t padded = (d == 0 ? in.height : in.width) + 2 * int64_t{shape.padding[d]};
-    CORA_CHECK(op, padded >= reach, "x's padded height and width must be at least ", reach, " along dimension ", 2 + d,
-               ", got ", padded);
-  }
+  CORA_CHECK(op, w.batch <= INT32_MAX / 2, "x must have fewer than 2^30 rows, got ", w.batch);
+  in.items = static_cast<int32_t>(w.batch);
+  in.height = static_cast<int32_t>(w.size[0]);
+  in.width = static_cast<int32_t>(w.size[1]);
   cuda::Plan plan{};
   call.check(call.api.plan(shape, in, &plan));
 
   // The result: channels-last if x is, or if one of them is codes.
   const ScalarType type = args.out_scale ? ScalarType::Byte : codes ? ScalarType::Float : x.scalar_type();
   const bool channels_last = !linear && (codes || args.out_scale || (!x.is_contiguous() && is_channels_last(x)));
-  std::vector<int64_t> out_shape = sizes_of(x);
-  out_shape[static_cast<size_t>(last)] = shape.n;
-  if (!linear) {
-    out_shape[2] = plan.out_height + 2 * args.out_halo;
-    out_shape[3] = plan.out_width + 2 * args.out_halo;
-  }
+  const std::vector<int64_t> out_shape = output_shape(x, w, shape.n, args.out_halo);
   Tensor out = allocate(x, out_shape, type, channels_last);
   if (out.numel() == 0) return out;
   cuda::Epilogue e{};
@@ -218,12 +131,12 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool linear, cons
   e.out = static_cast<char*>(out.mutable_data_ptr()) +
           args.out_halo * (e.out_strides.row + e.out_strides.pixel) * cuda::element_bytes(element_type(type));
   e.out_type = element_type(type);
-  e.low = args.low;
-  e.high = args.high;
+  e.low = static_cast<float>(args.low);
+  e.high = static_cast<float>(args.high);
   if (args.out_scale) {
     e.out_scale = static_cast<float>(*args.out_scale);
     e.out_inverse = 1.0f / e.out_scale;
-    e.out_zero = static_cast<int32_t>(args.out_zero);
+    e.out_zero = static_cast<int32_t>(args.out_zero_point);
     e.out_top = 255;
     if (!linear)
       call.check(call.api.fill_border(mutable_data<uint8_t>(out), in.items, static_cast<int>(out_shape[2]),
@@ -232,21 +145,13 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool linear, cons
   }
   Tensor add;
   if (args.add.has_value()) {
-    const ScalarType add_type = args.add->scalar_type();
-    CORA_CHECK(op, add_type == ScalarType::Byte || is_float_dtype(add_type),
-               "add must have dtype float32, float16, bfloat16 or uint8, got ", dtype_text(add_type));
-    check_same_device(op, "add", *args.add, x);
-    std::vector<int64_t> wanted = out_shape;
-    if (!linear)
-      for (size_t d : {2u, 3u}) wanted[d] += 2 * (args.add_halo - args.out_halo);
-    check_shape(op, "add", *args.add, wanted);
     add = linear ? as_contiguous(*args.add) : *args.add;
-    e.add_type = element_type(add_type);
+    e.add_type = element_type(add.scalar_type());
     e.add_strides = strides_of(add, linear);
     e.add = static_cast<const char*>(add.const_data_ptr()) +
             args.add_halo * (e.add_strides.row + e.add_strides.pixel) * cuda::element_bytes(e.add_type);
-    e.add_scale = args.add_scale;
-    e.add_zero = static_cast<int32_t>(args.add_zero);
+    e.add_scale = static_cast<float>(args.add_scale);
+    e.add_zero = static_cast<int32_t>(args.add_zero_point);
   }
 
   if (plan.method != cuda::kMerge) {
@@ -258,7 +163,7 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool linear, cons
   // torch's own operator on the merged weight.
   Tensor values = x;
   const int channels = shape.channels;
-  if (integer) {
+  if (in.x_bits > 0) {
     std::vector<int64_t> value_shape = sizes_of(x);
     if (!linear) value_shape[2] = in.height, value_shape[3] = in.width;
     values = allocate(x, value_shape, ScalarType::Float);
@@ -291,9 +196,10 @@ Tensor prepare_layer_cuda(Tensor codes, Tensor scale, Tensor zero_point, int64_t
                           std::vector<int64_t> dilation, int64_t groups, OptTensor a, OptTensor b,
                           OptTensor adapter_scale, OptTensor bias) {
   const char* op = "prepare_layer";
-  const Geometry g = make_geometry(op, channels, kernel_size, stride, padding, dilation, groups);
-  const Operands o{codes, scale, zero_point, a, b, adapter_scale, bias};
-  return prepare(op, o, check_operands(op, "codes", o, bits, g));
+  const Window window = make_window(op, kernel_size.empty(), channels, kernel_size, stride, padding, dilation, groups);
+  const LayerArgs args{op, codes, scale, zero_point, bits, a, b, adapter_scale, bias};
+  check_operands("codes", args, window);
+  return prepare(args, shape_of(args, window));
 }
 
 /// geometry: [n], or [n, kernel, stride, padding, dilation] with two numbers each; then what only the CPU's prepared
@@ -307,74 +213,47 @@ Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std
   CORA_CHECK(op, geometry.size() == 7 || geometry.size() == 15, "geometry must have 7 or 15 elements on CUDA, got ",
              geometry.size());
   const bool linear = geometry.size() == 7;
-  CORA_CHECK(op, linear ? x.dim() >= 1 : x.dim() == 4, "x must have ", linear ? "at least 1 dimension" : "4 dimensions",
-             ", got shape ", shape_text(x));
   const auto pair = [&](size_t at) {
     return linear ? std::vector<int64_t>{} : std::vector<int64_t>{geometry[at], geometry[at + 1]};
   };
   const int64_t* rest = geometry.data() + (linear ? 1 : 9);
-  const int64_t channels = linear ? x.size(x.dim() - 1) : x.size(1);
-  const Geometry g = make_geometry(op, channels, pair(1), pair(3), pair(5), pair(7), rest[0]);
-  const cuda::LayerShape shape = make_shape(op, g, geometry[0], rest[1], rest[2], rest[3], rest[4], rest[5]);
-  CORA_CHECK(op, x_bits == 0 || (x_bits >= kMinBits && x_bits <= kMaxBits), "x_bits must be 0 or 2..8, got ", x_bits);
-  const bool integer = x_bits > 0 || x.scalar_type() == ScalarType::Byte;
-  RunArgs args{};
-  args.op = op;
-  args.quantizer.x_bits = static_cast<int32_t>(x.scalar_type() == ScalarType::Byte ? 8 : x_bits);
-  args.quantizer.halo = static_cast<int32_t>(x_halo);
-  if (integer) {
-    args.quantizer.parameters = x_scale ? cuda::kOnHost : cuda::kDynamic;
-    args.quantizer.host_scale = x_scale ? static_cast<float>(*x_scale) : 1.0f;
-    args.quantizer.host_zero_point = static_cast<int32_t>(x_zero_point);
-  }
-  args.add = add;
-  args.add_scale = static_cast<float>(add_scale);
-  args.add_zero = add_zero_point;
-  args.add_halo = add_halo;
-  args.low = static_cast<float>(clamp_min);
-  args.high = static_cast<float>(clamp_max);
-  args.out_scale = out_scale;
-  args.out_zero = out_zero_point;
-  args.out_halo = out_halo;
-  return run(args, shape, linear, x, layer);
+  const Window layer_window =
+      make_window(op, linear, channels_of(op, x, linear), pair(1), pair(3), pair(5), pair(7), rest[0]);
+  const RunArgs args{op,        x_bits,         x_scale,  x_zero_point, x_halo,    add,       add_scale,
+                     add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
+  const Window window = check_run(x, layer_window, geometry[0], args);
+  const cuda::LayerShape shape = make_shape(op, window, geometry[0], rest[1], rest[2], rest[3], rest[4], rest[5]);
+  return run(args, shape, window, quantizer_of(args, x.scalar_type() == ScalarType::Byte), x, layer);
 }
 
 /// Prepared for this call only; the quantizer's tensors stay on the device.
-Tensor run_once(const char* op, const Geometry& g, const Tensor& x, const Operands& o, int64_t bits,
-                const OptTensor& x_scale, const OptTensor& x_zero_point, int64_t x_bits) {
-  const cuda::LayerShape shape = check_operands(op, "weight", o, bits, g);
-  CORA_CHECK(op, is_float_dtype(x.scalar_type()), "x must have dtype float32, float16 or bfloat16, got ",
-             dtype_text(x.scalar_type()));
-  check_same_device(op, "weight", o.codes, x);
-  CORA_CHECK(op, x_bits == 0 || (x_bits >= kMinBits && x_bits <= kMaxBits), "x_bits must be 0 or 2..8, got ", x_bits);
-  CORA_CHECK(op, x_scale.has_value() == x_zero_point.has_value(), "x_scale and x_zero_point must be given together");
+Tensor run_once(const LayerArgs& layer, const Window& layer_window, const Tensor& x, const OptTensor& x_scale,
+                const OptTensor& x_zero_point, int64_t x_bits) {
+  const char* op = layer.op;
+  check_operands("weight", layer, layer_window);
+  check_input(op, x, x_scale, x_zero_point, x_bits);
+  check_same_device(op, "weight", layer.weight, x);
   RunArgs args{};
   args.op = op;
-  args.quantizer.x_bits = static_cast<int32_t>(x_bits);
-  args.quantizer.parameters = x_bits > 0 ? cuda::kDynamic : cuda::kNoParameters;
+  args.x_bits = x_bits;
+  const Window window = check_run(x, layer_window, layer.weight.size(0), args);
+  cuda::Input in = quantizer_of(args, false);
   if (x_scale.has_value()) {
-    CORA_CHECK(op, x_bits > 0, "x_scale must be None when x_bits is 0");
-    check_dtype(op, "x_scale", *x_scale, ScalarType::Float);
-    check_dtype(op, "x_zero_point", *x_zero_point, ScalarType::Int);
-    CORA_CHECK(op, x_scale->numel() == 1, "x_scale must have 1 element, got shape ", shape_text(*x_scale));
-    CORA_CHECK(op, x_zero_point->numel() == 1, "x_zero_point must have 1 element, got shape ",
-               shape_text(*x_zero_point));
-    check_same_device(op, "x_scale", *x_scale, x);
-    check_same_device(op, "x_zero_point", *x_zero_point, x);
-    args.quantizer.parameters = cuda::kOnDevice;
-    args.quantizer.scale = data<float>(*x_scale);
-    args.quantizer.zero_point = data<int32_t>(*x_zero_point);
+    in.parameters = cuda::kOnDevice;
+    in.scale = data<float>(*x_scale);
+    in.zero_point = data<int32_t>(*x_zero_point);
   }
-  return run(args, shape, g.linear, x, prepare(op, o, shape));
+  const cuda::LayerShape shape = shape_of(layer, window);
+  return run(args, shape, window, in, x, prepare(layer, shape));
 }
 
 Tensor linear_lowrank_cuda(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int64_t bits, OptTensor a,
                            OptTensor b, OptTensor adapter_scale, OptTensor bias, OptTensor x_scale,
                            OptTensor x_zero_point, int64_t x_bits) {
   const char* op = "linear_lowrank";
-  CORA_CHECK(op, x.dim() >= 1, "x must have at least 1 dimension, got shape []");
-  const Geometry g = make_geometry(op, x.size(x.dim() - 1), {}, {}, {}, {}, 1);
-  return run_once(op, g, x, {weight, scale, zero_point, a, b, adapter_scale, bias}, bits, x_scale, x_zero_point, x_bits);
+  const Window window = make_window(op, true, channels_of(op, x, true), {}, {}, {}, {}, 1);
+  return run_once({op, weight, scale, zero_point, bits, a, b, adapter_scale, bias}, window, x, x_scale, x_zero_point,
+                  x_bits);
 }
 
 Tensor conv2d_lowrank_cuda(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int64_t bits,
@@ -383,10 +262,10 @@ Tensor conv2d_lowrank_cuda(Tensor x, Tensor weight, Tensor scale, Tensor zero_po
                            OptTensor adapter_scale, OptTensor bias, OptTensor x_scale, OptTensor x_zero_point,
                            int64_t x_bits) {
   const char* op = "conv2d_lowrank";
-  CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
-  check_pair(op, "kernel_size", kernel_size, 1);
-  const Geometry g = make_geometry(op, x.size(1), kernel_size, stride, padding, dilation, groups);
-  return run_once(op, g, x, {weight, scale, zero_point, a, b, adapter_scale, bias}, bits, x_scale, x_zero_point, x_bits);
+  const Window window =
+      make_window(op, false, channels_of(op, x, false), kernel_size, stride, padding, dilation, groups);
+  return run_once({op, weight, scale, zero_point, bits, a, b, adapter_scale, bias}, window, x, x_scale, x_zero_point,
+                  x_bits);
 }
 
 }  // namespace

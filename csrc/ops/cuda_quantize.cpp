@@ -12,8 +12,7 @@ namespace {
 cuda::QuantizeShape check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point,
                                         int64_t bits) {
   check_bits(op, bits);
-  CORA_CHECK(op, is_float_dtype(x.scalar_type()), "x must have dtype float32, float16 or bfloat16, got ",
-             dtype_text(x.scalar_type()));
+  check_float(op, "x", x);
   check_same_device(op, "scale", scale, x);
   const int64_t rows = x.dim() >= 2 ? x.size(0) : 1;
   int64_t cols = x.dim() >= 2 ? 1 : x.numel();
@@ -82,20 +81,10 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_cuda(Tensor grad, Tensor x, Te
 
 // --- Codes of activations -------------------------------------------------------------------------------------------
 
-void check_activation(const char* op, const char* name, const Tensor& t, double scale, int64_t zero_point, int64_t top,
-                      int64_t halo) {
-  CORA_CHECK(op, std::isfinite(static_cast<float>(scale)) && static_cast<float>(scale) > 0,
-             "scale must be finite and > 0, got ", scale);
-  CORA_CHECK(op, zero_point >= 0 && zero_point <= top, "zero_point must be 0..", top, ", got ", zero_point);
-  CORA_CHECK(op, halo >= 0, "halo must be >= 0, got ", halo);
-  CORA_CHECK(op, halo == 0 || t.dim() == 4, name, " must have 4 dimensions for a halo, got shape ", shape_text(t));
-}
-
 Tensor quantize_activation_cuda(Tensor x, double scale, int64_t zero_point, int64_t bits, int64_t halo) {
   const char* op = "quantize_activation";
   check_bits(op, bits);
-  CORA_CHECK(op, is_float_dtype(x.scalar_type()), "x must have dtype float32, float16 or bfloat16, got ",
-             dtype_text(x.scalar_type()));
+  check_float(op, "x", x);
   const int top = max_code(static_cast<int>(bits));
   check_activation(op, "x", x, scale, zero_point, top, halo);
   const CudaCall call(op, x);

@@ -52,9 +52,7 @@ struct Runs {
 
 Runs check_fake_quantize(const char* op, const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t bits) {
   check_bits(op, bits);
-  const ScalarType dtype = x.scalar_type();
-  CORA_CHECK(op, dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-             "x must have dtype float32, float16 or bfloat16, got ", dtype_text(dtype));
+  check_float(op, "x", x);
   check_same_device(op, "scale", scale, x);
   const int64_t rows = x.dim() >= 2 ? x.size(0) : 1;
   int64_t cols = x.dim() >= 2 ? 1 : x.numel();

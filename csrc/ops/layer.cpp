@@ -1,7 +1,5 @@
-// Checks of a packed layer's operands, and the order of the steps when one is run.
+// The order of the steps when a packed layer is run.
 #include "ops/layer.h"
-
-#include <cmath>
 
 namespace cora {
 
@@ -14,70 +12,19 @@ Tensor channels_last(const Tensor& x) {
   return is_channels_last(x) ? x : torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
-Window window_of(const Tensor& x, const LayerHeader& h, const RunArgs& args) {
-  const char* op = args.op;
+/// The layer's geometry, its batch and size left open.
+Window window_of(const LayerHeader& h) {
   Window w{};
-  if (h.linear) {
-    CORA_CHECK(op, x.dim() >= 1 && x.size(x.dim() - 1) == h.channels, "x must have ", h.channels,
-               " elements along its last dimension, got shape ", shape_text(x));
-    w.batch = x.numel() / h.channels;
-    w.channels = h.channels;
-    w.size[0] = w.size[1] = 1;
-    return w;
-  }
-  CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
-  CORA_CHECK(op, x.size(1) == h.channels, "x must have ", h.channels, " channels, got shape ", shape_text(x));
-  w.batch = x.size(0);
+  w.linear = h.linear;
   w.channels = h.channels;
   w.groups = h.groups;
   for (int d = 0; d < 2; ++d) {
-    w.size[d] = x.size(2 + d) - 2 * args.x_halo;
     w.kernel[d] = h.kernel[d];
     w.stride[d] = h.stride[d];
     w.padding[d] = h.padding[d];
     w.dilation[d] = h.dilation[d];
-    CORA_CHECK(op, w.size[d] >= 0, "x_halo must be at most half of x's height and width, got ", args.x_halo);
-    CORA_CHECK(op, w.padded(d) >= w.reach(d), "x's padded height and width must be at least ", w.reach(d),
-               " along dimension ", 2 + d, ", got ", w.padded(d));
   }
   return w;
-}
-
-void check_code(const char* op, const char* name, int64_t code, int64_t top) {
-  CORA_CHECK(op, code >= 0 && code <= top, name, " must be 0..", top, ", got ", code);
-}
-void check_scale(const char* op, const char* name, double scale) {
-  const float value = static_cast<float>(scale);
-  CORA_CHECK(op, std::isfinite(value) && value > 0, name, " must be finite and > 0, got ", scale);
-}
-
-void check_run(const Tensor& x, const LayerHeader& h, const RunArgs& v) {
-  const char* op = v.op;
-  const bool codes = x.scalar_type() == ScalarType::Byte;
-  CORA_CHECK(op, codes || is_float(x.scalar_type()), "x must have dtype float32, float16, bfloat16 or uint8, got ",
-             dtype_text(x.scalar_type()));
-  CORA_CHECK(op, v.x_bits == 0 || (v.x_bits >= kMinBits && v.x_bits <= kMaxBits), "x_bits must be 0 or 2..8, got ",
-             v.x_bits);
-  CORA_CHECK(op, !codes || (v.x_bits > 0 && v.x_scale.has_value()), "x_scale and x_bits must be given with codes");
-  CORA_CHECK(op, codes || v.x_halo == 0, "x_halo must be 0 unless x holds codes, got ", v.x_halo);
-  CORA_CHECK(op, v.x_halo >= 0 && v.out_halo >= 0 && v.add_halo >= 0, "halos must be >= 0");
-  if (v.x_scale.has_value()) {
-    CORA_CHECK(op, v.x_bits > 0, "x_scale must be None when x_bits is 0");
-    check_scale(op, "x_scale", *v.x_scale);
-    check_code(op, "x_zero_point", v.x_zero_point, max_code(static_cast<int>(v.x_bits)));
-  }
-  // 255 * 128 * 2^16 is the last product sum that fits the int32 accumulators.
-  CORA_CHECK(op, v.x_bits == 0 || h.taps * h.run <= 65536, "k must be <= 65536 with quantised input, got ",
-             h.taps * h.run);
-  CORA_CHECK(op, v.low <= v.high, "clamp_min must be <= clamp_max, got ", v.low, " and ", v.high);
-  CORA_CHECK(op, v.out_scale.has_value() || v.out_halo == 0, "out_halo must be 0 for a float output, got ",
-             v.out_halo);
-  if (v.out_scale.has_value()) {
-    check_scale(op, "out_scale", *v.out_scale);
-    check_code(op, "out_zero_point", v.out_zero_point, 255);
-  }
-  if (h.linear)
-    CORA_CHECK(op, v.x_halo == 0 && v.out_halo == 0 && v.add_halo == 0, "halos must be 0 for a linear layer");
 }
 
 /// The border of a batch of images of `line` bytes a row.
@@ -143,47 +90,14 @@ bool run_planes(const Tensor& x, ScalarType dtype, const Layer& layer, const Win
 
 }  // namespace
 
-void check_layer(const LayerArgs& v, int64_t n, int64_t k, int64_t groups) {
-  const char* op = v.op;
-  CORA_CHECK(op, v.a.has_value() == v.b.has_value(), "a and b must be given together");
-  if (v.a.has_value()) {
-    const ScalarType type = v.a->scalar_type();
-    CORA_CHECK(op, type == ScalarType::Char || is_float(type),
-               "a must have dtype int8, float16, bfloat16 or float32, got ", dtype_text(type));
-    check_dtype(op, "b", *v.b, type);
-    CORA_CHECK(op, v.b->dim() == 2, "b must have 2 dimensions, got shape ", shape_text(*v.b));
-    const int64_t rank = v.b->size(1);
-    check_shape(op, "b", *v.b, {n, rank});
-    check_shape(op, "a", *v.a, {groups * rank, k});
-    if (type == ScalarType::Char) {
-      CORA_CHECK(op, v.adapter_scale.has_value(), "adapter_scale must be given with an int8 adapter");
-      check_dtype(op, "adapter_scale", *v.adapter_scale, ScalarType::Float);
-      check_shape(op, "adapter_scale", *v.adapter_scale, {groups * rank});
-    } else {
-      CORA_CHECK(op, !v.adapter_scale.has_value(), "adapter_scale must be None with a float adapter");
-    }
-  } else {
-    CORA_CHECK(op, !v.adapter_scale.has_value(), "adapter_scale must be None without an adapter");
-  }
-  if (v.bias.has_value()) {
-    check_dtype(op, "bias", *v.bias, ScalarType::Float);
-    check_shape(op, "bias", *v.bias, {n});
-  }
-}
-
 Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   const LayerHeader& h = *layer.h;
-  check_run(x, h, args);
-  const Window w = window_of(x, h, args);
+  const Window w = check_run(x, window_of(h), h.n, args);
   const bool x_codes = x.scalar_type() == ScalarType::Byte, codes = args.out_scale.has_value();
   const int64_t n = h.n, halo = args.out_halo;
   const bool x_nhwc = h.linear || x_codes || (!x.is_contiguous() && is_channels_last(x));
   const bool y_nhwc = h.linear || codes || x_nhwc || w.pixels() == 1;
-  std::vector<int64_t> shape{w.batch, n, w.out(0) + 2 * halo, w.out(1) + 2 * halo};
-  if (h.linear) {
-    shape = sizes_of(x);
-    shape.back() = n;
-  }
+  const std::vector<int64_t> shape = output_shape(x, w, n, halo);
   const bool strided = !h.linear && (codes || x_nhwc);
   Tensor y = torch::stable::empty({shape.data(), shape.size()}, codes ? ScalarType::Byte : ScalarType::Float,
                                   std::nullopt, std::nullopt, std::nullopt,
@@ -192,14 +106,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   const ScalarType dtype = x_codes ? ScalarType::Float : x.scalar_type();
   OptTensor add;
   if (args.add.has_value()) {
-    const ScalarType type = args.add->scalar_type();
-    CORA_CHECK(args.op, type == ScalarType::Byte || is_float(type),
-               "add must have dtype float32, float16, bfloat16 or uint8, got ", dtype_text(type));
-    std::vector<int64_t> wanted = shape;
-    if (!h.linear)
-      for (int d = 0; d < 2; ++d) wanted[2 + d] = w.out(d) + 2 * args.add_halo;
-    check_shape(args.op, "add", *args.add, wanted);
-    add = type == ScalarType::Byte ? *args.add : to_dtype(*args.add, ScalarType::Float);
+    add = args.add->scalar_type() == ScalarType::Byte ? *args.add : to_dtype(*args.add, ScalarType::Float);
     add = h.linear ? as_contiguous(*add) : channels_last(*add);
   }
   if (w.rows() == 0 || n == 0) return codes ? y : to_dtype(y, dtype);

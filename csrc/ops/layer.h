@@ -2,7 +2,7 @@
 // 1x1 image by a 1x1 kernel, so there is one driver.
 //
 //   prepare_layer.cpp  the packed layout -> a prepared layer
-//   layer.cpp          checks, the order of the steps, the output
+//   layer.cpp          the order of the steps, the output
 //   layer_input.cpp    x -> padded, channels last, and codes where the input is quantised
 //   layer_tiles.cpp    tiles of output positions by panels of output channels
 //   layer_gemv.cpp     a linear layer of a few rows
@@ -13,31 +13,7 @@
 
 namespace cora {
 
-/// A packed layer's operands, as in cora/ops.py.
-struct LayerArgs {
-  const char* op;
-  Tensor weight, scale, zero_point;
-  int64_t bits;
-  OptTensor a, b, adapter_scale, bias;
-  bool linear;
-};
-void check_layer(const LayerArgs& args, int64_t n, int64_t k, int64_t groups);
 Tensor prepare_layer(const LayerArgs& args, const Window& window);
-
-/// How a layer is run: its input's quantizer and the epilogue.
-struct RunArgs {
-  const char* op;
-  int64_t x_bits = 0;  // 0: float
-  std::optional<double> x_scale;
-  int64_t x_zero_point = 0;
-  int64_t x_halo = 0;
-  OptTensor add;
-  double add_scale = 1;
-  int64_t add_zero_point = 0, add_halo = 0;
-  double low = 0, high = 0;  // clamp
-  std::optional<double> out_scale;
-  int64_t out_zero_point = 0, out_halo = 0;
-};
 Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args);
 
 // --- Between the steps ------------------------------------------------------------------------

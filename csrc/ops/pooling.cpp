@@ -3,7 +3,6 @@
 #include "check.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace cora {
 
@@ -20,7 +19,7 @@ struct Codes {
   Codes(const char* op, const Tensor& x, int64_t zero_point, int64_t halo) {
     check_dtype(op, "x", x, ScalarType::Byte);
     CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
-    CORA_CHECK(op, zero_point >= 0 && zero_point <= 255, "zero_point must be 0..255, got ", zero_point);
+    check_code(op, "zero_point", zero_point, 255);
     CORA_CHECK(op, halo >= 0, "halo must be >= 0, got ", halo);
     height = x.size(2) - 2 * halo;
     width = x.size(3) - 2 * halo;
@@ -34,11 +33,6 @@ struct Codes {
     first = data<uint8_t>(held) + halo * (line + channels);
   }
 };
-
-void check_pair(const char* op, const char* name, const std::vector<int64_t>& v, int64_t least) {
-  CORA_CHECK(op, v.size() == 2, name, " must have 2 elements, got ", v.size());
-  CORA_CHECK(op, v[0] >= least && v[1] >= least, name, " must be >= ", least, ", got [", v[0], ", ", v[1], "]");
-}
 
 /// Windows along one dimension, counted as torch does: in ceil mode the last may hang over the end.
 int64_t windows(int64_t size, int64_t reach, int64_t stride, int64_t padding, bool ceil_mode) {
@@ -75,10 +69,7 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
                             bool ceil_mode, int64_t out_halo) {
   const char* op = "max_pool2d_codes";
   const Codes in(op, x, zero_point, x_halo);
-  check_pair(op, "kernel_size", kernel_size, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
+  check_window(op, kernel_size, stride, padding, dilation);
   CORA_CHECK(op, out_halo >= 0, "out_halo must be >= 0, got ", out_halo);
   const int64_t size[2] = {in.height, in.width};
   int64_t count[2];
@@ -123,8 +114,7 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
 Tensor mean_codes_cpu(Tensor x, double scale, int64_t zero_point, int64_t x_halo) {
   const char* op = "mean_codes";
   const Codes in(op, x, zero_point, x_halo);
-  CORA_CHECK(op, std::isfinite(static_cast<float>(scale)) && static_cast<float>(scale) > 0,
-             "scale must be finite and > 0, got ", scale);
+  check_scale(op, "scale", scale);
   Tensor y = empty({in.batch, in.channels}, ScalarType::Float);
   float* to = mutable_data<float>(y);
   const int64_t pixels = in.height * in.width, zero = zero_point * pixels;

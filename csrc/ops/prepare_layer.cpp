@@ -219,7 +219,7 @@ Tensor prepare_layer(const LayerArgs& args, const Window& window) {
 
   LayerHeader h{};
   h.magic = kMagic;
-  h.linear = args.linear;
+  h.linear = window.linear;
   h.n = packed.size(0);
   h.channels = window.channels;
   h.groups = window.groups;

@@ -17,22 +17,6 @@
 
 namespace cora {
 
-/// Geometry; [0] is vertical, [1] horizontal.
-struct Window {
-  int64_t batch, channels, size[2];
-  int64_t kernel[2] = {1, 1}, stride[2] = {1, 1}, padding[2] = {0, 0}, dilation[2] = {1, 1};
-  int64_t groups = 1;
-
-  int64_t reach(int d) const { return dilation[d] * (kernel[d] - 1) + 1; }
-  int64_t padded(int d) const { return size[d] + 2 * padding[d]; }
-  int64_t out(int d) const { return (padded(d) - reach(d)) / stride[d] + 1; }
-  int64_t taps() const { return kernel[0] * kernel[1]; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t k() const { return group_channels() * taps(); }
-  int64_t pixels() const { return out(0) * out(1); }
-  int64_t rows() const { return batch * pixels(); }  // M: output positions
-};
-
 /// The order in which a layer's K is walked.
 enum class Walk : int32_t {
   kTaps,     // tap by tap, a group's channels contiguous
