@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Calibration
 from .lowrank import LayerShape, fold, quantize_adapter, rank_bits, truncate
 
 __all__ = ["ALLOCATORS", "Budget", "LayerFit", "allocate"]
@@ -184,11 +183,15 @@ ALLOCATORS: dict[str, Callable[..., dict[str, int]]] = {
 
 
 def allocate(
-    method: str, fits: Mapping[str, LayerFit], budget: Budget, calibration: Calibration
+    method: str,
+    fits: Mapping[str, LayerFit],
+    budget: Budget,
+    sensitivity: Callable[[], Mapping[str, float]],
 ) -> dict[str, int]:
     """Ranks by a closed form: layer -> rank, within the budget.
 
     Args:
         method: a name in `ALLOCATORS`.
+        sensitivity: gives `curvature.sensitivity`, where the method asks for it.
     """
-    return ALLOCATORS[method](fits, budget, calibration.sensitivity)
+    return ALLOCATORS[method](fits, budget, sensitivity)

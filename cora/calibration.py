@@ -1,4 +1,4 @@
-"""What the calibration data tell: input second moments, activation ranges, output sensitivities."""
+"""What the calibration data tell of a float model: its outputs, second moments of layers' inputs, activations."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .activation_ranges import ActivationRange, activation_qparams
 from .batches import (
     Batch,
     divergence,
     float_tensors,
-    gradients,
     in_parts,
     output_logits,
     required_inputs,
@@ -36,18 +35,12 @@ from .moments import (
 from .restructure import hides_layers, restructure
 
 __all__ = [
-    "ActivationRange",
     "Calibration",
-    "activation_qparams",
     "quantizable_layers",
 ]
 
-ActivationRange = Literal["minmax", "percentile", "mse"]
-
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _RANGE_SAMPLES = 65536  # values of a layer's input kept to choose its range from
-_PERCENTILE = 0.9999
-_WORK = 1e12  # multiply-adds that the curvature's forward passes may take
 _MOMENT_WORK = 2.5e10  # multiply-adds of a layer's second moment beyond the fewest positions
 
 
@@ -151,7 +144,6 @@ class Calibration:
         self._moments: dict[str, Tensor] = {}
         self._ridges: dict[str, Tensor] = {}  # within the moments' diagonals
         self._seen: dict[str, float] | None = None
-        self._sensitivity: dict[str, float] | None = None
         self._activations: dict[tuple[str, str], tuple[Tensor, float, float]] | None = None
 
     def _take(self, batches: Iterable[Any], samples: int) -> list[Batch]:
@@ -398,74 +390,6 @@ class Calibration:
         affordable = int(_MOMENT_WORK / (shape.groups * shape.columns**2))
         return max(least, 4 * shape.columns, min(4 * least, affordable))
 
-    @torch.enable_grad()
-    def curvature(
-        self, errors: Mapping[str, Sequence[Tensor]], samples: int = 256
-    ) -> dict[str, list[float]]:
-        """Predicted divergence from the float model if one layer's weight were off by an error.
-
-        To second order it is 1/2 E[<g, dW>^2] over samples, g the gradient of a random projection of the
-        output whose covariance is the divergence's Hessian: sqrt(p) eps - p (sqrt(p) eps) for
-        probabilities p and normal eps. Nothing is assumed of how errors at different positions relate.
-
-        Args:
-            errors: layer -> errors of its weight, each in the weight's shape.
-            samples: backward passes, of one sample each; fewer of a large model.
-        """
-        samples = self.affordable(samples, _WORK, 16)
-        names = list(errors)
-        weights = [self.layers[name].weight for name in names]
-        stacks = [torch.stack([e.flatten() for e in errors[name]]).float() for name in names]
-        total = [torch.zeros(len(stack), dtype=torch.float64) for stack in stacks]
-        generator = torch.Generator().manual_seed(self.seed)
-        index = [(i, j) for i, batch in enumerate(self.batches) for j in range(len(batch))]
-        drawn = torch.randperm(len(index), generator=generator)[:samples].tolist()
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            for k in self.bar(drawn, "curvature"):
-                batch, sample = index[k]
-                output = self.run(self.batches[batch][sample : sample + 1])
-                projected = self._projection(output, self.teacher()[batch], generator)
-                found = gradients(projected, weights)
-                if found is None:  # all layers count alike
-                    break
-                for n, gradient in enumerate(found):
-                    if gradient is not None:
-                        along = (stacks[n] @ gradient.flatten().float()).double().cpu()
-                        total[n] += along.square()
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        return {n: (t / (2 * len(drawn))).tolist() for n, t in zip(names, total, strict=True)}
-
-    def _projection(self, output: Any, teacher: Any, generator: torch.Generator) -> Tensor:
-        """A random number whose gradient's covariance is the Hessian of a sample's divergence.
-
-        Args:
-            output: of the sample.
-            teacher: output of the batch it is from, whose energy a regression's error is relative to.
-        """
-
-        def noise(like: Tensor) -> Tensor:
-            return torch.randn(like.shape, generator=generator).to(like.device)
-
-        logits = self.logits(output)
-        if logits is not None:
-            flat = logits.float().reshape(-1, logits.shape[-1])
-            p = flat.detach().softmax(-1)
-            drawn = p.sqrt() * noise(p)
-            drawn = drawn - p * drawn.sum(-1, keepdim=True)  # covariance diag(p) - p p^T
-            finite = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
-            return (finite * drawn).sum() / len(flat) ** 0.5
-        parts = []
-        for tensor, whole in zip(float_tensors(output), float_tensors(teacher), strict=True):
-            energy = whole.float().square().mean().clamp(min=1e-12)
-            parts.append(
-                (tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt()
-            )
-        return torch.stack(parts).sum() / len(parts) ** 0.5
-
     def _collect_moments(self, names: list[str]) -> None:
         self._moments = {}
         sums: dict[str, Tensor] = {}
@@ -498,60 +422,6 @@ class Calibration:
                 eye = torch.eye(shape.columns)
                 self._moments[name] = eye.repeat(shape.groups, 1, 1)
                 self._ridges[name] = torch.ones(shape.groups)
-
-    @torch.enable_grad()
-    def sensitivity(self) -> dict[str, float]:
-        """Mean squared gradient of the loss with respect to each layer's outputs.
-
-        No labels: of classes they are drawn from the float model itself (so that this is its Fisher
-        information), of a regression the output is projected on random signs.
-        """
-        if self._sensitivity is not None:
-            return self._sensitivity
-        total = dict.fromkeys(self.layers, 0.0)
-        count = 0
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def see(name: str, _x: Tensor, output: Tensor) -> None:
-            def add(gradient: Tensor) -> None:
-                total[name] += float(gradient.double().square().sum()) / output[0].numel()
-
-            if output.requires_grad:
-                output.register_hook(add)
-
-        weights = [layer.weight for layer in self.layers.values()]
-        for weight in weights:
-            weight.requires_grad_(True)
-        try:
-            with self.watch(self.layers, see):
-                for part in self.bar(self.first(256), "sensitivity"):
-                    loss = self._sampled_loss(self.run(part), generator)
-                    torch.autograd.grad(loss, weights, allow_unused=True)
-                    count += len(part)
-        finally:
-            for weight in weights:
-                weight.requires_grad_(False)
-        self._sensitivity = {name: value / count for name, value in total.items()}
-        return self._sensitivity
-
-    def _sampled_loss(self, output: Any, generator: torch.Generator) -> Tensor:
-        logits = self.logits(output)
-        if logits is not None:
-            flat = logits.float().reshape(-1, logits.shape[-1])
-            drawn = torch.multinomial(flat.detach().softmax(-1).cpu(), 1, generator=generator)
-            # Frames of a sample share its weight, as they do in the divergence.
-            frames = flat.shape[0] / max(logits.shape[0], 1)
-            labels = drawn[:, 0].to(flat.device)
-            return F.cross_entropy(flat, labels, reduction="sum") / max(frames, 1.0) ** 0.5
-        tensors = float_tensors(output)
-        if not tensors:
-            raise TypeError(f"model: output must hold float tensors, got {type(output).__name__}")
-        losses = []
-        for tensor in tensors:
-            signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
-            energy = tensor.detach().square().mean().clamp(min=1e-12)
-            losses.append((tensor * signs).sum() / (energy * tensor[0].numel()).sqrt())
-        return torch.stack(losses).sum()
 
     def activation_qparams(
         self,
@@ -597,36 +467,3 @@ class Calibration:
             for name in self.layers
             for side in ("input", "output")
         }
-
-
-def activation_qparams(
-    sample: Tensor, low: float, high: float, bits: int, method: ActivationRange
-) -> tuple[Tensor, Tensor]:
-    """Scale and zero-point of an activation quantizer; its range always holds 0, the padding value.
-
-    Args:
-        sample: float32 [n], values of the activation.
-        low, high: its extremes.
-    """
-    if method not in ActivationRange.__args__:  # type: ignore[attr-defined]
-        expected = ", ".join(ActivationRange.__args__)  # type: ignore[attr-defined]
-        raise ValueError(f"activation_range must be one of {expected}, got {method!r}")
-    levels = 2**bits - 1
-    if method == "percentile":
-        ends = torch.tensor([1 - _PERCENTILE, _PERCENTILE], device=sample.device)
-        low, high = (float(v) for v in torch.quantile(sample, ends))
-    low, high = min(low, 0.0), max(high, 0.0)
-
-    def quantizer(share: float) -> tuple[Tensor, Tensor]:
-        scale = torch.tensor([max(share * (high - low) / levels, 0.0)], dtype=torch.float32)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero = torch.round(-share * low / scale).clamp(0, levels).to(torch.int32)
-        return scale.to(sample.device), zero.to(sample.device)
-
-    def error(share: float) -> float:
-        scale, zero = quantizer(share)
-        codes = (torch.round(sample / scale) + zero).clamp(0, levels)
-        return float(((codes - zero) * scale - sample).square().sum())
-
-    shares = [1.0 - 0.02 * i for i in range(46)] if method == "mse" else [1.0]
-    return quantizer(min(shares, key=error))

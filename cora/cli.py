@@ -20,7 +20,7 @@ from typing import Any, NoReturn, get_args
 
 import cora
 from cora import commands
-from cora.calibration import ActivationRange
+from cora.activation_ranges import ActivationRange
 from cora.convert import DEFAULT_TARGET_BITS, Activation, FirstLast
 from cora.evaluation import Loss
 from cora.fitting import Fit

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from .activation_ranges import ActivationRange
 from .allocation import check_rank_budget
 from .biases import correct_biases
-from .calibration import ActivationRange, Calibration
+from .calibration import Calibration
 from .choose import Chooser
 from .embedding import QuantEmbedding, pack_embeddings
 from .evaluation import activation_simulator

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
+from .curvature import curvature
 from .lowrank import (
     FloatLayer,
     LayerShape,
@@ -304,7 +305,7 @@ def diagnose(
         residuals[name] = [residual]
         quantized: FloatLayer = candidate.get_submodule(name)
         quantized.weight.data.sub_(residual.to(quantized.weight.dtype))
-    losses = calibration.curvature(residuals)
+    losses = curvature(calibration, residuals)
     if any(loss for (loss,) in losses.values()):  # else the model has no gradients
         measured = [_scaled(layer, losses[layer.name][0]) for layer in measured]
     total = sum(layer.predicted_loss for layer in measured)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
+from .curvature import curvature
 from .evaluation import Evaluator, is_better
 from .lowrank import (
     FloatLayer,
@@ -130,9 +131,9 @@ class Ladders:
         names = list(specs)
         for name in tqdm(names, desc="ways to store", leave=False, disable=not progress):
             energies[name], probes[name], probed[name] = self._measure(name, specs[name])
-        curvature = calibration.curvature(probes)
+        predicted = curvature(calibration, probes)
         # A layer whose gradient never reached the output still costs something.
-        factors_ = {n: sum(curvature[n]) / max(probed[n], 1e-30) for n in names}
+        factors_ = {n: sum(predicted[n]) / max(probed[n], 1e-30) for n in names}
         least = min((f for f in factors_.values() if f > 0), default=1.0)
         self._measured: dict[str, list[Choice]] = {}
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .allocation import ALLOCATORS, Budget, LayerFit, allocate
 from .calibration import Calibration
+from .curvature import sensitivity
 from .evaluation import Evaluator, Loss, is_better
 
 __all__ = [
@@ -185,12 +187,13 @@ def search_ranks(
         simulate: context manager that makes the model quantize its activations.
         equivalent_bits: adapter bits -> stored bits a weight, for the progress bar.
     """
+    weights = partial(sensitivity, calibration)
     if config.method != "gate" or not budget.bits or budget.used(budget.full) <= budget.bits:
         method = config.method if config.method != "gate" else "uniform"
-        return SearchResult(allocate(method, fits, budget, calibration), method)
+        return SearchResult(allocate(method, fits, budget, weights), method)
     result = SearchResult({}, "gate")
     evaluator = _Ranks(calibration, fits, config, simulate, adapter_bits)
-    predicted = _predictor(fits, calibration.sensitivity())
+    predicted = _predictor(fits, weights())
     best: Tensor | None = None
     scale = 1.0  # of predictions, so that the first one is what was measured
     bar = tqdm(total=config.iterations, desc="rank search", disable=not progress, leave=False)
@@ -225,27 +228,27 @@ def search_ranks(
 
     try:
         for closed in ALLOCATORS:
-            consider(closed, allocate(closed, fits, budget, calibration))
+            consider(closed, allocate(closed, fits, budget, weights))
         steps = config.iterations * 2 // 3
         _descend(evaluator, budget, config, steps, consider, result, bar)
         _exchange(evaluator, budget, config.iterations - steps, consider, result, bar)
     except KeyboardInterrupt:
         result.interrupted = True
         if not result.ranks:
-            result.ranks = allocate("uniform", fits, budget, calibration)
+            result.ranks = allocate("uniform", fits, budget, weights)
     finally:
         bar.close()
     return result
 
 
 def _predictor(
-    fits: Mapping[str, LayerFit], sensitivity: Mapping[str, float]
+    fits: Mapping[str, LayerFit], weight: Mapping[str, float]
 ) -> Callable[[Mapping[str, int]], float]:
     """Loss of the network with adapters of some ranks, up to a factor: what they leave of the residuals, times
     the loss' sensitivity to it."""
     left = {}
     for name, fit in fits.items():
-        energies = fit.energies().double() * sensitivity[name]
+        energies = fit.energies().double() * weight[name]
         left[name] = energies.flip(0).cumsum(0).flip(0).tolist() + [0.0]
     return lambda ranks: sum(left[name][rank] for name, rank in ranks.items())
 

@@ -12,7 +12,8 @@ from models import LAYERS, make_layer
 from torch import Tensor, nn
 
 import cora
-from cora.calibration import input_rows, quantizable_layers
+from cora.calibration import quantizable_layers
+from cora.moments import input_rows
 from cora.quantizer import choose_qparams
 from cora.report import report_of
 

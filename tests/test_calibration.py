@@ -22,12 +22,13 @@ from models import (
 from torch import Tensor, nn
 
 from cora import Calibration
+from cora.activation_ranges import activation_qparams
 from cora.batches import Batch, divergence, output_logits
 from cora.calibration import (
-    activation_qparams,
     input_rows,
     quantizable_layers,
 )
+from cora.curvature import curvature, sensitivity
 from cora.lowrank import LayerShape, unfold
 from cora.moments import likeliest_ridge
 
@@ -130,7 +131,7 @@ def test_data_that_do_not_fit_the_model() -> None:
     ):
         for use in (
             Calibration.teacher,
-            Calibration.sensitivity,
+            sensitivity,
             lambda c: c.moment("head"),
             lambda c: c.activation_qparams(8),
         ):
@@ -363,7 +364,7 @@ def test_unused_layer_and_zero_input() -> None:
     calibration = Calibration(net, [torch.zeros(4, 3, 8, 8)])
     assert torch.equal(calibration.moment("unused"), torch.eye(4)[None])
     assert torch.equal(calibration.moment("stem"), torch.eye(27)[None])
-    assert calibration.sensitivity()["unused"] == 0
+    assert sensitivity(calibration)["unused"] == 0
     scale, zero = calibration.activation_qparams(8)["unused"]
     assert scale.item() == 1 and zero.item() == 0
 
@@ -372,12 +373,12 @@ def test_unused_layer_and_zero_input() -> None:
 
 
 def test_sensitivity() -> None:
-    plain = Calibration(trained_net(inplace=False), batches()).sensitivity()
+    plain = sensitivity(Calibration(trained_net(inplace=False), batches()))
     assert all(0 < value < float("inf") for value in plain.values())
-    inplace = Calibration(trained_net(inplace=True), batches()).sensitivity()
-    labelled = Calibration(trained_net(), batches(labels=True)).sensitivity()
+    inplace = sensitivity(Calibration(trained_net(inplace=True), batches()))
+    labelled = sensitivity(Calibration(trained_net(), batches(labels=True)))
     assert inplace == labelled == pytest.approx(plain, rel=1e-4)
-    assert Calibration(trained_net(), batches()).sensitivity() == inplace
+    assert sensitivity(Calibration(trained_net(), batches())) == inplace
 
 
 def test_sensitivity_is_the_fisher_information() -> None:
@@ -385,13 +386,13 @@ def test_sensitivity_is_the_fisher_information() -> None:
     layer, x = nn.Linear(6, 4).requires_grad_(False), torch.randn(256, 6)
     p = layer(x).softmax(1)
     expected = float((p - p.square()).sum(1).mean() / 4)
-    assert Calibration(layer, x).sensitivity()[""] == pytest.approx(expected, rel=0.1)
+    assert sensitivity(Calibration(layer, x))[""] == pytest.approx(expected, rel=0.1)
 
 
 def test_sensitivity_of_a_regression() -> None:
     layer, x = nn.Linear(6, 1).requires_grad_(False), torch.randn(32, 6)
     expected = 1 / float(layer(x).square().mean())
-    assert Calibration(layer, x).sensitivity()[""] == pytest.approx(expected, rel=1e-4)
+    assert sensitivity(Calibration(layer, x))[""] == pytest.approx(expected, rel=1e-4)
 
 
 # --- Activation ranges ---------------------------------------------------------------------------
@@ -481,7 +482,7 @@ def test_model_is_not_changed(training: bool) -> None:
     calibration = Calibration(net, data)
     copied = state(calibration.model)
     calibration.teacher()
-    calibration.sensitivity()
+    sensitivity(calibration)
     calibration.activation_qparams(4)
     calibration.moment("head")
     assert_same_state(before, state(net))
@@ -522,7 +523,7 @@ def test_curvature_is_the_divergence_of_small_errors(kind: str) -> None:
         name: [0.01 * torch.randn_like(layer.weight) for _ in range(4)]
         for name, layer in calibration.layers.items()
     }
-    predicted = calibration.curvature(errors, samples=1500)
+    predicted = curvature(calibration, errors, samples=1500)
     for name, layer in calibration.layers.items():
         measured = []
         for error in errors[name]:
@@ -539,11 +540,11 @@ def test_curvature_leaves_the_model_and_needs_no_gradients_on() -> None:
     calibration = Calibration(trained_net(), batches())
     errors = {n: [torch.ones_like(m.weight)] for n, m in calibration.layers.items()}
     before = state(calibration.model)
-    found = calibration.curvature(errors)
+    found = curvature(calibration, errors)
     assert_same_state(before, state(calibration.model))
     with torch.no_grad():
-        assert calibration.curvature(errors) == found
-        assert Calibration(trained_net(), batches()).sensitivity() == calibration.sensitivity()
+        assert curvature(calibration, errors) == found
+        assert sensitivity(Calibration(trained_net(), batches())) == sensitivity(calibration)
     assert all(value[0] > 0 for value in found.values())
 
 

@@ -15,11 +15,12 @@ CORA = Path(__file__).parents[1] / "cora"
 
 # A module may import those of lower layers; the right-hand ones are optional or stand beside.
 LAYERS = {
-    "cli": 15, "commands": 14, "compare": 13, "serialization": 12, "convert": 11, "roofline": 11,
-    "choose": 10, "diagnosis": 10, "fuse": 10, "joint": 9, "report": 9,
-    "tracing": 8, "fitting": 8, "search": 8, "planning": 8, "tuning": 8,
-    "allocation": 7, "biases": 7, "evaluation": 7, "drift": 7,
-    "calibration": 6, "restructure": 5, "attention": 4, "fold": 4, "batches": 3, "moments": 3,
+    "cli": 16, "commands": 15, "compare": 14, "serialization": 13, "convert": 12, "roofline": 12,
+    "choose": 11, "diagnosis": 11, "fuse": 11, "joint": 10, "report": 10,
+    "tracing": 9, "fitting": 9, "search": 9, "planning": 9, "tuning": 9,
+    "allocation": 8, "biases": 8, "evaluation": 8, "drift": 8,
+    "curvature": 7, "calibration": 6, "activation_ranges": 5, "restructure": 5,
+    "attention": 4, "fold": 4, "batches": 3, "moments": 3,
     "embedding": 3, "recurrent": 3, "modules": 3, "lowrank": 2, "rounding": 2,
     "quantizer": 1, "ops": 0, "gpu": -1, "files": 0, "tables": 0,
 }  # fmt: skip

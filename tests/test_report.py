@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import cora
 from cora import QuantSpec, Report, SearchConfig
-from cora.calibration import input_rows
 from cora.lowrank import LayerShape, rank_bits
 from cora.modules import QuantLayer
+from cora.moments import input_rows
 from cora.report import float_state_bits, float_weight_bits
 
 NAMES = ["stem", "depthwise", "pointwise", "body.0", "head"]

@@ -74,13 +74,6 @@ def budget_of(fits: Mapping[str, LayerFit], share: float, adapter_bits: int = 8)
     )
 
 
-class NoCalibration:
-    """Stands for a Calibration of which only the sensitivity is asked."""
-
-    def __init__(self, **sensitivity: float) -> None:
-        self.sensitivity = lambda: sensitivity
-
-
 def assert_fills(ranks: Mapping[str, int], budget: Budget) -> None:
     """Integers within the budget, and no layer could take one more."""
     assert all(isinstance(r, int) and 0 <= r <= budget.full[n] for n, r in ranks.items())
@@ -163,9 +156,7 @@ def test_allocators_fill_the_budget(method: str, sizes: str, share: float) -> No
         {name: rank_bits(shape, 8) for name, shape in shapes.items()},
         {name: shape.full_rank for name, shape in shapes.items()},
     )
-    ranks = allocate(
-        method, fits, budget, NoCalibration(**{n: i + 1.0 for i, n in enumerate(fits)})
-    )
+    ranks = allocate(method, fits, budget, lambda: {n: i + 1.0 for i, n in enumerate(fits)})
     assert_fills(ranks, budget)
     assert (share < 5) or ranks == budget.full
 
@@ -173,7 +164,7 @@ def test_allocators_fill_the_budget(method: str, sizes: str, share: float) -> No
 def test_uniform_is_the_largest_common_share() -> None:
     fits = fits_of(*SIZES["mixed"])
     budget = budget_of(fits, 0.1)
-    ranks = allocate("uniform", fits, budget, NoCalibration())
+    ranks = allocate("uniform", fits, budget, dict)
     shares = sorted({r / full for full in budget.full.values() for r in range(full + 1)})
     largest = max(
         s
@@ -183,7 +174,7 @@ def test_uniform_is_the_largest_common_share() -> None:
     for name, full in budget.full.items():
         assert ranks[name] >= math.floor(largest * full + 1e-9) - (largest * full % 1 < 1e-9)
     equal = fits_of(*SIZES["equal"])
-    found = allocate("uniform", equal, budget_of(equal, 0.2), NoCalibration()).values()
+    found = allocate("uniform", equal, budget_of(equal, 0.2), dict).values()
     assert max(found) - min(found) <= 1
 
 
@@ -206,7 +197,7 @@ def test_greedy_against_brute_force(method: str, share: float) -> None:
         budget = budget_of(fits, share)
         scale = weights if method == "sensitivity" else dict.fromkeys(fits, 1.0)
         gains = {n: fit.energies() * scale[n] for n, fit in fits.items()}
-        ranks = allocate(method, fits, budget, NoCalibration(**weights))
+        ranks = allocate(method, fits, budget, lambda: weights)
         found = sum(float(gains[n][:r].sum()) for n, r in ranks.items())
         best = best_of_all(gains, budget)
         # Of one price the greedy choice is the best; else it misses at most one direction's gain.
