@@ -112,6 +112,17 @@ def instructions(arch: str, name: str) -> str:
     return run(tool("cuobjdump"), *options, str(LIBRARY))
 
 
+def test_asynchronous_copies_use_registers_that_were_written() -> None:
+    """ptxas 13.0 gives a cp.async that has a cache policy uniform registers that nothing wrote,
+    [R15+UR0], desc[UR1]: it shows in the descriptor, a pair of registers, beginning at an odd one."""
+    tool("nvdisasm")
+    for arch in sorted({arch for arch, _ in resources()}):
+        options = ("--dump-sass", "--gpu-architecture", arch)
+        code = run(tool("cuobjdump"), *options, str(LIBRARY))
+        assert "LDGSTS" in code, arch
+        assert not re.findall(r"LDGSTS.*desc\[UR\d*[13579]\].*", code), arch
+
+
 def test_warpgroup_instructions_overlap() -> None:
     """Four a round, each issued while the one before runs. Where the assembler cannot prove that their
     registers are left alone, it makes every wait a wait for all (and says so: C7513)."""

@@ -381,15 +381,15 @@ struct Block {
 #pragma unroll
       for (int i = tid; i < kChunks; i += C::kThreads)
         if (i < panels * (C::kTileBytes / 16))
-          async_copy16_streaming(stage + C::kWeightAt + tile * C::kPanels * C::kTileBytes + i * 16, w + i * 16);
+          async_copy16(stage + C::kWeightAt + tile * C::kPanels * C::kTileBytes + i * 16, w + i * 16);
       if (C::kGrouped && p.grouped && tid < panels * 8) {
         const float2* const q = p.qparams + (kb / p.walk.blocks_per_segment * p.panels + first_panel) * kTileRows;
-        async_copy16(stage + C::kScaleAt + tile * C::kBlockN * 8 + tid * 16, q + tid * 2, true);
+        async_copy16(stage + C::kScaleAt + tile * C::kBlockN * 8 + tid * 16, q + tid * 2);
       }
       if (p.fused)
         for (int i = tid; i < p.rank_tiles * 64; i += C::kThreads)
           async_copy16(stage + C::kAdapterAt + (tile * p.rank_tiles * 64 + i) * 16,
-                       p.a + (kb * p.rank_tiles * 64 + i) * 16, true);
+                       p.a + (kb * p.rank_tiles * 64 + i) * 16);
     }
   }
 

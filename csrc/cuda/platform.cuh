@@ -82,13 +82,9 @@ CORA_DEVICE void async_copy16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
 }
-/// The same for weights: read once, so they should not push x out of the second-level cache.
-CORA_DEVICE void async_copy16_streaming(void* shared, const void* global) {
-  asm volatile(
-      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      " cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, policy;\n}" ::"r"(shared_address(shared)),
-      "l"(global)
-      : "memory");
+/// Without a hint that the bytes are read only once: ptxas 13.0 gives cp.async with a cache policy garbage registers.
+CORA_DEVICE void async_copy16(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 CORA_DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Until at most kLeft of this thread's groups are under way.

@@ -117,8 +117,8 @@ inline void async_copy16(void* shared, const void* global, bool valid, const cha
                          int line = __builtin_LINE()) {
   emu::async_copy(shared, global, valid, file, line);
 }
-inline void async_copy16_streaming(void* shared, const void* global, const char* file = __builtin_FILE(),
-                                   int line = __builtin_LINE()) {
+inline void async_copy16(void* shared, const void* global, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
   emu::async_copy(shared, global, true, file, line);
 }
 inline void async_commit() { emu::async_commit(); }
