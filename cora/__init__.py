@@ -9,7 +9,8 @@ from .calibration import Calibration
 from .compare import compare
 from .convert import dequantize, quantize
 from .diagnosis import Diagnosis, diagnose
-from .fuse import FusedModel, fuse
+from .fuse import fuse
+from .fused import FusedModel
 from .modules import (
     QuantConv1d,
     QuantConv2d,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
-from .fuse import FusedLayer
+from .fused import FusedLayer
 from .modules import QuantLayer
 
 __all__ = ["LayerTime", "Roof", "measure_roof", "time_layers", "wait"]

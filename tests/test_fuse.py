@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cora
 from cora.batches import divergence
-from cora.fuse import FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
+from cora.fused import FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
 from cora.modules import QuantLayer
 
 

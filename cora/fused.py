@@ -1,0 +1,153 @@
+"""What a fused graph is made of: `cora.fuse` builds it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from . import ops
+from .modules import QuantLayer
+from .tracing import Sizes, sizes_of
+
+__all__ = ["Codes", "FusedLayer", "FusedModel", "MaxPoolCodes", "MeanOfCodes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A tensor as uint8 codes: scale * (code - zero_point), and `halo` border pixels of zero_point."""
+
+    scale: float
+    zero_point: int
+    bits: int
+    halo: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit codes" + (f", halo {self.halo}" if self.halo else "")
+
+
+def _quantizer(scale: Tensor, zero_point: Tensor | None, bits: int) -> Codes:
+    return Codes(float(scale), int(zero_point if zero_point is not None else 0), bits)
+
+
+class FusedLayer(nn.Module):
+    """A packed layer with what follows it: y = clamp(layer(x) + add, low, high), as float or codes."""
+
+    def __init__(self, layer: QuantLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = ""  # the layer's in the packed model
+        self.low, self.high = -math.inf, math.inf
+        self.adds = False
+        self.range = self.own_output = None  # quantizers of its input and output, if static
+        if layer.activation_bits and layer.x_scale is not None:
+            self.range = _quantizer(layer.x_scale, layer.x_zero_point, layer.activation_bits)
+        if layer.activation_bits and layer.y_scale is not None:
+            self.own_output = _quantizer(layer.y_scale, layer.y_zero_point, layer.activation_bits)
+        self.set_codes(None, None, None)
+
+    def set_codes(self, input: Codes | None, add: Codes | None, output: Codes | None) -> None:
+        """Say which tensors are codes, and gather the constants of the call."""
+        self.input, self.add, self.output = input, add, output
+        high = self.high
+        if output is not None and output.bits < 8:  # the largest code is below 255
+            high = min(high, output.scale * (2**output.bits - 1 - output.zero_point))
+        self.before_add = (
+            self.range.scale if self.range else None,
+            self.range.zero_point if self.range else 0,
+            self.layer.activation_bits or 0,
+            input.halo if input else 0,
+        )
+        self.after_add = (
+            *((add.scale, add.zero_point, add.halo) if add else (1.0, 0, 0)),
+            self.low,
+            high,
+            *((output.scale, output.zero_point, output.halo) if output else (None, 0, 0)),
+        )
+
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        # Buffers and submodules as attributes cost half a microsecond each.
+        layer: Any = self._modules["layer"]
+        return ops.run_layer(
+            x, layer._buffers["prepared"], layer.geometry, *self.before_add, add, *self.after_add
+        )
+
+    def describe(self) -> str:
+        """What it does, in words."""
+        words = [type(self.layer).float_type.__name__]
+        if self.input is None and self.range is not None:
+            words.insert(0, "quantize")
+        if self.adds:
+            words.append("add" if self.add is None else "add codes")
+        if (self.low, self.high) != (-math.inf, math.inf):
+            words.append("relu" if self.high == math.inf else f"clamp({self.low:g}, {self.high:g})")
+        return " + ".join(words)
+
+    def extra_repr(self) -> str:
+        return f"{self.describe()} -> {self.output or 'float'}"
+
+
+class MaxPoolCodes(nn.Module):
+    """`nn.MaxPool2d` on codes."""
+
+    def __init__(self, window: dict[str, Any], codes: Codes, out_halo: int) -> None:
+        super().__init__()
+        self.window, self.codes, self.out_halo = window, codes, out_halo
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.codes
+        return ops.max_pool2d_codes(
+            x, codes.zero_point, codes.halo, **self.window, out_halo=self.out_halo
+        )
+
+
+class MeanOfCodes(nn.Module):
+    """The mean over height and width of codes, float32."""
+
+    def __init__(self, codes: Codes, keepdim: bool) -> None:
+        super().__init__()
+        self.codes, self.keepdim = codes, keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes = self.codes
+        y = ops.mean_codes(x, codes.scale, codes.zero_point, codes.halo)
+        return y[:, :, None, None] if self.keepdim else y
+
+
+class FusedModel(nn.Module):
+    """What `fuse` returns: an inference model that takes and gives what the packed model did.
+
+    `graph_module`, the torch.fx module that it runs, is what to give to `torch.export` where inputs have
+    dynamic sizes: it has the packed model's own arguments.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        rows: list[tuple[str, str, str]],
+        sizes: Sizes | None = None,
+        unfused: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.rows, self.sizes = rows, sizes
+        self.unfused = unfused  # runs inputs of other sizes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.unfused is not None and sizes_of([*args, *kwargs.values()]) != self.sizes:
+            return self.unfused(*args, **kwargs)
+        return self.graph_module(*args, **kwargs)
+
+    def summary(self) -> str:
+        """A line for each step: what it reads, what was fused into it, what it gives."""
+        widths = [max(len(row[i]) for row in self.rows) for i in range(2)]
+        lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in self.rows]
+        if self.sizes is not None:
+            sizes = ", ".join("x".join(map(str, ("batch", *size))) for size in self.sizes)
+            lines.append(f"for inputs of {sizes}; others run unfused: the model branches on sizes")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
