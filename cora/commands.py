@@ -383,8 +383,9 @@ def _layer_table(row: dict[str, Any]) -> str:
 
 
 _CUDA_FUSED = (
-    "Linear, Conv1d and Conv2d in one group, scales per tensor, channel or whole channels, integer "
-    "adapters up to rank 256; inputs float16, bfloat16 or quantized"
+    "Linear, Conv1d and Conv2d in one group, scales per tensor, channel or group of whole "
+    "channels (a multiple of 8; of 16 if inputs are quantized), integer adapters up to rank 256; "
+    "inputs float16, bfloat16 or quantized"
 )
 _CUDA_UNPACKED = (
     "float32 inputs, grouped and depthwise convolutions, scale groups that cut through channels, "
@@ -394,7 +395,7 @@ _CUDA_UNPACKED = (
 
 def info(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     isa = ops.isa()
-    library = Path(ops.__file__).with_name("libcora_cuda.so")
+    library = Path(cora.__file__).with_name("libcora_cuda.so")
     if not library.is_file():
         cuda = "no library: cora was built without nvcc"
     elif not torch.cuda.is_available():

@@ -95,7 +95,7 @@ struct Window {
   int64_t rows() const { return batch * pixels(); }  // M: output positions
 };
 
-/// A packed layer's operands, as in cora/ops.py.
+/// A packed layer's operands, as in cora/ops/packed_layers.py.
 struct LayerArgs {
   const char* op;
   Tensor weight, scale, zero_point;

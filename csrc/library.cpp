@@ -1,5 +1,5 @@
 // Table of contents: the schema of every op. Implementations register themselves in ops/*.cpp;
-// documentation, fake kernels and autograd are in cora/ops.py.
+// documentation, fake kernels and autograd are in cora/ops/.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(cora, m) {

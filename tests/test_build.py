@@ -15,7 +15,7 @@ import pytest
 import cora.ops
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = Path(cora.ops.__file__).parent
+PACKAGE = Path(cora.__file__).parent
 LIBRARY = PACKAGE / "_C.so"
 CUDA_LIBRARY = PACKAGE / "libcora_cuda.so"
 

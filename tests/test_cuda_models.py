@@ -61,7 +61,7 @@ def model_bound(dtype: torch.dtype, activation_bits: int | None) -> float:
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """cora.ops on the emulated CUDA ops."""
-    monkeypatch.setattr(ops, "_ops", emulator().ops)
+    monkeypatch.setattr(ops._native, "ops", emulator().ops)
     yield
 
 
@@ -72,7 +72,7 @@ def test_model_on_emulated_ops(
 ) -> None:
     x = torch.randn(2, 3, 8, 8)
     with monkeypatch.context() as plain:
-        plain.setattr(ops, "_ops", torch.ops.cora)
+        plain.setattr(ops._native, "ops", torch.ops.cora)
         reference = packed(activation_bits)
         want = reference(x)
     net = packed(activation_bits)  # prepared anew, in the layout of the CUDA kernels

@@ -412,6 +412,6 @@ def test_traced(call: Any, message: str) -> None:
 
 @pytest.mark.parametrize("call,message", LAYER_ERRORS)
 def test_cuda(monkeypatch: pytest.MonkeyPatch, call: Any, message: str) -> None:
-    monkeypatch.setattr(ops, "_ops", emulator().ops)
+    monkeypatch.setattr(ops._native, "ops", emulator().ops)
     with pytest.raises(RuntimeError, match=message):
         call()
