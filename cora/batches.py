@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,8 +95,26 @@ class Batch:
         }
         return part
 
+    def float(self) -> Batch:
+        """The same with floats of single precision."""
+        part = copy.copy(self)
+
+        def single(value: Any) -> Any:
+            return (
+                value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+            )
+
+        part.args = tuple(map(single, self.args))
+        part.kwargs = {k: single(v) for k, v in self.kwargs.items()}
+        return part
+
     def run(self, model: Callable[..., Any]) -> Any:
-        return model(*self.args, **self.kwargs)
+        """A model's output; it is given copies, since it may change its inputs in place."""
+
+        def own(value: Any) -> Any:
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return model(*map(own, self.args), **{k: own(v) for k, v in self.kwargs.items()})
 
 
 def in_parts(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -136,6 +155,8 @@ def float_tensors(output: Any) -> list[Tensor]:
         return [output] if output.is_floating_point() else []
     if isinstance(output, Mapping):
         output = list(output.values())
+    elif dataclasses.is_dataclass(output):
+        output = list(vars(output).values())
     if isinstance(output, list | tuple):
         return [t for item in output for t in float_tensors(item)]
     return []
@@ -155,6 +176,13 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
+def _of_samples(student: list[Tensor], teacher: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of tensors, those left out that do not begin with the samples, as the first one does."""
+    pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if t.dim()]
+    size = len(pairs[0][1]) if pairs else 0
+    return pairs[:1] + [(s, t) for s, t in pairs[1:] if len(t) == size and s.shape == t.shape]
+
+
 def divergences(
     student: Any, teacher: Any, logits: Callable[[Any], Tensor | None] = output_logits
 ) -> Tensor:
@@ -172,7 +200,7 @@ def divergences(
     p, q = logits(teacher), logits(student)
     if p is not None and q is not None:
         return kl_divergence(p, q).reshape(len(p), -1).mean(1)
-    pairs = list(zip(float_tensors(student), float_tensors(teacher), strict=True))
+    pairs = _of_samples(float_tensors(student), float_tensors(teacher))
     if not pairs:
         raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
     errors = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch
+from .modules import copied
 from .roofline import measure_roof, time_layers, wait
 
 __all__ = ["bench", "in_memory_bytes"]
@@ -57,9 +58,9 @@ def bench(
             raise ValueError(f"{name} must be positive integers, got {list(values)}")
     device = next(model.parameters()).device
     batch = Batch(example).to(device)
-    candidates = {"float": (copy.deepcopy(model).eval(), False)}
+    candidates = {"float": (copied(model), False)}
     if any(tensor.dim() == 4 for tensor in batch.tensors()):
-        last = copy.deepcopy(model).eval()
+        last = copied(model)
         last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         candidates["float_channels_last"] = (last, True)
     candidates["packed"] = (qmodel.eval(), False)

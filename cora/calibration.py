@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from .batches import (
 )
 from .fold import FoldedBatchNorm, fold_batch_norms, fold_pairs, same_outputs
 from .lowrank import FloatLayer, LayerShape, unfold
-from .modules import QUANT_LAYERS
+from .modules import QUANT_LAYERS, copied
 from .moments import (
     add_products,
     draw,
@@ -61,6 +61,8 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[st
         if isinstance(module, nn.MultiheadAttention):  # see `cora.attention`
             inside_attention.append(f"{name}." if name else "")
             kept[name] = f"{type(module).__name__} reads its weights itself"
+        elif type(module) in QUANT_LAYERS and (module._forward_hooks or module._forward_pre_hooks):
+            kept[name] = f"{type(module).__name__} has a forward hook, which a packed layer has not"
         elif type(module) in QUANT_LAYERS:
             layers[name] = module
         elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -72,6 +74,18 @@ def quantizable_layers(model: nn.Module) -> tuple[dict[str, FloatLayer], dict[st
         elif any(True for _ in module.parameters(recurse=False)):
             kept[name] = f"{type(module).__name__}: not a weight matrix of a kind that is quantized"
     return layers, kept
+
+
+def _same_parameters(own: FloatLayer, other: FloatLayer) -> bool:
+    """Whether two layers have equal weights and biases, of one type and device."""
+    for a, b in ((own.weight, other.weight), (own.bias, other.bias)):
+        if a is None and b is None:
+            continue
+        if a is None or b is None or (a.dtype, a.device) != (b.dtype, b.device):
+            return False
+        if not torch.equal(a, b):
+            return False
+    return True
 
 
 # --- The calibration set -------------------------------------------------------------------------
@@ -111,9 +125,9 @@ class Calibration:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        whole = copy.deepcopy(model).eval().requires_grad_(False)
+        whole = copied(model).requires_grad_(False)
         self.restructured = hides_layers(whole)
-        self.model = restructure(copy.deepcopy(whole)) if self.restructured else whole
+        self.model = restructure(copied(whole)) if self.restructured else whole
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
@@ -140,6 +154,7 @@ class Calibration:
             self.kept_float.update(kept)
             for norm in self.folded.values():
                 self.kept_float.pop(norm, None)
+        self._check_samples()
         self._teacher: list[Any] | None = None
         self._moments: dict[str, Tensor] = {}
         self._ridges: dict[str, Tensor] = {}  # within the moments' diagonals
@@ -161,7 +176,8 @@ class Calibration:
         for index, item in enumerate(batches):
             batch = item if isinstance(item, Batch) else Batch(item, required)
             for tensor in batch.tensors():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                # -inf masks attention.
+                if tensor.is_floating_point() and not (tensor < torch.inf).all():
                     raise ValueError(f"calibration: batch {index} must be finite, got NaN or inf")
             if len(batch) == 0:
                 continue
@@ -190,7 +206,7 @@ class Calibration:
     def check(self, model: nn.Module) -> None:
         """Raise ValueError unless `model` has the layers and weights that this was made of."""
         if self.restructured or self.folded:
-            model = copy.deepcopy(model)
+            model = copied(model)
         if self.restructured:
             model = restructure(model)
         if self.folded:
@@ -201,19 +217,32 @@ class Calibration:
             fold_pairs(model, pairs)
         layers, _ = quantizable_layers(model)
         for name in {**self.layers, **layers}:
-            own, other = (
-                found[name].weight if name in found else None for found in (self.layers, layers)
-            )
-            if (
-                own is None
-                or other is None
-                or (own.dtype, own.device) != (other.dtype, other.device)
-                or not torch.equal(own, other)
-            ):
+            own, other = (found.get(name) for found in (self.layers, layers))
+            if own is None or other is None or not _same_parameters(own, other):
                 raise ValueError(
                     f"calibration: it is of another model: layer {name!r} differs; make a new "
                     "Calibration after changing a model"
                 )
+
+    def _check_samples(self) -> None:
+        """Warn of a model whose output on a sample depends on the others: they are drawn one by one."""
+        pair = self.batches[0][:2]
+        if len(pair) < 2:
+            return
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outputs = []
+            for part in (pair, pair[:1]):
+                torch.manual_seed(0)
+                outputs.append(float_tensors(self.run(part)))
+        for both, alone in zip(*outputs, strict=False):
+            sized = both.dim() and alone.dim() and (len(both), len(alone)) == (2, 1)
+            if sized and not same_outputs(both[:1], alone):
+                warnings.warn(
+                    "calibration: the model's output on the first sample changes with the second one: the "
+                    "first dimension of every input must be that of independent samples (batch_first=True)",
+                    stacklevel=3,
+                )
+                return
 
     def bar(self, items: Sequence[Any], title: str) -> Iterable[Any]:
         return tqdm(items, desc=title, leave=False, disable=not self.progress)
@@ -264,7 +293,7 @@ class Calibration:
         """The float model's output on a batch."""
         try:
             return batch.run(self.model)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # the user's own code may raise anything
             tensors = ", ".join(
                 f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in batch.tensors()
             )

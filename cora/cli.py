@@ -107,6 +107,8 @@ def _writable(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder, a file was expected")
+    if path.suffix == ".py":
+        raise argparse.ArgumentTypeError(f"{text!r} is a Python file, which is not written over")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"the folder {str(path.parent)!r} does not exist")
     if not os.access(path.parent, os.W_OK):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from .calibration import Calibration
 from .convert import quantize
 from .lowrank import LayerShape
+from .modules import copied
 from .quantizer import SUPPORTED_BITS, QuantSpec, choose_qparams, packed_bytes, weight_bits
 from .report import Report, float_state_bits, report_of
 from .search import SearchConfig
@@ -51,7 +51,15 @@ def compare(
         raise ValueError("qmodel: compare needs one QuantSpec for all layers, got several")
     spec = QuantSpec(**settings["weight"])
     joint = report.search["method"] == "joint"
-    evaluate = evaluate or (lambda m: {"kl": calibration.divergence(m)})
+    measure = evaluate or (lambda m: {"kl": calibration.divergence(m)})
+
+    def metrics(candidate: nn.Module) -> dict[str, float]:
+        found = measure(candidate)
+        if not isinstance(found, Mapping):
+            kind = type(found).__name__
+            raise TypeError(f"evaluate must return a dict of metrics, got {kind}")
+        return {name: float(value) for name, value in found.items()}
+
     options: dict[str, Any] = {
         key: settings[key]
         for key in (
@@ -89,7 +97,7 @@ def compare(
             "row": "float",
             "bits_per_weight": 32.0,
             "total_bits": float_state_bits(model),
-            **evaluate(copy.deepcopy(model).eval()),
+            **metrics(copied(model)),
         }
     ]
 
@@ -100,7 +108,7 @@ def compare(
                 "row": label,
                 "bits_per_weight": totals["bits_per_weight"],
                 "total_bits": totals["total_bits"],
-                **evaluate(candidate),
+                **metrics(candidate),
             }
         )
 

@@ -6,14 +6,17 @@ import copy
 import dataclasses
 import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from .activation_ranges import ActivationRange
 from .allocation import check_rank_budget
+from .batches import float_tensors
 from .biases import correct_biases
 from .calibration import Calibration
 from .choose import Chooser
@@ -27,11 +30,13 @@ from .modules import (
     QUANT_LAYERS,
     QuantLayer,
     QuantWeight,
+    copied,
     replace_layers,
 )
 from .quantizer import QuantSpec, check_bits
 from .recurrent import QuantRecurrent, pack_recurrent
 from .report import (
+    Report,
     make_report,
     versions,
 )
@@ -134,6 +139,8 @@ def quantize(
     tune = TuneConfig(iterations=0) if tune is None else tune
     if not isinstance(tune, TuneConfig):
         raise TypeError(f"tune must be a TuneConfig or None, got {type(tune).__name__}")
+    if hasattr(model, "report") and not isinstance(getattr(model, "report", None), Report):
+        raise ValueError("model: it has something named `report`, where cora.quantize puts its own")
     check_rank_budget(rank_budget)
     _check_arguments(weight, activation_bits, adapter_bits, search, fit, first_last, activation)
     check_bits("embedding_bits", embedding_bits)
@@ -171,17 +178,20 @@ def quantize(
 
     layers = _pack(fitted, calibration, activation_bits, inputs, outputs)
     folded = {layer: norm for layer, norm in calibration.folded.items() if layer in layers}
-    qmodel: Any = copy.deepcopy(model).eval()
+    qmodel: Any = copied(model)
     if calibration.restructured:
         qmodel = restructure(qmodel)
     for name, layer in layers.items():
         layer.float_bias = qmodel.get_submodule(name).bias is not None
     places = {norm: FoldedBatchNorm() for norm in folded.values()}
-    qmodel = replace_layers(qmodel, {**layers, **places, **by_rows}).eval()
+    qmodel = replace_layers(qmodel, {**layers, **places, **by_rows})
+    for module in qmodel.modules():
+        module.training = False
     corrected = bias_correction and (fitted.in_order or correct_biases(qmodel, layers, calibration))
     # Input ranges of 8 bits cost nothing, and layers that share an input must share its range.
     tuned_ranges = inputs if inputs and activation_bits and activation_bits < 8 else None
     tuned = tune_layers(layers, chooser.evaluator(1), tune, tuned_ranges, progress)
+    _check_runs(qmodel, calibration, chooser.simulate, activation_bits)
     settings = {
         "weight": _spec_settings(weight),
         "target_bits": found.get("target_bits"),
@@ -256,6 +266,65 @@ def _pack(
             layers[name].set_activation_range(*inputs[name])
             layers[name].set_output_range(*outputs[name])
     return layers
+
+
+# Of an output's size: what kernels and 16-bit types may differ by, and codes that fell on the other side.
+_DIFFERENCE = {True: 0.2, False: 0.5}
+
+
+def _check_runs(
+    qmodel: nn.Module,
+    calibration: Calibration,
+    simulate: Callable[[nn.Module], Any],
+    activation_bits: int | None,
+) -> None:
+    """Warn unless a packed model runs the layers that the float one runs, to the output of their weights.
+
+    A model's own code may keep a layer where no module is looked for, or ask for its type.
+
+    Raises:
+        ValueError: it does not run at all.
+    """
+    batch = calibration.batches[0][:1]
+    ran: set[str] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda _m, _x, name=name: ran.add(name))
+        for name, module in qmodel.named_modules()
+        if isinstance(module, QuantLayer)
+    ]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            torch.manual_seed(0)
+            got = batch.run(qmodel)
+        except Exception as error:
+            raise ValueError(
+                "model: it does not run with packed layers, which have no float parameters and are of "
+                f"types of their own: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        reference = dequantize(qmodel).float()  # merged layers are of single precision
+        with simulate(reference):
+            torch.manual_seed(0)
+            expected = batch.float().run(reference)
+    packed = [name for name, module in qmodel.named_modules() if isinstance(module, QuantLayer)]
+    idle = [name for name in packed if calibration.seen(name) and name not in ran]
+    if idle:
+        warnings.warn(
+            f"model: {', '.join(idle[:3])} ran in the float model, but not in the packed one: its code does "
+            "not find them by their names, and runs float layers instead",
+            stacklevel=3,
+        )
+    for a, b in zip(float_tensors(expected), float_tensors(got), strict=False):
+        gap = float((a - b).float().norm() / a.float().norm().clamp(min=1e-30))
+        if not gap < _DIFFERENCE[activation_bits is None]:
+            warnings.warn(
+                f"model: the packed copy's output is {gap:.0%} from that of the same weights in float "
+                "layers: its code may ask for a layer's type, attributes or weight",
+                stacklevel=3,
+            )
+            return
 
 
 def dequantize(qmodel: nn.Module) -> nn.Module:

@@ -88,7 +88,10 @@ def _projection(
         finite = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
         return (finite * drawn).sum() / len(flat) ** 0.5
     parts = []
-    for tensor, whole in zip(float_tensors(output), float_tensors(teacher), strict=True):
+    tensors, wholes = float_tensors(output), float_tensors(teacher)
+    for tensor, whole in zip(tensors, wholes, strict=True):
+        if not whole.dim() or len(whole) != len(wholes[0]) or len(tensor) != len(tensors[0]):
+            continue  # does not begin with the samples, as `divergences` has it
         energy = whole.float().square().mean().clamp(min=1e-12)
         parts.append(
             (tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from .calibration import Calibration
 from .drift import Drift
 from .evaluation import Evaluator, is_better
 from .lowrank import Adapter, LayerShape, factors, quantize_adapter, truncate
+from .modules import copied
 from .moments import lowest, output_energy, regularized
 from .quantizer import QuantSpec
 from .rounding import Feedback, Rounded, descend, quantize_matrix
@@ -200,7 +200,7 @@ def _fit_in_order(
     Source: the target of GPTAQ, arXiv 2504.02692, in one closed form a layer; with adapters and for
     k x k convolutions it is this project's.
     """
-    model = copy.deepcopy(calibration.model)
+    model = copied(calibration.model)
     order = [name for name in calibration.order if name in specs]
     layers: dict[str, QuantizedLayer] = {}
     adapters: dict[str, Adapter] = {}

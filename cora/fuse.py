@@ -195,6 +195,22 @@ def _function(name: str) -> Any:
     return getattr(torch, name, None) or getattr(F, name)
 
 
+# fmt: off
+_VIEWS = frozenset((
+    "getitem", "view", "view_as", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze",
+    "transpose", "permute", "movedim", "swapaxes", "t", "narrow", "select", "diagonal", "expand",
+    "chunk", "split", "tensor_split", "unbind",
+))
+# fmt: on
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """The node whose memory a node's result may share; the node itself if it has its own."""
+    while _name(node) in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def _make_functional(gm: fx.GraphModule) -> None:
     """Remove identities, and turn in-place operations into ones that leave their input."""
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
@@ -206,6 +222,9 @@ def _make_functional(gm: fx.GraphModule) -> None:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
             continue
+        base = _base(source)
+        if base is not source and any(order[user] > order[node] for user in base.users):
+            continue  # what changes a view is read through its base later on
         inplace = True
         if getattr(module, "inplace", False):
             module = copy.copy(module)

@@ -6,6 +6,7 @@ convolutions run fused on the packed weight; 3-d and transposed ones unpack it f
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -40,6 +41,7 @@ __all__ = [
     "QuantLayer",
     "QuantLinear",
     "QuantWeight",
+    "copied",
     "fake_quantize_dynamic",
     "quantize_weight",
     "replace_layers",
@@ -587,6 +589,18 @@ def _with_weights(layer: FloatLayer, packed: QuantLayer) -> nn.Module:
     if packed.bias is not None:
         layer.bias = nn.Parameter(packed.bias.clone())
     return layer.train(packed.training)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, also of a model that keeps results of a gradient pass, which deepcopy refuses."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    model = copy.deepcopy(model, memo)
+    model.eval()  # a model's own `train` may return nothing
+    return model
 
 
 def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:

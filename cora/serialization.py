@@ -8,7 +8,6 @@ is deflated JSON: format version, layers, checksum and the report. Two runs writ
 from __future__ import annotations
 
 import base64
-import copy
 import hashlib
 import json
 import zlib
@@ -27,7 +26,7 @@ from .embedding import QuantEmbedding, names_sharing
 from .files import write_file
 from .fold import FoldedBatchNorm
 from .lowrank import Adapter, FloatLayer, LayerShape
-from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
+from .modules import QUANT_LAYERS, QuantLayer, QuantWeight, copied, replace_layers
 from .quantizer import QParams, zero_point_bits
 from .recurrent import QUANT_RECURRENT, QuantRecurrent, matrices_of
 from .report import Report, float_state
@@ -58,6 +57,11 @@ def save(qmodel: nn.Module, path: str | Path) -> None:
         ValueError: qmodel has no packed layers.
         OSError: the file cannot be written.
     """
+    qmodel = getattr(qmodel, "_orig_mod", qmodel)  # of torch.compile
+    if hasattr(qmodel, "graph_module"):
+        raise ValueError(
+            "qmodel: expected the packed model, got a fused one, which is made after loading"
+        )
     layers: dict[str, Any] = {}
     embeddings: dict[str, Any] = {}
     recurrent: dict[str, Any] = {}
@@ -107,7 +111,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """
     header, tensors = _read(Path(path))
     report = header["report"]
-    qmodel: Any = copy.deepcopy(model).eval()
+    qmodel: Any = copied(model)
     qmodel.__dict__.pop("report", None)
     if header["restructured"]:
         qmodel = restructure(qmodel)

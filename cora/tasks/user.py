@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -226,11 +226,18 @@ class UserTask(Task):
                 f"{self.name}: build() must return a torch.nn.Module, got {type(model)}"
             )
         self._required = required_inputs(model)
-        return model.eval()
+        model.eval()
+        return model
 
     def calibration(self, samples: int = 1600, seed: int = 0) -> list[Any]:
         kept, seen = [], 0
-        for batch in _call_with(self._calibration, samples=samples, seed=seed):
+        given = _call_with(self._calibration, samples=samples, seed=seed)
+        if isinstance(given, Tensor | Mapping):
+            given = [given]
+        if not isinstance(given, Iterable):
+            kind = type(given).__name__
+            raise TypeError(f"{self.name}: calibration() must return batches, got {kind}")
+        for batch in given:
             if seen >= samples:
                 break
             kept.append(batch)
