@@ -82,7 +82,10 @@ def quantize(
             are quantized (those of a MultiheadAttention too), embeddings and RNN, LSTM and GRU packed by
             rows, everything else stays float and is named in the report.
         calibration: iterable of batches, each a tensor, a tuple (inputs, labels) or a dict, with or
-            without labels; or a `Calibration` of this model.
+            without labels; or a `Calibration` of this model. A batch's first dimension is that of samples.
+            How near a model's output is to the float one is judged by its classes, if it is a tensor
+            [B, C], [B, T, C] or [B, C, H, W] or has such `logits`, else by the squared error; a regression
+            of several values says so: `Calibration(model, batches, logits=lambda output: None)`.
         weight: one quantizer for all layers; or a dict from name patterns (fnmatch, the first that
             matches) to quantizers, layers that match none staying float. Without it each layer's bits,
             groups and rank are chosen together for `target_bits`. With it and a `target_bits` or

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -61,8 +62,9 @@ class QuantEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Rows of integer ids [...]: float [..., D]."""
         flat = ids.reshape(-1)
+        codes = F.embedding(flat, self.codes)  # which refuses what are no ids, as nn.Embedding does
         rows = ops.dequantize_packed(
-            self.codes[flat], self.scale[flat], self.zero_point[flat], self.bits, self.embedding_dim
+            codes, self.scale[flat], self.zero_point[flat], self.bits, self.embedding_dim
         )
         return rows.to(self.like.dtype).reshape(*ids.shape, self.embedding_dim)
 

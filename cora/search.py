@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .allocation import ALLOCATORS, Budget, LayerFit, allocate
+from .batches import gradients
 from .calibration import Calibration
 from .curvature import sensitivity
 from .evaluation import Evaluator, Loss, is_better
@@ -295,7 +296,10 @@ def _descend(
             for i, n in enumerate(names)
         }
         loss = evaluator.step_loss(gains)
-        (gradient,) = torch.autograd.grad(loss, log_rank)
+        found = gradients(loss, [log_rank])
+        gradient = None if found is None else found[0]
+        if gradient is None:  # of a model that gives none
+            return
         log_rank.grad = torch.nan_to_num(gradient).clamp_(-1, 1)
         optimizer.step()
         project()

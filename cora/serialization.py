@@ -137,6 +137,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     for name, config in header["recurrent"].items():
         recurrent: Any = available.get(name)
         _check_recurrent(path, name, recurrent, config)
+        biases = [t for key, t in tensors.items() if key.startswith(_join(name, "bias"))]
+        if biases:
+            recurrent.to(biases[0].dtype)
         stored = _take(path, name, config, tensors)
         layers[name] = _unpack_recurrent(recurrent, config, stored)
     for name in header["folded"]:

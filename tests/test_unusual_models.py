@@ -278,3 +278,35 @@ def test_metrics_of_any_number_type(tmp_path: Path) -> None:
     cora.save(qmodel, tmp_path / "m.safetensors")
     with pytest.raises(TypeError, match="evaluate must return a dict of metrics, got float"):
         cora.compare(model, calibration, qmodel, lambda _: 0.5, False)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    "bad", [torch.tensor([[-1]]), torch.tensor([[10]]), torch.tensor([[True]])]
+)
+def test_ids_are_refused_as_by_torch(bad: Tensor) -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Flatten(), nn.Linear(8, 3))
+    qmodel = quantized(model, [torch.randint(0, 10, (16, 1))])
+    for candidate in (model, qmodel):
+        with pytest.raises((IndexError, RuntimeError)):
+            candidate(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recurrent_layers_of_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = GivesStates().eval().to(dtype), [torch.randn(8, 6, 16).to(dtype) for _ in range(2)]
+    qmodel = quantized(model, x)
+    cora.save(qmodel, tmp_path / "m.safetensors")
+    loaded = cora.load(tmp_path / "m.safetensors", GivesStates())
+    assert torch.equal(loaded(x[0])[0], qmodel(x[0])[0])
+
+
+class WithoutGradients(Body):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize("search", ["sensitivity", "gate"])
+def test_models_without_gradients(search: Any) -> None:
+    config = cora.SearchConfig(search, iterations=4)
+    quantized(WithoutGradients(), rows(), weight=cora.QuantSpec(3), target_bits=None, search=config)
