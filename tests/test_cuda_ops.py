@@ -194,6 +194,17 @@ def test_linear_float32(backend: Backend) -> None:
     check_linear(backend, 5, 30, 77, dtype=torch.float32, rank=3)
 
 
+def test_autocast(backend: Backend) -> None:
+    """Under it torch's operators return another type than they are given; the op does not."""
+    item = layer(30, 77, 4, rank=3)
+    x = torch.randn(5, 77)
+    want = reference.linear_lowrank(x.double(), *item.args(), **item.options)
+    with torch.autocast(backend.device, torch.bfloat16):
+        got = backend("linear_lowrank", x, *item.args(), *operands(item))
+    assert got.dtype == torch.float32
+    assert error(got, want) <= BOUNDS[torch.bfloat16]
+
+
 @HALVES
 def test_linear_far_zero_points(backend: Backend, dtype: torch.dtype) -> None:
     """Relative to |x| |W|, whose sum hides in the others': the weights are nearly constant."""

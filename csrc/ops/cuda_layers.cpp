@@ -184,7 +184,9 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, 
                                          pair(shape.padding), pair(shape.dilation), false, std::vector<int64_t>{0, 0},
                                          int64_t{shape.groups});
   const Tensor y_dense = linear ? as_contiguous(y) : y;
-  call.check(call.api.finish(y_dense.const_data_ptr(), element_type(compute), strides_of(y_dense, linear), in.items,
+  // Not `compute`: under torch.autocast the operator returns another type.
+  const int y_type = element_type(y_dense.scalar_type());
+  call.check(call.api.finish(y_dense.const_data_ptr(), y_type, strides_of(y_dense, linear), in.items,
                              linear ? 1 : plan.out_height, linear ? 1 : plan.out_width, shape.n, e, call.stream));
   return out;
 }
