@@ -23,6 +23,8 @@ struct Bfloat16 {};  // upper half of a float
 
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -268,15 +270,26 @@ CORA_DEVICE void warpgroup_settle(int32_t& value) { asm volatile("" : "+r"(value
 /// Null, or what went wrong.
 inline const char* error_text(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
 
+/// Lets the kernel have as much shared memory as a block can get. Always the most, and never less again: another thread
+/// may be about to launch it with more than this call needs. Once a kernel and device.
+inline cudaError_t raise_shared_limit(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> raised;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (error != cudaSuccess || raised.count({kernel, device}) > 0) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) raised.insert({kernel, device});
+  return error;
+}
+
 template <typename... Params, typename... Args>
 const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void* stream,
                    Args&&... args) {
-  if (shared_bytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error_text(error);
-  }
+  if (shared_bytes > 48 * 1024)
+    if (const char* error = error_text(raise_shared_limit(reinterpret_cast<const void*>(kernel)))) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = Dim3(static_cast<unsigned>(threads));
