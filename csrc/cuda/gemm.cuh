@@ -759,14 +759,18 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
       for (int i = 0; i < C::kAccT; ++i)
         store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
               acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4]);
-    device_fence();
     block_sync();
     unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
-    if (block.tid == 0) *ticket = atomic_add(p.tickets + piece.tile, 1u);
+    if (block.tid == 0) {
+      // After the barrier, so that it orders every thread's writes before the ticket; and before the next one, so that
+      // it orders the ticket before every thread's reads.
+      device_fence();
+      *ticket = atomic_add(p.tickets + piece.tile, 1u);
+      device_fence();
+    }
     block_sync();
     const bool is_last = *ticket == static_cast<unsigned>(last - first);
     if (!is_last) return;
-    device_fence();
     block_sync();  // everyone has read the ticket
 #pragma unroll
     for (int i = 0; i < C::kAcc; ++i) acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = 0;
