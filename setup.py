@@ -1,6 +1,6 @@
 """Build of the native libraries by CMake and Ninja. All metadata is in pyproject.toml.
 
-Environment: CORA_CUDA=AUTO|ON|OFF, CORA_CUDA_ARCHS="80;90a", MAX_JOBS (default: all cores).
+Environment: CORA_CUDA=AUTO|ON|OFF, CORA_CUDA_ARCHS="80+PTX;90a", MAX_JOBS (default: all cores).
 """
 
 import importlib.util
@@ -49,7 +49,7 @@ class CMakeBuild(build_ext):
             "CORA_TORCH_DIR": torch_dir(),
             "CORA_OUTPUT_DIR": str(output),
             "CORA_CUDA": os.environ.get("CORA_CUDA", "AUTO"),
-            "CORA_CUDA_ARCHS": os.environ.get("CORA_CUDA_ARCHS", "80;90a"),
+            "CORA_CUDA_ARCHS": os.environ.get("CORA_CUDA_ARCHS", "80+PTX;90a"),
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
         subprocess.check_call(

@@ -12,10 +12,14 @@ namespace cora::cuda {
 
 namespace {
 
+/// Stands for all kernels: they are compiled for the same architectures.
+CORA_GLOBAL(32, 1) empty_kernel() {}
+
 const char* check_device() {
   Device device;
   if (const char* error = query(&device)) return error;
-  return device.major >= 8 ? nullptr : "the GPU has compute capability below 8.0 (needs Ampere or newer)";
+  if (device.major < 8) return "the GPU has compute capability below 8.0 (needs Ampere or newer)";
+  return has_code(empty_kernel);
 }
 
 }  // namespace

@@ -306,6 +306,16 @@ inline const char* copy_bytes(void* to, const void* from, size_t bytes, void* st
   return error_text(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)));
 }
 
+/// Null if the library has code for the current device, or PTX that its driver can compile for it.
+inline const char* has_code(void (*kernel)()) {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  if (error != cudaSuccess) cudaGetLastError();  // said here, not to whoever asks next
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    return "the kernels were not built for this GPU: build cora with its architecture in CORA_CUDA_ARCHS";
+  return error_text(error);
+}
+
 struct Device {
   int multiprocessors, major, minor;
 };

@@ -360,6 +360,8 @@ inline const char* copy_bytes(void* to, const void* from, size_t bytes, void*) {
   return nullptr;
 }
 
+inline const char* has_code(void (*)()) { return nullptr; }
+
 struct Device {
   int multiprocessors, major, minor;
 };
