@@ -170,15 +170,14 @@ struct Dequantize {
           v = byte_permute(codes.bytes(j, h), 0x64646464u, hi ? 0x4341u : 0x4240u);
         } else if constexpr (kBits == 4) {
           const int down = 8 * hi + 4 * h - kField * h;
-          v = ((codes.word[j] >> down) & (0x000f000fu << (kField * h))) | kMagic;
+          v = and_or(codes.word[j] >> down, 0x000f000fu << (kField * h), kMagic);
         } else {
-          v = (codes.word[j / 2] >> (8 * hi + 4 * (j % 2))) & (0x00030003u << (2 * h));
+          v = and_or(codes.word[j / 2] >> (8 * hi + 4 * (j % 2)), 0x00030003u << (2 * h), kMagic);
           if constexpr (kBits == 3) {
             const int down = 8 * hi + 2 * j + h - (2 * h + 2);
             const uint32_t high = down >= 0 ? codes.word[2] >> (down & 31) : codes.word[2] << (-down & 31);
-            v |= high & (0x00040004u << (2 * h));
+            v = and_or(high, 0x00040004u << (2 * h), v);
           }
-          v |= kMagic;
         }
         out[2 * hi + h] = fma2<T>(v, factor(h), zero[h]);
       }

@@ -107,6 +107,12 @@ CORA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
 // --- Integer and 16-bit arithmetic ------------------------------------------------------------------------
 
 CORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
+/// (a & b) | c in one instruction: of constants b and c the compiler makes two.
+CORA_DEVICE uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
 /// c + the dot product of four bytes with four bytes, both unsigned.
 CORA_DEVICE int32_t dot4_unsigned(uint32_t a, uint32_t b, int32_t c) {
   return static_cast<int32_t>(__dp4a(a, b, static_cast<unsigned>(c)));

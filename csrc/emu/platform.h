@@ -158,6 +158,7 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   for (int i = 0; i < 4; ++i) r |= static_cast<uint32_t>(both >> (8 * ((selector >> (4 * i)) & 7)) & 0xff) << (8 * i);
   return r;
 }
+inline uint32_t and_or(uint32_t a, uint32_t b, uint32_t c) { return (a & b) | c; }
 inline int32_t dot4_unsigned(uint32_t a, uint32_t b, int32_t c) {
   for (int i = 0; i < 4; ++i) c += static_cast<int32_t>((a >> (8 * i) & 0xff) * (b >> (8 * i) & 0xff));
   return c;
