@@ -3,7 +3,8 @@
 //           first operand, x as the second: a token (or pixel) fills 1/8 of an instruction, not 1/16, which is what
 //           decoding one token at a time wants, and weights go from the tile straight to the registers of one warp.
 // Inputs:   x 16-bit or 8-bit codes, 16-byte aligned pixels; W, A, B, scales: parts of a prepared layer (layout.h).
-// Numerics: 16-bit x: weights become (code - zero) [* scale, with scale groups] in x's type, sums float32.
+// Numerics: 16-bit x: weights become code - zero in x's type, sums float32, scaled in float32. With scale groups and
+//           more than 16 tokens the weights are scaled instead, in x's type.
 //           8-bit x: int32 sums of products of integers, exact; scaled in float32. B sees t = x A^T rounded to x's type
 //           (8-bit x: to tf32). Every sum has a fixed order: the same call gives the same bits.
 // Method:   a block owns kBlockN channels x kBlockM tokens. A ring of kStages stages is filled by cp.async, one
@@ -58,7 +59,7 @@ struct GemmArgs {
   int32_t height, width;           // of x: taps outside read zeros
   int32_t stride[2], padding[2], dilation[2], kernel_w;
   int32_t channels;  // of a pixel of x
-  FastDivide pixels, out_w, run, taps_w;
+  FastDivide pixels, out_w, run, taps_w, segment_blocks;
   Walk walk;
   int32_t m, n, panels;
   const uint8_t *w, *a, *b;
@@ -144,7 +145,7 @@ struct Dequantize {
   static CORA_DEVICE uint32_t zero(float& scale, float zero_point, int h) {
     if (kHalf && (zero_point > 32768.0f || zero_point < -32768.0f)) {
       const float limit = zero_point > 0 ? 32768.0f : -32768.0f;
-      scale *= zero_point / limit;
+      scale *= (zero_point > 0 ? zero_point : -zero_point) * (1.0f / 32768.0f);
       zero_point = limit;
     }
     const float c = -(base(h) + zero_point);
@@ -260,10 +261,15 @@ struct Config {
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
   /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
   static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
+  /// Whether an adapter may be fused: not where few tokens of 16-bit x leave the call bound by bytes (see plan).
+  static constexpr bool kFuses = kInt8 || kBlockM >= 128;
   /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
-  static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kCols;
+  static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kFuses ? kCols : 1;
+  /// Scale groups of 16-bit x: with few tokens the sums of a tile are scaled, else its weights, whichever are fewer.
+  static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 < kRows * 16;
   /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
-  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0, kAccT = kRankParts * kRankCols * 4;
+  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0;
+  static constexpr int kAccT = kFuses ? kRankParts * kRankCols * 4 : 0;
   static constexpr int kParts = kAcc + kSums + kAccT, kPartials = kParts * kThreads;
   static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
   static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
@@ -349,7 +355,7 @@ struct Block {
 #pragma unroll
       for (int piece = 0; piece < C::kDepth; ++piece) {
         const int kb = block + piece * C::kTilesPerPiece + (C::kInt8 ? chunk / 4 : 0);
-        const int segment = p.walk.segments == 1 ? 0 : kb / p.walk.blocks_per_segment;
+        const int segment = C::kGrouped ? static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks)) : 0;
         const int in_tile = (C::kInt8 ? chunk % 4 : chunk) * C::kChunkInputs;
         const uint32_t k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs + in_tile);
         const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
@@ -374,21 +380,28 @@ struct Block {
     const int panels = p.panels - first_panel < C::kPanels ? p.panels - first_panel : C::kPanels;
 #pragma unroll
     for (int tile = 0; tile < C::kTilesK; ++tile) {
-      const int64_t kb = block + tile;
+      const int kb = block + tile;
       if (kb >= end_block) break;
-      const uint8_t* const w = p.w + (kb * p.panels + first_panel) * C::kTileBytes;
+      // No GPU holds 2^31 tiles: one multiplication makes the address.
+      const auto first = static_cast<uint32_t>(kb * p.panels + first_panel);
+      const uint8_t* const w = p.w + uint64_t{first} * C::kTileBytes + tid * 16;
 #pragma unroll
-      for (int i = tid; i < kChunks; i += C::kThreads)
-        if (i < panels * (C::kTileBytes / 16))
-          async_copy16(stage + C::kWeightAt + tile * C::kPanels * C::kTileBytes + i * 16, w + i * 16);
+      for (int i = 0; i < kChunks; i += C::kThreads)
+        if (i + tid < panels * (C::kTileBytes / 16))
+          async_copy16(stage + C::kWeightAt + tile * C::kPanels * C::kTileBytes + (i + tid) * 16, w + i * 16);
       if (C::kGrouped && p.grouped && tid < panels * 8) {
-        const float2* const q = p.qparams + (kb / p.walk.blocks_per_segment * p.panels + first_panel) * kTileRows;
-        async_copy16(stage + C::kScaleAt + tile * C::kBlockN * 8 + tid * 16, q + tid * 2);
+        const uint32_t segment = quotient(static_cast<uint32_t>(kb), p.segment_blocks);
+        const float2* const q = p.qparams + uint64_t{segment * p.panels + first_panel} * kTileRows + tid * 2;
+        async_copy16(stage + C::kScaleAt + tile * C::kBlockN * 8 + tid * 16, q);
       }
-      if (p.fused)
-        for (int i = tid; i < p.rank_tiles * 64; i += C::kThreads)
-          async_copy16(stage + C::kAdapterAt + (tile * p.rank_tiles * 64 + i) * 16,
-                       p.a + (kb * p.rank_tiles * 64 + i) * 16);
+      if constexpr (C::kFuses) {
+        const int chunks = p.rank_tiles * 64;
+        if (p.fused)
+#pragma unroll 1  // one round: four rank tiles at most
+          for (int i = tid; i < chunks; i += C::kThreads)
+            async_copy16(stage + C::kAdapterAt + (tile * chunks + i) * 16,
+                         p.a + uint64_t{static_cast<uint32_t>(kb * chunks + i)} * 16);
+      }
     }
   }
 
@@ -462,7 +475,11 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
   using T = typename C::T;
   constexpr int kSteps = C::kInt8 ? 2 : 4;  // mma steps of a tile along K
   const int lane = block.lane, group = block.group, warp_n = block.warp_n;
-  int stage = 0, segment = 0;
+  // Fused tiles are 1, 2 or 4; the warps that share one take its steps in turn.
+  const int shift = fused_tiles / 2, turns = C::kWarpsN >> shift, turn = warp_n >> shift;
+  const int rank_tile_at = C::kAdapterAt + (warp_n - (turn << shift)) * 1024;
+  [[maybe_unused]] float scaled[C::kRows][C::kCols][4] = {};  // kScaleSums: the sum of the tiles so far
+  int stage = 0, segment = 0, segment_end = begin + block.p.walk.blocks_per_segment;
   for (int k = begin; k < end; k += C::kTilesK) {
     const char* const from = block.next_stage(k, stage, stage_bytes);
 #pragma unroll
@@ -478,9 +495,7 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
             rows[i].set(h, load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
                                         ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8), block.p.bits);
       }
-      const int sharers = fused_tiles > 0 ? C::kWarpsN / fused_tiles : 1;  // warps that share a rank tile
-      const char* const rank_tile =
-          from + C::kAdapterAt + (fused_tiles > 0 ? tile * fused_tiles + warp_n % fused_tiles : 0) * 1024;
+      const char* const rank_tile = from + rank_tile_at + tile * fused_tiles * 1024;
       [[maybe_unused]] Codes<8> rank_codes;
       if constexpr (C::kInt8) {
         if (fused_tiles > 0) rank_codes.read(rank_tile, lane);
@@ -490,7 +505,7 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
         uint32_t x[C::kCols][2], w[C::kRows][4];
         block.read_x(from, tile, step, x);
 #pragma unroll
-        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented, w[i]);
+        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented && !C::kScaleSums, w[i]);
         if constexpr (C::kInt8) {
           mma8(acc, w, x);
           if (sum_x)
@@ -499,23 +514,49 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
         } else {
           mma16<T>(acc, w, x);
         }
-        // They take its steps in turn.
-        if (fused_tiles > 0 && (tile * kSteps + step) % sharers == warp_n / fused_tiles) {
-          uint32_t a[1][4];
-          if constexpr (C::kInt8) {
-            block.adapter_bytes(rank_codes, step, a);
-            mma8(acc_t[0], a, x);
-          } else {
-            Codes<8> step_codes;
-            step_codes.read_step(rank_tile, lane, step);
-            adapter_operand<T>(step_codes, step, a[0]);
-            mma16<T>(acc_t[0], a, x);
+        if constexpr (C::kFuses) {
+          if (fused_tiles > 0 && ((tile * kSteps + step) & (turns - 1)) == turn) {
+            uint32_t a[1][4];
+            if constexpr (C::kInt8) {
+              block.adapter_bytes(rank_codes, step, a);
+              mma8(acc_t[0], a, x);
+            } else {
+              Codes<8> step_codes;
+              step_codes.read_step(rank_tile, lane, step);
+              adapter_operand<T>(step_codes, step, a[0]);
+              mma16<T>(acc_t[0], a, x);
+            }
           }
         }
       }
-      if (C::kInt8 && segmented && (k + tile + 1) % block.p.walk.blocks_per_segment == 0) end_segment(segment++);
+      if constexpr (C::kScaleSums) {
+        if (segmented) {
+#pragma unroll
+          for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+            for (int j = 0; j < C::kCols; ++j)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                scaled[i][j][e] = fused_multiply_add(acc[i][j][e], rows[i].scale[e / 2], scaled[i][j][e]);
+                acc[i][j][e] = 0;
+              }
+        }
+      }
+      if (C::kInt8 && segmented && k + tile + 1 == segment_end) {
+        end_segment(segment++);
+        segment_end += block.p.walk.blocks_per_segment;
+      }
     }
     stage = stage == C::kStages - 1 ? 0 : stage + 1;
+  }
+  if constexpr (C::kScaleSums) {
+    if (segmented)
+#pragma unroll
+      for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+        for (int j = 0; j < C::kCols; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[i][j][e] = scaled[i][j][e];
   }
 }
 
@@ -531,8 +572,7 @@ CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>&
                                         int32_t (&acc_t)[C::kRankParts][1][C::kRankCols][4],
                                         int32_t (&x_sum)[C::kCols]) {
   const int lane = block.lane, warp = block.warp_n;
-  const int rank_tile = fused_tiles > 0 ? warp % fused_tiles : 0;
-  const int rank_token = fused_tiles > 0 ? warp / fused_tiles * fused_tiles * 16 : 0;  // 8 warps, 128 tokens
+  const int rank_tile = warp & (fused_tiles - 1), rank_token = (warp - rank_tile) * 16;  // of 1, 2 or 4; 128 tokens
   uint32_t w[2][4];
   int stage = 0;
   for (int k = begin; k < end; k += C::kTilesK) {
@@ -649,7 +689,8 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
   const int first_panel = piece.tile % n_blocks * C::kPanels;
   const int first_token = piece.tile / n_blocks * C::kBlockM;
-  const int fused_tiles = p.fused ? p.rank_tiles : 0;
+  const bool fused = C::kFuses && p.fused;
+  const int fused_tiles = fused ? p.rank_tiles : 0;
   const int stage_bytes = C::kAdapterAt + C::kTilesK * fused_tiles * 1024;
   const int begin = piece.begin * C::kTilesK;
   const int end = piece.end == p.shares.stages ? p.walk.blocks() : piece.end * C::kTilesK;
@@ -719,9 +760,10 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
               const int32_t near = acc[i][j][2 * h + e] - zero_x * sums[i][h];
-              total[i][j][2 * h + e] +=
+              const float scaled =
                   scale[i][h] * (sum_x ? static_cast<float>(near + static_cast<int64_t>(left_over[i][h]) * sum)
                                        : static_cast<float>(near));
+              total[i][j][2 * h + e] = C::kGrouped ? total[i][j][2 * h + e] + scaled : scaled;
               acc[i][j][2 * h + e] = 0;
             }
         }
@@ -753,7 +795,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
       store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
 #pragma unroll
     for (int j = 0; j < C::kSums; ++j) store(mine + (C::kAcc + j) * C::kThreads, static_cast<Acc>(x_sum[j]));
-    if (p.fused)
+    if (fused)
 #pragma unroll
       for (int i = 0; i < C::kAccT; ++i)
         store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
@@ -786,7 +828,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
 #pragma unroll
       for (int j = 0; j < C::kSums; ++j)
         x_sum[j] += static_cast<int32_t>(load_other_blocks(part + (C::kAcc + j) * C::kThreads));
-      if (p.fused)
+      if (fused)
 #pragma unroll
         for (int i = 0; i < C::kAccT; ++i)
           acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] +=
@@ -800,6 +842,8 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
 
   // --- x A^T of an earlier pass: its job ends here ---
   if (p.t_out != nullptr) {
+    const int split = static_cast<int>(blockIdx.x) % p.shares.splits, ranks = p.panels * kTileRows;
+    float* const t_out = p.t_out + static_cast<int64_t>(split) * p.m * ranks;
 #pragma unroll
     for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
@@ -808,7 +852,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
         for (int e = 0; e < 4; ++e) {
           const int m = first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + group + 8 * (e / 2);
           if (m < p.m && panel_of(i) < p.panels)
-            store(p.t_out + (static_cast<int64_t>(blockIdx.x) % p.shares.splits * p.m + m) * p.panels * kTileRows + r,
+            store(t_out + static_cast<int64_t>(m) * ranks + r,
                   C::kInt8 ? total[i][j][e] : static_cast<float>(acc[i][j][e]));
         }
     return;
@@ -832,9 +876,9 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   if (p.rank_tiles > 0) {
     const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
     Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
-    if (p.fused) {
-      const int part = C::kWarpgroup ? warp_n % fused_tiles : warp_n;
-      const int first = C::kWarpgroup ? warp_n / fused_tiles * fused_tiles * 16 : warp_m * C::kCols * 8;
+    if (fused) {
+      const int part = C::kWarpgroup ? warp_n & (fused_tiles - 1) : warp_n;
+      const int first = C::kWarpgroup ? (warp_n - part) * 16 : warp_m * C::kCols * 8;
 #pragma unroll
       for (int j = 0; j < C::kRankParts * C::kRankCols; ++j)
 #pragma unroll
@@ -851,7 +895,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
       for (int e = 0; e < 2; ++e) {
         const int r = first_rank + e;
         float t = 0.0f;
-        if (p.fused) {
+        if (fused) {
           Acc sum = 0;
           for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles) sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
           if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];

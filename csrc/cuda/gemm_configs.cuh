@@ -11,6 +11,7 @@ struct TileShape {
   int stage_bytes;   // with weights of 4 bits
   int partials;      // numbers a block leaves of a part of a tile
   int resident;      // blocks that fit a multiprocessor by their registers
+  bool fuses;        // an adapter's t may come from the same pass
 };
 
 //                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
@@ -34,7 +35,7 @@ enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups8 };
 
 template <typename C>
 constexpr TileShape shape_of() {
-  return {C::kBlockN, C::kBlockM, C::kTilesK, C::kAdapterAt, C::kPartials, C::kBlockM <= 16 ? 2 : 1};
+  return {C::kBlockN, C::kBlockM, C::kTilesK, C::kAdapterAt, C::kPartials, C::kBlockM <= 16 ? 2 : 1, C::kFuses};
 }
 inline TileShape tile16_shape(int tile) {
   switch (tile) {

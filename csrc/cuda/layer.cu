@@ -199,6 +199,7 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.walk = walk_of(s);
   g.run = fast_divide(g.walk.run);
   g.taps_w = fast_divide(s.kernel[1]);
+  g.segment_blocks = fast_divide(g.walk.blocks_per_segment);
   g.m = plan.tokens;
   g.x_scale = reinterpret_cast<const float*>(workspace + plan.x_scale_at);
   g.x_zero = reinterpret_cast<const int32_t*>(workspace + plan.x_zero_at);
