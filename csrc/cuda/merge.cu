@@ -2,7 +2,7 @@
 //           matrix product then runs at full speed, and the adapter costs nothing there.
 // Inputs:   parts of a prepared layer (layout.h) of one tap.
 // Numerics: B's codes are exact in tf32, s A is rounded to it; sums float32; one rounding to the result.
-// Method:   a warp owns a tile, 16 rows x 64 inputs. A's tiles of the block's inputs become float32 in shared memory,
+// Method:   a warp owns a tile, 16 rows x 64 inputs. A's tiles of the block's inputs become tf32 in shared memory,
 //           [rank][column], columns in the order in which a lane's accumulators meet its codes:
 //             accumulators 2t, 2t + 1 of column tile 2 j + hi  <->  codes (j, h, 2 hi + 0..1)   (layout.h)
 //           so each lane writes four neighbouring numbers.
@@ -15,7 +15,8 @@ namespace cora::cuda {
 namespace {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kPitch = kTileInputs + 8;  // floats of a rank in shared memory: lanes of a read lie in different banks
+/// Words of a rank in shared memory. A read's lane 4g + t takes rank 4t, column g: 280t + g, a bank each.
+constexpr int kPitch = kTileInputs + 6;
 
 struct MergeArgs {
   Walk walk;
@@ -30,7 +31,7 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, group = lane / 4, quad = lane % 4;
   const int block = static_cast<int>(blockIdx.x), panel = static_cast<int>(blockIdx.y) * kWarps + tid / 32;
   const int rank_tiles = p.parts.rank_tiles;
-  float* const a = reinterpret_cast<float*>(shared_memory());
+  uint32_t* const a = reinterpret_cast<uint32_t*>(shared_memory());
   const float* const adapter_scale = reinterpret_cast<const float*>(p.prepared + p.parts.adapter_scale);
 
   for (int i = tid; i < rank_tiles * 32; i += kThreads) {
@@ -47,7 +48,7 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           const int hi = b % 2, e = b / 2, code = static_cast<int>(bytes >> (8 * b) & 0xff) - 128;
-          a[r * kPitch + (2 * j + hi) * 8 + 2 * (l % 4) + e] = static_cast<float>(code) * adapter_scale[r];
+          a[r * kPitch + (2 * j + hi) * 8 + 2 * (l % 4) + e] = round_tf32(static_cast<float>(code) * adapter_scale[r]);
         }
       }
     }
@@ -71,7 +72,7 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
       for (int c = 0; c < 8; ++c)
 #pragma unroll
         for (int e = 0; e < 2; ++e)
-          x[c][e] = round_tf32(a[(tile * 16 + quad * 4 + step * 2 + e) * kPitch + c * 8 + group]);
+          x[c][e] = a[(tile * 16 + quad * 4 + step * 2 + e) * kPitch + c * 8 + group];
       mma_tf32(acc, w, x);
     }
   }
