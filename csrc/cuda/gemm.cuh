@@ -655,10 +655,15 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
       if (n >= channels) continue;
       float v[8];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float f = y[token * C::kOutPitch + n + j] + p.bias[first_n + n + j];
-        v[j] = f < e.low ? e.low : f;
-        v[j] = v[j] > e.high ? e.high : v[j];
+      for (int j = 0; j < 8; j += 4) {
+        const float4 sum = load<float4>(y + token * C::kOutPitch + n + j);
+        const float4 bias = load<float4>(p.bias + first_n + n + j);
+        const float f[4] = {sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          v[j + i] = f[i] < e.low ? e.low : f[i];
+          v[j + i] = v[j + i] > e.high ? e.high : v[j + i];
+        }
       }
       store(static_cast<uint16_t*>(e.out) + offsets(token, e.out_strides) + first_n + n, pack8(v, e.out_type));
     }
@@ -901,6 +906,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
           if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
           t = static_cast<float>(sum);
         } else if (m < p.m) {
+#pragma unroll 8  // several loads under way
           for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
         }
         v[e] = t * p.adapter_scale[r];

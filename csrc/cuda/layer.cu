@@ -33,11 +33,11 @@ int64_t tiles_of(const TileShape& tile, int64_t n, int64_t m) {
 }
 
 /// How many ways to split K where each part has a place of its own: enough blocks for the card, at least four stages
-/// each.
-int split_count(int64_t tiles, int stages, int places) {
-  int64_t splits = places / tiles;
+/// each, and few parts: every block of the next pass reads them all.
+int split_count(int64_t tiles, int stages, int places, int block_m) {
+  int64_t splits = places / tiles, most = block_m <= 16 ? 16 : 8;
   if (splits > stages / 4) splits = stages / 4;
-  if (splits > 8) splits = 8;
+  if (splits > most) splits = most;
   return splits < 1 ? 1 : static_cast<int>(splits);
 }
 
@@ -127,8 +127,10 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   // As many tiles of A as the stages have room for in the 99 KiB of shared memory that every GPU has.
   const bool wide = container_bits(s.bits) == 8;
   const int most_tiles = integer ? (wide && p.tile == kSmall8 ? 1 : 4) : (wide ? 4 : 2);
-  p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && (integer || p.tile == kLarge128);
-  p.t_splits = s.rank == 0 || p.fused ? 0 : integer ? 1 : split_count(tiles_of(tile, s.rank, tokens), p.stages, places);
+  p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && tile.fuses;
+  p.t_splits = s.rank == 0 || p.fused ? 0
+               : integer              ? 1
+                                      : split_count(tiles_of(tile, s.rank, tokens), p.stages, places, tile.block_m);
 
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
