@@ -16,7 +16,9 @@ namespace cora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kPiece = 2048;  // elements of a run that one warp sums up
+// Elements of a run that one warp sums up: few enough for many warps, but a run has no more pieces than the warp that
+// adds them up gets through quickly.
+constexpr int64_t kPiece = 2048, kMostPieces = 8192;
 
 struct Code {
   float q, rounded, ratio;
@@ -36,7 +38,7 @@ CORA_DEVICE Code quantize(float x, float scale, float zero_point, float top) {
 
 /// x as runs of elements that share a scale: run i takes scale i % scales.
 struct Runs {
-  int64_t length, count, scales, pieces;  // pieces of a run
+  int64_t length, count, scales, piece, pieces;  // a run is `pieces` times `piece` elements, the last maybe fewer
 };
 
 Runs runs_of(const QuantizeShape& s) {
@@ -46,7 +48,8 @@ Runs runs_of(const QuantizeShape& s) {
   r.length = s.q_rows == 1 && s.groups == 1 ? total : s.cols / s.groups;
   r.count = total / r.length;
   r.scales = s.q_rows * s.groups;
-  r.pieces = (r.length + kPiece - 1) / kPiece;
+  r.piece = round_up(r.length, kPiece * kMostPieces) / kMostPieces;
+  r.pieces = (r.length + r.piece - 1) / r.piece;
   return r;
 }
 
@@ -92,13 +95,12 @@ CORA_DEVICE int64_t scale_of(int64_t run, const Runs& r) { return r.scales == r.
 
 template <int kVector>
 CORA_GLOBAL(kThreads, 1) forward_kernel(const void* __restrict__ x, const int type, const float* __restrict__ scale,
-                                        const int32_t* __restrict__ zero_point, const Runs r, const bool narrow,
-                                        const FastDivide by_length, const int64_t total, const float top,
+                                        const int32_t* __restrict__ zero_point, const Runs r,
+                                        const Divide by_length, const int64_t total, const float top,
                                         void* __restrict__ out, void* __restrict__ residual,
                                         uint8_t* __restrict__ codes) {
   for (int64_t i = thread_index() * kVector; i < total; i += thread_count() * kVector) {
-    const int64_t run = narrow ? static_cast<int64_t>(quotient(static_cast<uint32_t>(i), by_length)) : i / r.length;
-    const int64_t q = scale_of(run, r);
+    const int64_t q = scale_of(quotient(i, by_length), r);
     const float s = scale[q], zp = static_cast<float>(zero_point[q]);
     float v[kVector], y[kVector], rest[kVector];
     read(x, i, type, v);
@@ -128,8 +130,8 @@ CORA_GLOBAL(kThreads, 1) backward_kernel(const void* __restrict__ grad, const vo
                                          double* __restrict__ partial) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t piece = thread_index() / 32; piece < r.count * r.pieces; piece += thread_count() / 32) {
-    const int64_t run = piece / r.pieces, first = piece % r.pieces * kPiece, q = scale_of(run, r);
-    const int64_t length = r.length - first < kPiece ? r.length - first : kPiece;
+    const int64_t run = piece / r.pieces, first = piece % r.pieces * r.piece, q = scale_of(run, r);
+    const int64_t length = r.length - first < r.piece ? r.length - first : r.piece;
     const float s = scale[q], zp = static_cast<float>(zero_point[q]);
     double sum = 0;
     for (int64_t i = lane * kVector; i < length; i += 32 * kVector) {
@@ -158,8 +160,13 @@ CORA_GLOBAL(kThreads, 1) scale_gradient_kernel(const double* __restrict__ partia
   const int64_t per_scale = r.count / r.scales * r.pieces;
   for (int64_t q = thread_index() / 32; q < r.scales; q += thread_count() / 32) {
     double sum = 0;
-    for (int64_t i = lane; i < per_scale; i += 32)
-      sum += partial[(i / r.pieces * r.scales + q) * r.pieces + i % r.pieces];
+    if (r.count == r.scales) {
+#pragma unroll 8  // several loads under way
+      for (int64_t i = lane; i < per_scale; i += 32) sum += partial[q * r.pieces + i];
+    } else {
+      for (int64_t i = lane; i < per_scale; i += 32)
+        sum += partial[(i / r.pieces * r.scales + q) * r.pieces + i % r.pieces];
+    }
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
     if (lane == 0) grad_scale[q] = static_cast<float>(sum);
@@ -178,9 +185,8 @@ const char* fake_quantize(const void* x, int type, const float* scale, const int
   const int bytes = 4 * element_bytes(type);
   const bool wide =
       r.length % 4 == 0 && aligned(x, bytes) && aligned(out, bytes) && aligned(residual, bytes) && aligned(codes, 4);
-  const bool narrow = total < (int64_t{1} << 31);
   return launch(wide ? forward_kernel<4> : forward_kernel<1>, Dim3{grid_for(wide ? total / 4 : total, kThreads), 1, 1},
-                kThreads, 0, stream, x, type, scale, zero_point, r, narrow, fast_divide(narrow ? r.length : 1), total,
+                kThreads, 0, stream, x, type, scale, zero_point, r, divide_by(r.length, total), total,
                 static_cast<float>(max_code(bits)), out, residual, codes);
 }
 

@@ -16,18 +16,39 @@ namespace {
 
 constexpr int kThreads = 256;
 
+/// How the elements of an image are found by their number: [pixel][channel], or [channel][pixel] where its channels are
+/// not neighbours.
+struct Order {
+  bool by_channel;
+  int64_t image;               // elements of an item
+  Divide item, minor, width;   // by elements of an item; by those of a pixel, or of a channel; by pixels of a row
+};
+struct Place {
+  int64_t item, row, column, channel;
+};
+Order order_of(bool by_channel, int64_t items, int64_t height, int64_t width, int64_t channels) {
+  const int64_t image = height * width * channels, total = items * image;
+  return {by_channel, image, divide_by(image, total), divide_by(by_channel ? channels : height * width, total),
+          divide_by(width, total)};
+}
+CORA_DEVICE Place place_of(int64_t i, const Order& o) {
+  const int64_t item = quotient(i, o.item), rest = i - item * o.image;
+  const int64_t major = quotient(rest, o.minor), minor = rest - major * o.minor.divisor;
+  const int64_t pixel = o.by_channel ? major : minor, row = quotient(pixel, o.width);
+  return {item, row, pixel - row * o.width.divisor, o.by_channel ? minor : major};
+}
+CORA_DEVICE int64_t offset_of(const Place& p, const PixelStrides& s) {
+  return p.item * s.item + p.row * s.row + p.column * s.pixel + p.channel * s.channel;
+}
+
 /// Smallest and largest element of a slice of an item: grid (slices, items).
-CORA_GLOBAL(kThreads, 1) range_kernel(const Input x, const int channels, float2* __restrict__ ranges) {
-  const int64_t pixels = static_cast<int64_t>(x.height) * x.width, count = pixels * channels;
+CORA_GLOBAL(kThreads, 1) range_kernel(const Input x, const Order order, float2* __restrict__ ranges) {
+  const int64_t count = order.image;
   const int64_t first = count * blockIdx.x / gridDim.x, last = count * (blockIdx.x + 1) / gridDim.x;
   float low = 0.0f, high = 0.0f;
   for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
-    const int64_t pixel = x.strides.channel == 1 ? i / channels : i % pixels;
-    const int64_t c = x.strides.channel == 1 ? i % channels : i / pixels;
-    const float v = read_element(x.data,
-                                 blockIdx.y * x.strides.item + pixel / x.width * x.strides.row +
-                                     pixel % x.width * x.strides.pixel + c * x.strides.channel,
-                                 x.type);
+    const int64_t at = blockIdx.y * x.strides.item + offset_of(place_of(i, order), x.strides);
+    const float v = read_element(x.data, at, x.type);
     low = v < low ? v : low;
     high = v > high ? v : high;
   }
@@ -74,15 +95,13 @@ CORA_GLOBAL(kThreads, 1) parameters_kernel(const Input x, const int count, const
 }
 
 /// x as float32 [items][channels][height][width]; through its codes where it has a quantizer.
-CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const int channels, const float* __restrict__ scale,
+CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const Order order, const float* __restrict__ scale,
                                        const int32_t* __restrict__ zero, float* __restrict__ out) {
-  const int64_t plane = static_cast<int64_t>(x.height) * x.width, image = plane * channels;
-  const int64_t halo = x.type == kUint8 ? x.halo : 0;
-  for (int64_t i = thread_index(); i < image * x.items; i += thread_count()) {
-    const int64_t item = i / image, c = i % image / plane, row = i % plane / x.width, column = i % x.width;
-    const int64_t at = item * x.strides.item + (row + halo) * x.strides.row + (column + halo) * x.strides.pixel +
-                       c * x.strides.channel;
-    const int64_t q = x.parameters == kDynamic ? item : 0;
+  const int64_t halo = x.type == kUint8 ? x.halo * (x.strides.row + x.strides.pixel) : 0;
+  for (int64_t i = thread_index(); i < order.image * x.items; i += thread_count()) {
+    const Place place = place_of(i, order);
+    const int64_t at = offset_of(place, x.strides) + halo;
+    const int64_t q = x.parameters == kDynamic ? place.item : 0;
     float v;
     if (x.type == kUint8) {
       v = scale[q] * static_cast<float>(static_cast<const uint8_t*>(x.data)[at] - zero[q]);
@@ -99,18 +118,12 @@ CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const int channels, const 
   }
 }
 
-CORA_GLOBAL(kThreads, 1) finish_kernel(const void* __restrict__ y, const int type, const PixelStrides s, const int items,
-                                       const int height, const int width, const int channels, const Epilogue e) {
-  const int64_t plane = static_cast<int64_t>(height) * width, image = plane * channels;
-  for (int64_t i = thread_index(); i < image * items; i += thread_count()) {
-    const int64_t item = i / image, rest = i % image;
-    const bool by_channel = e.out_strides.channel == 1;
-    const int64_t pixel = by_channel ? rest / channels : rest % plane, c = by_channel ? rest % channels : rest / plane;
-    const int64_t row = pixel / width, column = pixel % width;
-    const auto at = [&](const PixelStrides& t) {
-      return item * t.item + row * t.row + column * t.pixel + c * t.channel;
-    };
-    finish_element(e, read_element(y, at(s), type), at(e.out_strides), e.add == nullptr ? 0 : at(e.add_strides));
+CORA_GLOBAL(kThreads, 1) finish_kernel(const void* __restrict__ y, const int type, const PixelStrides s,
+                                       const int64_t total, const Order order, const Epilogue e) {
+  for (int64_t i = thread_index(); i < total; i += thread_count()) {
+    const Place place = place_of(i, order);
+    finish_element(e, read_element(y, offset_of(place, s), type), offset_of(place, e.out_strides),
+                   e.add == nullptr ? 0 : offset_of(place, e.add_strides));
   }
 }
 
@@ -132,17 +145,15 @@ struct Target {
 
 /// kCodes: 16 codes a piece; else 8 numbers of x's type.
 template <bool kCodes>
-CORA_GLOBAL(kThreads, 1) stage_kernel(const Input x, const Target t, const float* __restrict__ scale,
-                                      const int32_t* __restrict__ zero, const int x_parameters, char* __restrict__ out) {
+CORA_GLOBAL(kThreads, 1) stage_kernel(const Input x, const Target t, const Order pieces,
+                                      const float* __restrict__ scale, const int32_t* __restrict__ zero,
+                                      const int x_parameters, char* __restrict__ out) {
   constexpr int kPiece = kCodes ? 16 : 8;
-  const int64_t pixels = static_cast<int64_t>(t.height) * t.width, pieces = t.channels / kPiece;
-  const int64_t total = pixels * pieces * x.items;
-  for (int64_t i = thread_index(); i < total; i += thread_count()) {
-    const int64_t item = i / (pixels * pieces), rest = i % (pixels * pieces);
-    const bool channels_last = x.strides.channel == 1;
-    const int64_t pixel = channels_last ? rest / pieces : rest % pixels;
-    const int c0 = static_cast<int>(channels_last ? rest % pieces : rest / pixels) * kPiece;
-    const int64_t row = pixel / t.width - t.top, column = pixel % t.width - t.left;
+  for (int64_t i = thread_index(); i < pieces.image * x.items; i += thread_count()) {
+    const Place place = place_of(i, pieces);
+    const int64_t item = place.item, pixel = (item * t.height + place.row) * t.width + place.column;
+    const int c0 = static_cast<int>(place.channel) * kPiece;
+    const int64_t row = place.row - t.top, column = place.column - t.left;
     const bool inside = row >= 0 && row < x.height && column >= 0 && column < x.width;
     const int64_t halo = x.type == kUint8 ? x.halo : 0;
     const int64_t from = item * x.strides.item + (row + halo) * x.strides.row + (column + halo) * x.strides.pixel +
@@ -168,13 +179,13 @@ CORA_GLOBAL(kThreads, 1) stage_kernel(const Input x, const Target t, const float
         }
         word[c / 4] |= code << (8 * (c % 4));
       }
-      store(out + ((item * pixels + pixel) * t.channels + c0), uint4{word[0], word[1], word[2], word[3]});
+      store(out + (pixel * t.channels + c0), uint4{word[0], word[1], word[2], word[3]});
     } else {
       float v[8];
 #pragma unroll
       for (int c = 0; c < kPiece; ++c)
         v[c] = c < left && inside ? read_element(x.data, from + c * x.strides.channel, x.type) : 0.0f;
-      store(out + ((item * pixels + pixel) * t.channels + c0) * 2, pack8(v, x.type));
+      store(out + (pixel * t.channels + c0) * 2, pack8(v, x.type));
     }
   }
 }
@@ -191,13 +202,14 @@ const char* stage_parameters(const Input& x, int channels, const Plan& plan, uin
   const int slices = range_slices(static_cast<int64_t>(x.height) * x.width * channels);
   float2* const ranges = reinterpret_cast<float2*>(workspace + plan.ranges_at);
   if (x.parameters == kDynamic) {
+    const Order order = order_of(x.strides.channel == 1, 1, x.height, x.width, channels);
     // Items beyond the limit of the grid's second dimension go in slabs.
     for (int32_t first = 0; first < x.items; first += 65535) {
       Input slab = x;
       slab.items = x.items - first < 65535 ? x.items - first : 65535;
       slab.data = static_cast<const char*>(x.data) + first * x.strides.item * element_bytes(x.type);
       const char* error = launch(range_kernel, Dim3{static_cast<unsigned>(slices), static_cast<unsigned>(slab.items), 1},
-                                 kThreads, kThreads * sizeof(float2), stream, slab, channels,
+                                 kThreads, kThreads * sizeof(float2), stream, slab, order,
                                  ranges + static_cast<int64_t>(first) * slices);
       if (error != nullptr) return error;
     }
@@ -231,7 +243,8 @@ const char* values(const Input& x, int channels, float* out, uint8_t* workspace,
   const Plan p = parameters_plan(x, channels);
   if (x.parameters != kNoParameters)
     if (const char* error = stage_parameters(x, channels, p, workspace, stream)) return error;
-  return launch(values_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, x, channels,
+  return launch(values_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, x,
+                order_of(false, x.items, x.height, x.width, channels),
                 reinterpret_cast<const float*>(workspace + p.x_scale_at),
                 reinterpret_cast<const int32_t*>(workspace + p.x_zero_at), out);
 }
@@ -240,8 +253,8 @@ const char* finish(const void* y, int type, PixelStrides strides, int items, int
                    const Epilogue& epilogue, void* stream) {
   const int64_t total = static_cast<int64_t>(items) * height * width * channels;
   if (total == 0) return nullptr;
-  return launch(finish_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, y, type, strides, items,
-                height, width, channels, epilogue);
+  return launch(finish_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, y, type, strides, total,
+                order_of(epilogue.out_strides.channel == 1, items, height, width, channels), epilogue);
 }
 
 const char* fill_border(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
@@ -257,12 +270,12 @@ const char* stage_input(const LayerShape& shape, const Input& x, const Plan& pla
   const int border_y = codes ? shape.padding[0] : 0, border_x = codes ? shape.padding[1] : 0;
   const Target t{plan.staged_channels, shape.channels, border_y, border_x, x.height + 2 * border_y,
                  x.width + 2 * border_x};
-  const int64_t pieces = static_cast<int64_t>(x.items) * t.height * t.width * (t.channels / (codes ? 16 : 8));
+  const Order pieces = order_of(x.strides.channel == 1, x.items, t.height, t.width, t.channels / (codes ? 16 : 8));
   const float* scale = reinterpret_cast<const float*>(workspace + plan.x_scale_at);
   const int32_t* zero = reinterpret_cast<const int32_t*>(workspace + plan.x_zero_at);
-  return launch(codes ? stage_kernel<true> : stage_kernel<false>, Dim3{grid_for(pieces, kThreads), 1, 1}, kThreads, 0,
-                stream, x, t, scale, zero, x.parameters == kDynamic ? x.items : 1,
-                reinterpret_cast<char*>(workspace + plan.x_at));
+  const Dim3 grid{grid_for(pieces.image * x.items, kThreads), 1, 1};
+  return launch(codes ? stage_kernel<true> : stage_kernel<false>, grid, kThreads, 0, stream, x, t, pieces, scale, zero,
+                x.parameters == kDynamic ? x.items : 1, reinterpret_cast<char*>(workspace + plan.x_at));
 }
 
 }  // namespace cora::cuda
