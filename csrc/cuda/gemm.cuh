@@ -21,446 +21,9 @@
 // Cost:     W once per kBlockM tokens, x once per kBlockN channels; see docs/cuda.md for bytes and occupancy.
 #pragma once
 
-#include "cuda/elements.cuh"
-#include "cuda/layout.h"
-#include "cuda/platform.cuh"
-
-#include <type_traits>
+#include "cuda/gemm_tile.cuh"
 
 namespace cora::cuda {
-
-struct Int8 {};  // x as unsigned 8-bit codes
-
-/// How blocks of threads share the tiles of y. `each` 0: `splits` blocks a tile, each with its part of K; otherwise the
-/// stages of all tiles stand in a row, and block w takes each + (w < more) of them.
-struct Shares {
-  int32_t stages;  // of a tile
-  int32_t workers, splits, each, more;
-
-  CORA_HOST_DEVICE int begin(int worker) const { return worker * each + (worker < more ? worker : more); }
-  CORA_HOST_DEVICE int owner(int stage) const {
-    const int longer = more * (each + 1);
-    return stage < longer ? stage / (each + 1) : more + (stage - longer) / each;
-  }
-};
-
-inline Shares split_tiles(int64_t tiles, int stages, int splits) {
-  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0};
-}
-/// workers <= tiles * stages < 2^31.
-inline Shares share_tiles(int64_t tiles, int stages, int workers) {
-  const auto all = static_cast<int32_t>(tiles * stages);
-  return {stages, workers, 0, all / workers, all % workers};
-}
-
-struct GemmArgs {
-  const char* x;
-  int64_t x_item, x_row, x_pixel;  // strides in bytes; channels are contiguous
-  int32_t height, width;           // of x: taps outside read zeros
-  int32_t stride[2], padding[2], dilation[2], kernel_w;
-  int32_t channels;  // of a pixel of x
-  FastDivide pixels, out_w, run, taps_w, segment_blocks;
-  Walk walk;
-  int32_t m, n, panels;
-  const uint8_t *w, *a, *b;
-  const float2* qparams;
-  const int32_t *sums, *a_sums;
-  const float *adapter_scale, *bias;
-  int32_t bits, rank_tiles;
-  bool grouped;        // qparams and sums are by segment
-  bool fused;          // t from this kernel
-  const float* t;      // or from these partial sums [t_splits][m][16 rank_tiles]
-  int32_t t_splits;
-  const float* x_scale;    // 8-bit x: [items], items being images (tokens, for a matrix)
-  const int32_t* x_zero;   // [items]
-  int32_t x_parameters;    // items that have parameters of their own, or 1
-  Shares shares;
-  void* partial;           // [workers][2][kParts][threads], float or int32
-  unsigned* tickets;       // [tiles of y], zero before the launch
-  float* t_out;            // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
-  Epilogue epilogue;
-};
-
-// --- Weights in registers ---------------------------------------------------------------------------------------
-
-/// A lane's codes of one tile, and their way to mma operands.
-template <int kBits>
-struct Codes {
-  static constexpr int kWords = kBits;  // 32 codes
-  uint32_t word[kWords];
-
-  CORA_DEVICE void read(const char* tile, int lane) {
-    if constexpr (kBits == 4) {
-      set(load<uint4>(tile + lane * 16), 0);
-    } else if constexpr (kBits == 8) {
-      set(load<uint4>(tile + lane * 16), 0);
-      set(load<uint4>(tile + 512 + lane * 16), 4);
-    } else {
-      const uint2 low = load<uint2>(tile + lane * 8);
-      word[0] = low.x;
-      word[1] = low.y;
-      if constexpr (kBits == 3) word[2] = load<uint32_t>(tile + 256 + lane * 4);
-    }
-  }
-  /// 8 bits: only the words of inputs 16j ..: registers for two, not eight.
-  CORA_DEVICE void read_step(const char* tile, int lane, int j) {
-    const uint2 v = load<uint2>(tile + j / 2 * 512 + lane * 16 + j % 2 * 8);
-    word[4 * (j / 2) + 2 * (j % 2)] = v.x;
-    word[4 * (j / 2) + 2 * (j % 2) + 1] = v.y;
-  }
-  CORA_DEVICE void set(uint4 v, int at) {
-    word[at] = v.x;
-    word[at + 1] = v.y;
-    word[at + 2] = v.z;
-    word[at + 3] = v.w;
-  }
-
-  /// Bytes of row half h at inputs 16j + 4t + (0, 2, 1, 3).
-  CORA_DEVICE uint32_t bytes(int j, int h) const {
-    if constexpr (kBits == 8) return word[4 * (j / 2) + 2 * (j % 2) + h];
-    if constexpr (kBits == 4) return (word[j] >> (4 * h)) & 0x0f0f0f0fu;
-    uint32_t v = (word[j / 2] >> (2 * (2 * (j % 2) + h))) & 0x03030303u;
-    if constexpr (kBits == 3) v |= ((word[2] >> (2 * j + h)) & 0x01010101u) << 2;
-    return v;
-  }
-};
-
-/// code -> code - zero in T: an exponent is OR-ed over the code, which makes it kBase + code * 2^kShift, and one
-/// fma takes both away. Row half h reads its codes where they lie, h fields up, so as not to shift them down
-/// (Bfloat16 has too few digits for that with 4 bits).
-template <typename T, int kBits>
-struct Dequantize {
-  static constexpr bool kHalf = std::is_same_v<T, Half>;
-  static constexpr uint32_t kMagic = kHalf ? 0x64006400u : 0x43004300u;  // 1024, 128
-  static constexpr int kField = kBits == 4 ? (kHalf ? 4 : 0) : kBits == 8 ? 0 : 2;
-
-  static CORA_DEVICE float base(int h) { return (kHalf ? 1024.0f : 128.0f) / static_cast<float>(1 << (kField * h)); }
-  static CORA_DEVICE uint32_t factor(int h) {
-    const float f = 1.0f / static_cast<float>(1 << (kField * h));
-    return pack2<T>(f, f);
-  }
-
-  /// The zero-point of a row as fma's addend. Half ends at 65504: a zero-point far beyond the codes is brought to
-  /// 32768, and the scale takes the rest; what the codes then still add is below Half's precision of the weight.
-  static CORA_DEVICE uint32_t zero(float& scale, float zero_point, int h) {
-    if (kHalf && (zero_point > 32768.0f || zero_point < -32768.0f)) {
-      const float limit = zero_point > 0 ? 32768.0f : -32768.0f;
-      scale *= (zero_point > 0 ? zero_point : -zero_point) * (1.0f / 32768.0f);
-      zero_point = limit;
-    }
-    const float c = -(base(h) + zero_point);
-    return pack2<T>(c, c);
-  }
-
-  /// The operand of inputs 16j.. 16j + 15. zero: as above; zero_float: the plain zero-points (Bfloat16, 8 bits).
-  static CORA_DEVICE void operand(const Codes<kBits>& codes, int j, const uint32_t (&zero)[2],
-                                  const float (&zero_float)[2], uint32_t (&out)[4]) {
-#pragma unroll
-    for (int hi = 0; hi < 2; ++hi)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t v = 0;
-        if constexpr (kBits == 8 && !kHalf) {
-          // 255 needs eight digits: through float32, whose 2^23 takes the byte.
-          const uint32_t w = codes.bytes(j, h);
-          const float low = bits_to_float(byte_permute(w, 0x4b000000u, hi ? 0x7441u : 0x7440u));
-          const float high = bits_to_float(byte_permute(w, 0x4b000000u, hi ? 0x7443u : 0x7442u));
-          out[2 * hi + h] = pack2<T>(low - 8388608.0f - zero_float[h], high - 8388608.0f - zero_float[h]);
-          continue;
-        } else if constexpr (kBits == 8) {
-          v = byte_permute(codes.bytes(j, h), 0x64646464u, hi ? 0x4341u : 0x4240u);
-        } else if constexpr (kBits == 4) {
-          const int down = 8 * hi + 4 * h - kField * h;
-          v = and_or(codes.word[j] >> down, 0x000f000fu << (kField * h), kMagic);
-        } else {
-          v = and_or(codes.word[j / 2] >> (8 * hi + 4 * (j % 2)), 0x00030003u << (2 * h), kMagic);
-          if constexpr (kBits == 3) {
-            const int down = 8 * hi + 2 * j + h - (2 * h + 2);
-            const uint32_t high = down >= 0 ? codes.word[2] >> (down & 31) : codes.word[2] << (-down & 31);
-            v = and_or(high, 0x00040004u << (2 * h), v);
-          }
-        }
-        out[2 * hi + h] = fma2<T>(v, factor(h), zero[h]);
-      }
-  }
-};
-
-/// Bytes code - zero, two's complement, of unsigned codes; zero replicated four times.
-template <int kBits>
-CORA_DEVICE uint32_t subtract_bytes(uint32_t codes, uint32_t zero) {
-  constexpr uint32_t kTop = 0x80808080u;
-  if constexpr (kBits < 8)
-    return ((codes | kTop) - zero) ^ kTop;  // 128 + code - zero is 0..255: no byte borrows
-  else
-    return ((codes | kTop) - (zero & ~kTop)) ^ ((codes ^ ~zero) & kTop);
-}
-
-/// Adapter codes (stored + 128) as a 16-bit operand.
-template <typename T>
-CORA_DEVICE void adapter_operand(const Codes<8>& codes, int step, uint32_t (&out)[4]) {
-  const float zero_float[2] = {128.0f, 128.0f};
-  float one = 1.0f;
-  const uint32_t zero[2] = {Dequantize<T, 8>::zero(one, 128.0f, 0), Dequantize<T, 8>::zero(one, 128.0f, 1)};
-  Dequantize<T, 8>::operand(codes, step, zero, zero_float, out);
-}
-
-/// Scale and zero-point of a lane's two rows of a tile, in the form the operands take them.
-template <typename C>
-struct RowParameters {
-  float scale[2], zero_float[2];
-  uint32_t zero[2], scale16[2];
-
-  /// Int8: what nearest_zero leaves over of the zero-point; the rest of q is wanted only after the loop.
-  CORA_DEVICE int set(int h, float2 q, int bits) {
-    if constexpr (C::kInt8) {
-      const int near = nearest_zero(static_cast<int>(q.y), bits);
-      zero[h] = static_cast<uint32_t>(C::kBits == 8 ? near & 0xff : near) * 0x01010101u;
-      return near - static_cast<int>(q.y);
-    } else {
-      scale[h] = q.x;
-      zero_float[h] = q.y;
-      zero[h] = Dequantize<typename C::T, C::kBits>::zero(scale[h], q.y, h);
-      scale16[h] = pack2<typename C::T>(scale[h], scale[h]);
-      return 0;
-    }
-  }
-
-  CORA_DEVICE void operand(const Codes<C::kBits>& codes, int step, bool scaled, uint32_t (&out)[4]) const {
-    if constexpr (C::kInt8) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-        out[r] = subtract_bytes<C::kBits>(codes.bytes(2 * step + r / 2, r % 2), zero[r % 2]);
-    } else {
-      Dequantize<typename C::T, C::kBits>::operand(codes, step, zero, zero_float, out);
-      if (scaled) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) out[r] = fma2<typename C::T>(out[r], scale16[r % 2], 0x80008000u);
-      }
-    }
-  }
-};
-
-// --- The tile a block computes ----------------------------------------------------------------------------------
-
-/// kWarpsN x kWarpsM warps, each kRows tiles of 16 channels x kCols of 8 tokens; kDepth: 128-byte pieces of an x row
-/// a stage; kGrouped: the weight has scale groups (8-bit x pays registers for it, 16-bit x nothing); kWarpgroup: by
-/// warpgroup instructions.
-template <typename T_, int kBits_, int kWarpsN_, int kWarpsM_, int kRows_, int kCols_, int kDepth_, int kStages_,
-          bool kGrouped_ = true, bool kWarpgroup_ = false>
-struct Config {
-  using T = T_;
-  static constexpr bool kInt8 = std::is_same_v<T, Int8>, kGrouped = kGrouped_;
-  static constexpr int kBits = kBits_, kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kRows = kRows_, kCols = kCols_;
-  static constexpr int kDepth = kDepth_, kStages = kStages_;
-  static constexpr bool kWarpgroup = kWarpgroup_;
-  static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsM == 1 && kRows == 1 && kCols == 16));
-  static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
-  static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
-  static constexpr int kPanels = kBlockN / kTileRows;
-  static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
-  static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
-  /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
-  static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
-  /// Whether an adapter may be fused: not where few tokens of 16-bit x leave the call bound by bytes (see plan).
-  static constexpr bool kFuses = kInt8 || kBlockM >= 128;
-  /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
-  static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kFuses ? kCols : 1;
-  /// Scale groups of 16-bit x: with few tokens the sums of a tile are scaled, else its weights, whichever are fewer.
-  static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 < kRows * 16;
-  /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
-  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0;
-  static constexpr int kAccT = kFuses ? kRankParts * kRankCols * 4 : 0;
-  static constexpr int kParts = kAcc + kSums + kAccT, kPartials = kParts * kThreads;
-  static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
-  static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
-  // A stage: x pieces, weight tiles, scales, adapter tiles.
-  static constexpr int kPieceBytes = kBlockM * 128;
-  static constexpr int kWeightAt = kDepth * kPieceBytes;
-  static constexpr int kScaleAt = kWeightAt + kTilesK * kPanels * kTileBytes;
-  static constexpr int kAdapterAt = kScaleAt + (kGrouped ? kTilesK * kBlockN * 8 : 0);
-  static int stage_bytes(int fused_tiles) { return kAdapterAt + kTilesK * fused_tiles * 1024; }
-  // After the loop the ring becomes t (float32 parts, then the operand) and then the tile of y.
-  static constexpr int kOutPitch = kBlockN + 4;  // floats
-  static int shared_bytes(int rank_tiles, bool fused) {
-    const int ring = kStages * stage_bytes(fused ? rank_tiles : 0);
-    const int parts = fused ? t_parts(rank_tiles) * kBlockM * 16 * 4 : 0;
-    const int t = rank_tiles == 0 ? 0 : kBlockM * t_pitch(rank_tiles) + parts;
-    const int y = kBlockM * kOutPitch * 4;
-    return ring > t ? (ring > y ? ring : y) : (t > y ? t : y);
-  }
-  /// Bytes of a token's t: 16 more than needed, so that 8 tokens lie in different banks.
-  CORA_HOST_DEVICE static int t_pitch(int rank_tiles) { return rank_tiles * 16 * (kInt8 ? 4 : 2) + 16; }
-  /// Parts [token][16] that a fused t comes in: part i is of rank tile i % rank_tiles.
-  CORA_HOST_DEVICE static int t_parts(int rank_tiles) { return kWarpgroup ? rank_tiles : kWarpsN; }
-};
-
-/// Position of 16-byte chunk `chunk` (0..7) of a row of x in shared memory. 16-bit x is read as 8 bytes a lane, half a
-/// warp at a time: 4 rows x 2 neighbouring chunks; 8-bit x by ldmatrix: 8 rows x 1 chunk.
-template <typename C>
-CORA_DEVICE int chunk_of(int row, int chunk) {
-  return C::kInt8 ? chunk ^ (row & 7) : chunk ^ ((row & 3) << 1);
-}
-
-template <typename C>
-struct Block {
-  static constexpr int kLoadRows = C::kBlockM * 8 / C::kThreads > 0 ? C::kBlockM * 8 / C::kThreads : 1;
-  using Acc = std::conditional_t<C::kInt8, int32_t, float>;
-
-  const GemmArgs& p;
-  char* shared;
-  int tid, lane, group, quad, warp_n, warp_m;
-  int first_panel, first_token, end_block;
-  // Rows of x this thread copies: where their window begins.
-  const char* row[kLoadRows];
-  int row_y[kLoadRows], row_x[kLoadRows];
-
-  CORA_DEVICE Block(const GemmArgs& args, int panel, int token, int end)
-      : p(args), shared(shared_memory()), first_panel(panel), first_token(token), end_block(end) {
-    tid = reread_thread_index();
-    lane = tid % 32;
-    group = lane / 4;
-    quad = lane % 4;
-    warp_n = tid / 32 % C::kWarpsN;
-    warp_m = tid / 32 / C::kWarpsN;
-#pragma unroll
-    for (int i = 0; i < kLoadRows; ++i) {
-      const int m = first_token + tid / 8 + i * (C::kThreads / 8);
-      const uint32_t item = quotient(static_cast<uint32_t>(m), p.pixels);
-      const uint32_t pixel = static_cast<uint32_t>(m) - item * p.pixels.divisor;
-      const uint32_t y = quotient(pixel, p.out_w), x = pixel - y * p.out_w.divisor;
-      row_y[i] = static_cast<int>(y) * p.stride[0] - p.padding[0];
-      row_x[i] = static_cast<int>(x) * p.stride[1] - p.padding[1];
-      row[i] = p.x + static_cast<int64_t>(item) * p.x_item + row_y[i] * p.x_row + row_x[i] * p.x_pixel;
-      if (m >= p.m) row_y[i] = -(1 << 24);  // outside whatever the tap
-    }
-  }
-
-  /// Which of x's parameters belong to a token of the block.
-  CORA_DEVICE int item_of(int token) const {
-    const int m = first_token + token < p.m ? first_token + token : p.m - 1;
-    return p.x_parameters == 1 ? 0 : static_cast<int>(quotient(static_cast<uint32_t>(m), p.pixels));
-  }
-
-  /// (scale, zero-point) of this lane's row `group + 8 h` of tile `tile` of the block.
-  CORA_DEVICE float2 qparams_of(int segment, int tile, int h) const {
-    const int64_t panel = first_panel + tile;
-    if (panel >= p.panels) return float2{0.0f, 0.0f};
-    return load<float2>(p.qparams + (segment * static_cast<int64_t>(p.panels) + panel) * kTileRows + group + 8 * h);
-  }
-
-  /// Copies tiles `block` .. of K to a stage.
-  CORA_DEVICE void copy_stage(int block, char* stage) {
-    if (tid < C::kBlockM * 8) {
-      const int chunk = tid % 8;
-#pragma unroll
-      for (int piece = 0; piece < C::kDepth; ++piece) {
-        const int kb = block + piece * C::kTilesPerPiece + (C::kInt8 ? chunk / 4 : 0);
-        const int segment = C::kGrouped ? static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks)) : 0;
-        const int in_tile = (C::kInt8 ? chunk % 4 : chunk) * C::kChunkInputs;
-        const uint32_t k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs + in_tile);
-        const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
-        const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
-        const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
-        const bool inside = kb < end_block && tap < p.walk.taps && channel < p.walk.segment_channels;
-        const int64_t offset = dy * p.x_row + dx * p.x_pixel +
-                               static_cast<int64_t>(segment * p.walk.segment_channels + channel) * (C::kInt8 ? 1 : 2);
-#pragma unroll
-        for (int i = 0; i < kLoadRows; ++i) {
-          const int r = tid / 8 + i * (C::kThreads / 8);
-          const bool valid = inside && static_cast<unsigned>(row_y[i] + dy) < static_cast<unsigned>(p.height) &&
-                             static_cast<unsigned>(row_x[i] + dx) < static_cast<unsigned>(p.width);
-          async_copy16(stage + piece * C::kPieceBytes + r * 128 + chunk_of<C>(r, chunk) * 16,
-                       row[i] + offset, valid);
-        }
-      }
-    }
-    // Weight tiles of a block of K lie one after the other. What lies beyond the weight is not copied: its rows are not
-    // stored, its steps not made.
-    constexpr int kChunks = C::kPanels * C::kTileBytes / 16;
-    const int panels = p.panels - first_panel < C::kPanels ? p.panels - first_panel : C::kPanels;
-#pragma unroll
-    for (int tile = 0; tile < C::kTilesK; ++tile) {
-      const int kb = block + tile;
-      if (kb >= end_block) break;
-      // No GPU holds 2^31 tiles: one multiplication makes the address.
-      const auto first = static_cast<uint32_t>(kb * p.panels + first_panel);
-      const uint8_t* const w = p.w + uint64_t{first} * C::kTileBytes + tid * 16;
-#pragma unroll
-      for (int i = 0; i < kChunks; i += C::kThreads)
-        if (i + tid < panels * (C::kTileBytes / 16))
-          async_copy16(stage + C::kWeightAt + tile * C::kPanels * C::kTileBytes + (i + tid) * 16, w + i * 16);
-      if (C::kGrouped && p.grouped && tid < panels * 8) {
-        const uint32_t segment = quotient(static_cast<uint32_t>(kb), p.segment_blocks);
-        const float2* const q = p.qparams + uint64_t{segment * p.panels + first_panel} * kTileRows + tid * 2;
-        async_copy16(stage + C::kScaleAt + tile * C::kBlockN * 8 + tid * 16, q);
-      }
-      if constexpr (C::kFuses) {
-        const int chunks = p.rank_tiles * 64;
-        if (p.fused)
-#pragma unroll 1  // one round: four rank tiles at most
-          for (int i = tid; i < chunks; i += C::kThreads)
-            async_copy16(stage + C::kAdapterAt + (tile * chunks + i) * 16,
-                         p.a + uint64_t{static_cast<uint32_t>(kb * chunks + i)} * 16);
-      }
-    }
-  }
-
-  /// Waits for stage `stage` of the ring, which holds tiles k .. of K, and sets the copy of the tiles kAhead stages
-  /// later going: to the place that was read last, or by warpgroups the time before.
-  CORA_DEVICE const char* next_stage(int k, int stage, int stage_bytes) {
-    async_wait<C::kAhead - 1>();
-    if constexpr (C::kWarpgroup) warpgroup_publish();
-    block_sync();
-    const int free = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
-    const int ahead = k + C::kAhead * C::kTilesK;
-    if (ahead < end_block) copy_stage(ahead, shared + free * stage_bytes);
-    async_commit();
-    return shared + stage * stage_bytes;
-  }
-
-  /// x operands of 16 (Int8: 32) inputs: step `step` of tile `tile` of the stage.
-  CORA_DEVICE void read_x(const char* stage, int tile, int step, uint32_t (&out)[C::kCols][2]) const {
-    const int first = warp_m * C::kCols * 8;
-    if constexpr (C::kInt8) {
-#pragma unroll
-      for (int c = 0; c < C::kCols; c += 2) {
-        uint32_t pair[2][2];
-        read_pair(stage, tile, step, first + c * 8, pair);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[c + i / 2][i % 2] = pair[i / 2][i % 2];
-      }
-    } else {
-#pragma unroll
-      for (int c = 0; c < C::kCols; ++c) {
-        const int r = first + c * 8 + group;
-        const uint2 v = load<uint2>(stage + tile * C::kPieceBytes + r * 128 +
-                                    chunk_of<C>(r, step * 2 + quad / 2) * 16 + quad % 2 * 8);
-        out[c][0] = v.x;
-        out[c][1] = v.y;
-      }
-    }
-  }
-
-  /// Int8: the same of 16 tokens from `first` on.
-  CORA_DEVICE void read_pair(const char* stage, int tile, int step, int first, uint32_t (&out)[2][2]) const {
-    const int r = first + lane / 16 * 8 + lane % 8, chunk = tile % 2 * 4 + step * 2 + lane / 8 % 2;
-    uint32_t v[4];
-    load_matrices(v, stage + tile / 2 * C::kPieceBytes + r * 128 + chunk_of<C>(r, chunk) * 16);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out[i / 2][i % 2] = byte_permute(v[i], 0, 0x3120u);
-  }
-
-  /// Int8: a register of adapter codes (stored + 128) as signed bytes.
-  CORA_DEVICE static void adapter_bytes(const Codes<8>& codes, int step, uint32_t (&out)[1][4]) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) out[0][r] = codes.bytes(2 * step + r / 2, r % 2) ^ 0x80808080u;
-  }
-};
-
-/// Int8: adds the bytes of a token's inputs to its sum.
-CORA_DEVICE int32_t add_bytes(const uint32_t (&x)[2], int32_t sum) {
-  return dot4_unsigned(x[0], 0x01010101u, dot4_unsigned(x[1], 0x01010101u, sum));
-}
 
 // --- The loop over K -----------------------------------------------------------------------------------------------
 
@@ -632,6 +195,177 @@ CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>&
     for (int e = 0; e < 4; ++e) warpgroup_settle(acc[0][j][e]);
 }
 
+// --- After the loop --------------------------------------------------------------------------------------------------
+
+/// Stages begin .. end - 1 of a tile of y.
+struct Piece {
+  int tile, begin, end;
+};
+
+/// A part of the sum of a tile: accumulators meet in global memory. Whether this block came last, has the sums of all
+/// parts now, and goes on.
+template <typename C>
+CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
+                              typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4], int32_t (&x_sum)[C::kCols],
+                              typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4]) {
+  using Acc = typename Block<C>::Acc;
+  const GemmArgs& p = block.p;
+  const bool fused = C::kFuses && p.fused;
+  const int first = p.shares.owner(piece.tile * p.shares.stages);
+  const int last = p.shares.owner((piece.tile + 1) * p.shares.stages - 1);
+  // A block has at most two parts of tiles: of the one it begins in, and, as its first owner, of the one it ends in.
+  const auto partial = [&](int worker) {
+    return static_cast<Acc*>(p.partial) + (2 * static_cast<int64_t>(worker) + (worker == first)) * C::kPartials +
+           block.tid;
+  };
+  Acc* const mine = partial(static_cast<int>(blockIdx.x));
+#pragma unroll
+  for (int i = 0; i < C::kAcc; ++i)
+    store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
+#pragma unroll
+  for (int j = 0; j < C::kSums; ++j) store(mine + (C::kAcc + j) * C::kThreads, static_cast<Acc>(x_sum[j]));
+  if (fused)
+#pragma unroll
+    for (int i = 0; i < C::kAccT; ++i)
+      store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
+            acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4]);
+  block_sync();
+  unsigned* const ticket = reinterpret_cast<unsigned*>(block.shared);
+  if (block.tid == 0) {
+    // After the barrier, so that it orders every thread's writes before the ticket; and before the next one, so that
+    // it orders the ticket before every thread's reads.
+    device_fence();
+    *ticket = atomic_add(p.tickets + piece.tile, 1u);
+    device_fence();
+  }
+  block_sync();
+  const bool is_last = *ticket == static_cast<unsigned>(last - first);
+  if (!is_last) return false;
+  block_sync();  // everyone has read the ticket
+#pragma unroll
+  for (int i = 0; i < C::kAcc; ++i) acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = 0;
+#pragma unroll
+  for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
+#pragma unroll
+  for (int i = 0; i < C::kAccT; ++i) acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] = 0;
+#pragma unroll 1
+  for (int worker = first; worker <= last; ++worker) {
+    const Acc* const part = partial(worker);
+#pragma unroll
+    for (int i = 0; i < C::kAcc; ++i)
+      acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] += load_other_blocks(part + i * C::kThreads);
+#pragma unroll
+    for (int j = 0; j < C::kSums; ++j)
+      x_sum[j] += static_cast<int32_t>(load_other_blocks(part + (C::kAcc + j) * C::kThreads));
+    if (fused)
+#pragma unroll
+      for (int i = 0; i < C::kAccT; ++i)
+        acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] +=
+            load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
+  }
+  return true;
+}
+
+/// y += B t: t to shared memory, from the fused sums or an earlier pass, then ceil(r / 16) more steps.
+template <typename C>
+CORA_DEVICE void add_adapter(const Block<C>& block,
+                             const typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4],
+                             float (&y)[C::kRows][C::kCols][4]) {
+  using T = typename C::T;
+  using Acc = typename Block<C>::Acc;
+  const GemmArgs& p = block.p;
+  char* const shared = block.shared;
+  const int lane = block.lane, group = block.group, quad = block.quad;
+  const int warp_n = block.warp_n, warp_m = block.warp_m, first_token = block.first_token;
+  const bool fused = C::kFuses && p.fused;
+  const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
+  Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
+  if (fused) {
+    const int part = C::kWarpgroup ? warp_n & (p.rank_tiles - 1) : warp_n;
+    const int first = C::kWarpgroup ? (warp_n - part) * 16 : warp_m * C::kCols * 8;
+#pragma unroll
+    for (int j = 0; j < C::kRankParts * C::kRankCols; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (!C::kWarpgroup || j < 2 * p.rank_tiles)
+          parts[(part * C::kBlockM + first + j * 8 + quad * 2 + e % 2) * 16 + group + 8 * (e / 2)] =
+              acc_t[j / C::kRankCols][0][j % C::kRankCols][e];
+    block_sync();
+  }
+  for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
+    const int token = i / (ranks / 2), first_rank = i % (ranks / 2) * 2, m = first_token + token;
+    float v[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int r = first_rank + e;
+      float t = 0.0f;
+      if (fused) {
+        Acc sum = 0;
+        for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles)
+          sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
+        if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
+        t = static_cast<float>(sum);
+      } else if (m < p.m) {
+#pragma unroll 8  // several loads under way
+        for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
+      }
+      v[e] = t * p.adapter_scale[r];
+      if constexpr (C::kInt8) v[e] *= p.x_scale[block.item_of(token)];
+    }
+    if constexpr (C::kInt8)
+      store(shared + token * pitch + first_rank * 4, uint2{round_tf32(v[0]), round_tf32(v[1])});
+    else
+      store(shared + token * pitch + first_rank * 2, pack2<T>(v[0], v[1]));
+  }
+  block_sync();
+  for (int tile = 0; tile < p.rank_tiles; ++tile) {
+    Codes<8> b[C::kRows];
+#pragma unroll
+    for (int i = 0; i < C::kRows; ++i) {
+      const int64_t panel = block.panel_of(i);
+      const uint2 v = panel < p.panels ? load<uint2>(p.b + (panel * p.rank_tiles + tile) * 256 + lane * 8)
+                                       : uint2{0x80808080u, 0x80808080u};
+      b[i].word[0] = v.x;
+      b[i].word[1] = v.y;
+    }
+    const char* const t_tile =
+        shared + (warp_m * C::kCols * 8 + group) * pitch + (tile * 16 + quad * 4) * (C::kInt8 ? 4 : 2);
+    if constexpr (C::kInt8) {
+      // A lane's ranks 4t, 4t + 1 are one step of eight, 4t + 2, 4t + 3 the next.
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        uint32_t w[C::kRows][4], t[C::kCols][2];
+#pragma unroll
+        for (int i = 0; i < C::kRows; ++i)
+#pragma unroll
+          for (int r = 0; r < 4; ++r) {
+            const int code = static_cast<int>(b[i].word[r % 2] >> (8 * (step + 2 * (r / 2))) & 0xff) - 128;
+            w[i][r] = float_to_bits(static_cast<float>(code));
+          }
+#pragma unroll
+        for (int j = 0; j < C::kCols; ++j) {
+          const uint2 v = load<uint2>(t_tile + j * 8 * pitch + step * 8);
+          t[j][0] = v.x;
+          t[j][1] = v.y;
+        }
+        mma_tf32(y, w, t);
+      }
+    } else {
+      uint32_t w[C::kRows][4], t[C::kCols][2];
+#pragma unroll
+      for (int i = 0; i < C::kRows; ++i) adapter_operand<T>(b[i], 0, w[i]);
+#pragma unroll
+      for (int j = 0; j < C::kCols; ++j) {
+        const uint2 v = load<uint2>(t_tile + j * 8 * pitch);
+        t[j][0] = v.x;
+        t[j][1] = v.y;
+      }
+      mma16<T>(y, w, t);
+    }
+  }
+  block_sync();
+}
+
 // --- Storing -------------------------------------------------------------------------------------------------------
 
 /// The tile of y, float32 [token][channel] in shared memory, to its place; whole 16-byte pieces where y lets us.
@@ -682,14 +416,8 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
 
 // --- The kernel ----------------------------------------------------------------------------------------------------
 
-/// Stages begin .. end - 1 of a tile of y.
-struct Piece {
-  int tile, begin, end;
-};
-
 template <typename C>
 CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
-  using T = typename C::T;
   using Acc = typename Block<C>::Acc;
   const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
   const int first_panel = piece.tile % n_blocks * C::kPanels;
@@ -705,8 +433,8 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   const int lane = block.lane, group = block.group, quad = block.quad;
   const int warp_n = block.warp_n, warp_m = block.warp_m;
   char* const shared = block.shared;
-  const auto panel_of = [&](int i) { return first_panel + warp_n * C::kRows + i; };
-  const auto token_of = [&](int j, int e) { return (warp_m * C::kCols + j) * 8 + quad * 2 + e; };  // within the block
+  const auto panel_of = [&](int i) { return block.panel_of(i); };
+  const auto token_of = [&](int j, int e) { return block.token_of(j, e); };
 
 #pragma unroll 1
   for (int s = 0; s < C::kAhead; ++s) {
@@ -785,61 +513,9 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   async_wait<0>();
   block_sync();  // from here on the ring is free
 
-  // --- A part of the sum: accumulators meet in global memory; whoever comes last adds them up and goes on ---
-  if (p.t_out == nullptr && (piece.begin > 0 || piece.end < p.shares.stages)) {
-    const int first = p.shares.owner(piece.tile * p.shares.stages);
-    const int last = p.shares.owner((piece.tile + 1) * p.shares.stages - 1);
-    // A block has at most two parts of tiles: of the one it begins in, and, as its first owner, of the one it ends in.
-    const auto partial = [&](int worker) {
-      return static_cast<Acc*>(p.partial) + (2 * static_cast<int64_t>(worker) + (worker == first)) * C::kPartials +
-             block.tid;
-    };
-    Acc* const mine = partial(static_cast<int>(blockIdx.x));
-#pragma unroll
-    for (int i = 0; i < C::kAcc; ++i)
-      store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
-#pragma unroll
-    for (int j = 0; j < C::kSums; ++j) store(mine + (C::kAcc + j) * C::kThreads, static_cast<Acc>(x_sum[j]));
-    if (fused)
-#pragma unroll
-      for (int i = 0; i < C::kAccT; ++i)
-        store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
-              acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4]);
-    block_sync();
-    unsigned* const ticket = reinterpret_cast<unsigned*>(shared);
-    if (block.tid == 0) {
-      // After the barrier, so that it orders every thread's writes before the ticket; and before the next one, so that
-      // it orders the ticket before every thread's reads.
-      device_fence();
-      *ticket = atomic_add(p.tickets + piece.tile, 1u);
-      device_fence();
-    }
-    block_sync();
-    const bool is_last = *ticket == static_cast<unsigned>(last - first);
-    if (!is_last) return;
-    block_sync();  // everyone has read the ticket
-#pragma unroll
-    for (int i = 0; i < C::kAcc; ++i) acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] = 0;
-#pragma unroll
-    for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
-#pragma unroll
-    for (int i = 0; i < C::kAccT; ++i) acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] = 0;
-#pragma unroll 1
-    for (int worker = first; worker <= last; ++worker) {
-      const Acc* const part = partial(worker);
-#pragma unroll
-      for (int i = 0; i < C::kAcc; ++i)
-        acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4] += load_other_blocks(part + i * C::kThreads);
-#pragma unroll
-      for (int j = 0; j < C::kSums; ++j)
-        x_sum[j] += static_cast<int32_t>(load_other_blocks(part + (C::kAcc + j) * C::kThreads));
-      if (fused)
-#pragma unroll
-        for (int i = 0; i < C::kAccT; ++i)
-          acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] +=
-              load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
-    }
-  }
+  if (p.t_out == nullptr && (piece.begin > 0 || piece.end < p.shares.stages) &&
+      !add_up_parts<C>(block, piece, acc, x_sum, acc_t))
+    return;
 
   if constexpr (C::kInt8) {
     if (!segmented) end_segment(0);
@@ -877,93 +553,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
           y[i][j][e] = segmented ? acc[i][j][e] : acc[i][j][e] * rows[i].scale[e / 2];
       }
 
-  // --- The adapter: t to shared memory, then ceil(r / 16) more steps ---
-  if (p.rank_tiles > 0) {
-    const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
-    Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
-    if (fused) {
-      const int part = C::kWarpgroup ? warp_n & (fused_tiles - 1) : warp_n;
-      const int first = C::kWarpgroup ? (warp_n - part) * 16 : warp_m * C::kCols * 8;
-#pragma unroll
-      for (int j = 0; j < C::kRankParts * C::kRankCols; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (!C::kWarpgroup || j < 2 * fused_tiles)
-            parts[(part * C::kBlockM + first + j * 8 + quad * 2 + e % 2) * 16 + group + 8 * (e / 2)] =
-                acc_t[j / C::kRankCols][0][j % C::kRankCols][e];
-      block_sync();
-    }
-    for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
-      const int token = i / (ranks / 2), first_rank = i % (ranks / 2) * 2, m = first_token + token;
-      float v[2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int r = first_rank + e;
-        float t = 0.0f;
-        if (fused) {
-          Acc sum = 0;
-          for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles) sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
-          if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
-          t = static_cast<float>(sum);
-        } else if (m < p.m) {
-#pragma unroll 8  // several loads under way
-          for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
-        }
-        v[e] = t * p.adapter_scale[r];
-        if constexpr (C::kInt8) v[e] *= p.x_scale[block.item_of(token)];
-      }
-      if constexpr (C::kInt8)
-        store(shared + token * pitch + first_rank * 4, uint2{round_tf32(v[0]), round_tf32(v[1])});
-      else
-        store(shared + token * pitch + first_rank * 2, pack2<T>(v[0], v[1]));
-    }
-    block_sync();
-    for (int tile = 0; tile < p.rank_tiles; ++tile) {
-      Codes<8> b[C::kRows];
-#pragma unroll
-      for (int i = 0; i < C::kRows; ++i) {
-        const bool real = panel_of(i) < p.panels;
-        const uint2 v = real ? load<uint2>(p.b + (static_cast<int64_t>(panel_of(i)) * p.rank_tiles + tile) * 256 + lane * 8)
-                             : uint2{0x80808080u, 0x80808080u};
-        b[i].word[0] = v.x;
-        b[i].word[1] = v.y;
-      }
-      const char* const t_tile = shared + (warp_m * C::kCols * 8 + group) * pitch + (tile * 16 + quad * 4) * (C::kInt8 ? 4 : 2);
-      if constexpr (C::kInt8) {
-        // A lane's ranks 4t, 4t + 1 are one step of eight, 4t + 2, 4t + 3 the next.
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          uint32_t w[C::kRows][4], t[C::kCols][2];
-#pragma unroll
-          for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-            for (int r = 0; r < 4; ++r) {
-              const int code = static_cast<int>(b[i].word[r % 2] >> (8 * (step + 2 * (r / 2))) & 0xff) - 128;
-              w[i][r] = float_to_bits(static_cast<float>(code));
-            }
-#pragma unroll
-          for (int j = 0; j < C::kCols; ++j) {
-            const uint2 v = load<uint2>(t_tile + j * 8 * pitch + step * 8);
-            t[j][0] = v.x;
-            t[j][1] = v.y;
-          }
-          mma_tf32(y, w, t);
-        }
-      } else {
-        uint32_t w[C::kRows][4], t[C::kCols][2];
-#pragma unroll
-        for (int i = 0; i < C::kRows; ++i) adapter_operand<T>(b[i], 0, w[i]);
-#pragma unroll
-        for (int j = 0; j < C::kCols; ++j) {
-          const uint2 v = load<uint2>(t_tile + j * 8 * pitch);
-          t[j][0] = v.x;
-          t[j][1] = v.y;
-        }
-        mma16<T>(y, w, t);
-      }
-    }
-    block_sync();
-  }
+  if (p.rank_tiles > 0) add_adapter<C>(block, acc_t, y);
 
   // --- Through shared memory, so that whole lines of y are written ---
   float* const out = reinterpret_cast<float*>(shared);

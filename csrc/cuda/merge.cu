@@ -7,7 +7,7 @@
 //             accumulators 2t, 2t + 1 of column tile 2 j + hi  <->  codes (j, h, 2 hi + 0..1)   (layout.h)
 //           so each lane writes four neighbouring numbers.
 // Cost:     bits / 8 B in and 2 B out a weight, 2 r products; bound by the writes up to rank 64 or so.
-#include "cuda/gemm.cuh"
+#include "cuda/dequantize.cuh"
 #include "cuda/prepare.cuh"
 
 namespace cora::cuda {
