@@ -143,7 +143,12 @@ class Cases:
         )  # fmt: skip
         pairs = tuple(window) if window else ()
         geometry = ops.layer_geometry(
-            w["codes"], w["scale"], w["bits"], *(tuple(p) for p in pairs), b=w["adapter"][1]
+            w["codes"],
+            w["scale"],
+            w["bits"],
+            channels,
+            *(tuple(p) for p in pairs),
+            b=w["adapter"][1],
         )
         return prepared, geometry
 

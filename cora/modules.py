@@ -268,6 +268,7 @@ class QuantLayer(nn.Module):
             self.codes,
             self.scale,
             self.bits,
+            channels,
             kernel,
             stride,
             padding,

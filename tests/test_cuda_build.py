@@ -19,7 +19,7 @@ import pytest
 
 import cora.ops
 
-LIBRARY = Path(cora.ops.__file__).parent / "libcora_cuda.so"
+LIBRARY = Path(cora.__file__).parent / "libcora_cuda.so"
 MOST_REGISTERS = {"gemm_kernel": 255, "": 128}  # a lane; the rest of a kernel's name decides
 THREADS = {"gemm_kernel": 256}
 WARPGROUPS = (

@@ -467,7 +467,7 @@ def test_run_layer_between_codes(
         o["adapter_scale"],
         o["bias"],
     )
-    geometry = ops.layer_geometry(item.weight, item.scale, 4, *window, o["b"])
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, channels, *window, o["b"])
     x_scale, x_zero = 0.02, 100
     x = quantized_image((2, channels, h, w), x_halo, x_zero)
     inner = x[:, :, x_halo : h + x_halo, x_halo : w + x_halo].double()
@@ -553,7 +553,7 @@ def test_run_layer_linear_with_clamp(backend: Backend) -> None:
         o["adapter_scale"],
         o["bias"],
     )
-    geometry = ops.layer_geometry(item.weight, item.scale, 4, b=o["b"])
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, 64, b=o["b"])
     x = torch.randn(3, 5, 64).half()
     added = torch.randn(3, 5, 24).half()
     got = backend(
@@ -716,11 +716,11 @@ def test_checks_of_cuda_only() -> None:
     x = torch.randn(2, 32).half()
     o = operands(item)
     prepared = e.prepare_layer.default(*item.args(), 32, [], [], [], [], 1, *o[:4])
-    geometry = ops.layer_geometry(item.weight, item.scale, 4, b=o[1])
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, 32, b=o[1])
     rest = (None, 0, 0, 0, None, 1.0, 0, 0, 0.0, 6.0, None, 0, 0)
     with pytest.raises(RuntimeError, match="layer must have shape"):
         e.run_layer.default(x, prepared[:-1], geometry, *rest)
-    with pytest.raises(RuntimeError, match="geometry must have 7 or 15"):
+    with pytest.raises(RuntimeError, match="geometry must have 8 or 16"):
         e.run_layer.default(x, prepared, geometry[:2], *rest)
     with pytest.raises(RuntimeError, match="codes must be <= 3"):
         e.pack_bits.default(torch.full((2, 5), 7, dtype=torch.uint8), 2)

@@ -39,7 +39,13 @@ class Case:
 
     def geometry(self, item: Layer) -> list[int]:
         return ops.layer_geometry(
-            item.weight, item.scale, item.bits, *self.pairs, self.channels, item.options["b"]
+            item.weight,
+            item.scale,
+            item.bits,
+            self.channels,
+            *self.pairs,
+            self.channels,
+            item.options["b"],
         )
 
     def prepare(self, module, item: Layer):

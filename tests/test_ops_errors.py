@@ -49,7 +49,7 @@ def prepare(**change: Any) -> Any:
 def run(k: int = 12, **change: Any) -> Any:
     item = layer(6, k, rank=0, bias=False)
     prepared = ops.prepare_layer(*item.args(), k)
-    geometry = ops.layer_geometry(item.weight, item.scale, item.bits)
+    geometry = ops.layer_geometry(item.weight, item.scale, item.bits, k)
     args = {"x": torch.randn(2, k), "layer": prepared, "geometry": geometry, **change}
     return lambda: ops.run_layer(**args)
 
@@ -58,7 +58,7 @@ def run_conv(**change: Any) -> Any:
     item = layer(6, 18, rank=0, conv_groups=2, bias=False)
     window = (3, 1, 1, 1, 2)
     prepared = ops.prepare_layer(*item.args(), 4, *window)
-    geometry = ops.layer_geometry(item.weight, item.scale, item.bits, *window)
+    geometry = ops.layer_geometry(item.weight, item.scale, item.bits, 4, *window)
     args = {"x": torch.randn(1, 4, 5, 5), "layer": prepared, "geometry": geometry, **change}
     return lambda: ops.run_layer(**args)
 
@@ -106,6 +106,8 @@ LAYER_ERRORS = [
     ),
     (run(x=torch.tensor(1.0)), r"x must have at least 1 dimension, got shape \[\]"),
     (run_conv(x=torch.randn(4, 5, 5)), r"x must have 4 dimensions, got shape \[4, 5, 5\]"),
+    (run(x=torch.randn(2, 14)), r"x must have 12 channels along dimension 1, got shape \[2, 14\]"),
+    (run_conv(x=torch.randn(1, 6, 5, 5)), "x must have 4 channels along dimension 1, got shape"),
     (run_conv(x=torch.randn(1, 4, 0, 5)), "at least 3 along dimension 2, got 2"),
     (run(x_bits=9), "x_bits must be 0 or 2..8, got 9"),
     (run(x_bits=1), "x_bits must be 0 or 2..8, got 1"),
@@ -354,8 +356,6 @@ SHAPE_ERRORS = [
 ]
 
 VALUE_ERRORS = [
-    (run(x=torch.randn(2, 14)), r"x must have 12 channels along dimension 1, got shape \[2, 14\]"),
-    (run_conv(x=torch.randn(1, 6, 5, 5)), "x must have 4 channels along dimension 1, got shape"),
     (error_feedback(scale=torch.zeros(6, 3)), "scale must be finite and > 0, got 0 at position 0"),
     (
         error_feedback(order=torch.arange(12).expand(2, 12) // 11),

@@ -109,13 +109,14 @@ def _(
 
 
 _ADAPTER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}
-_TAIL = 6  # numbers of a geometry that do not change the output's shape
+_TAIL = 7  # numbers of a geometry that do not change the output's shape
 
 
 def layer_geometry(
     codes: Tensor,
     scale: Tensor,
     bits: int,
+    channels: int,
     kernel_size: Pair = (),
     stride: Pair = 1,
     padding: Pair = 0,
@@ -128,12 +129,12 @@ def layer_geometry(
 
     Returns:
         [N] of a linear layer, [N, *kernel_size, *stride, *padding, *dilation] of a convolution, and
-        then groups, bits, the two sizes of scale, the rank and a code of the adapter's dtype.
+        then channels, groups, bits, the two sizes of scale, the rank and a code of the adapter's dtype.
     """
     linear = kernel_size == ()
     pairs = () if linear else (kernel_size, stride, padding, dilation)
     rank, dtype = (0, torch.int8) if b is None else (b.shape[1], b.dtype)
-    tail = [groups, bits, *scale.shape, rank, _ADAPTER_TYPES[dtype]]
+    tail = [channels, groups, bits, *scale.shape, rank, _ADAPTER_TYPES[dtype]]
     return [codes.shape[0], *(v for value in pairs for v in pair(value)), *tail]
 
 
@@ -248,7 +249,7 @@ def _(
     what = f"layer must be a tensor that prepare_layer returned on this kind of device, {held}"
     check(layer.dim() == 1 and layer.dtype == torch.uint8, op, what)
 
-    # As check_run in csrc/check.cpp; only the prepared layer knows its number of channels.
+    # As check_run in csrc/check.cpp.
     codes = x.dtype == torch.uint8
     _check_float_or_codes(op, "x", x)
     check(x_bits == 0 or 2 <= x_bits <= 8, op, f"x_bits must be 0 or 2..8, got {x_bits}")
@@ -270,10 +271,11 @@ def _(
     least = "at least 1 dimension" if linear else "4 dimensions"
     dimensions = x.dim() >= 1 if linear else x.dim() == 4
     check(dimensions, op, f"x must have {least}, got shape {list(x.shape)}")
-    if linear or whole:  # the groups are known
-        channels, groups = (x.shape[-1], 1) if linear else (x.shape[1], geometry[-_TAIL])
-        divides = groups >= 1 and channels % groups == 0
-        check(divides, op, f"groups must divide the {channels} channels, got {groups}")
+    if whole:  # else only the prepared layer knows its channels
+        channels, groups = geometry[-_TAIL : 2 - _TAIL]
+        at = x.dim() - 1 if linear else 1
+        what = f"x must have {channels} channels along dimension {at}, got shape {list(x.shape)}"
+        check(x.shape[at] == channels, op, what)
         k = channels // groups * math.prod(kernel)
         what = f"k must be <= 65536 with quantised input, got {k}"
         check(x_bits == 0 or k <= 65536, op, what)

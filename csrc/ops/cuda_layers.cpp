@@ -205,26 +205,25 @@ Tensor prepare_layer_cuda(Tensor codes, Tensor scale, Tensor zero_point, int64_t
 }
 
 /// geometry: [n], or [n, kernel, stride, padding, dilation] with two numbers each; then what only the CPU's prepared
-/// layer tells by itself (a GPU's cannot be read without waiting for it): groups, bits, the two sizes of scale, rank,
-/// element type of the adapter.
+/// layer tells by itself (a GPU's cannot be read without waiting for it): channels, groups, bits, the two sizes of scale,
+/// rank, element type of the adapter.
 Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std::optional<double> x_scale,
                       int64_t x_zero_point, int64_t x_bits, int64_t x_halo, OptTensor add, double add_scale,
                       int64_t add_zero_point, int64_t add_halo, double clamp_min, double clamp_max,
                       std::optional<double> out_scale, int64_t out_zero_point, int64_t out_halo) {
   const char* op = "run_layer";
-  CORA_CHECK(op, geometry.size() == 7 || geometry.size() == 15, "geometry must have 7 or 15 elements on CUDA, got ",
+  CORA_CHECK(op, geometry.size() == 8 || geometry.size() == 16, "geometry must have 8 or 16 elements on CUDA, got ",
              geometry.size());
-  const bool linear = geometry.size() == 7;
+  const bool linear = geometry.size() == 8;
   const auto pair = [&](size_t at) {
     return linear ? std::vector<int64_t>{} : std::vector<int64_t>{geometry[at], geometry[at + 1]};
   };
   const int64_t* rest = geometry.data() + (linear ? 1 : 9);
-  const Window layer_window =
-      make_window(op, linear, channels_of(op, x, linear), pair(1), pair(3), pair(5), pair(7), rest[0]);
+  const Window layer_window = make_window(op, linear, rest[0], pair(1), pair(3), pair(5), pair(7), rest[1]);
   const RunArgs args{op,        x_bits,         x_scale,  x_zero_point, x_halo,    add,       add_scale,
                      add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
   const Window window = check_run(x, layer_window, geometry[0], args);
-  const cuda::LayerShape shape = make_shape(op, window, geometry[0], rest[1], rest[2], rest[3], rest[4], rest[5]);
+  const cuda::LayerShape shape = make_shape(op, window, geometry[0], rest[2], rest[3], rest[4], rest[5], rest[6]);
   return run(args, shape, window, quantizer_of(args, x.scalar_type() == ScalarType::Byte), x, layer);
 }
 
