@@ -20,6 +20,7 @@ __all__ = [
     "gradients",
     "in_parts",
     "kl_divergence",
+    "of_samples",
     "output_logits",
     "required_inputs",
     "take",
@@ -87,34 +88,28 @@ class Batch:
         part.labels = take(self.labels)
         return part
 
-    def to(self, device: torch.device) -> Batch:
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every input tensor changed."""
         part = copy.copy(self)
-        part.args = tuple(v.to(device) if isinstance(v, Tensor) else v for v in self.args)
-        part.kwargs = {
-            k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.kwargs.items()
-        }
+
+        def changed(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        part.args = tuple(map(changed, self.args))
+        part.kwargs = {k: changed(v) for k, v in self.kwargs.items()}
         return part
+
+    def to(self, device: torch.device) -> Batch:
+        return self._each(lambda t: t.to(device))
 
     def float(self) -> Batch:
         """The same with floats of single precision."""
-        part = copy.copy(self)
-
-        def single(value: Any) -> Any:
-            return (
-                value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-            )
-
-        part.args = tuple(map(single, self.args))
-        part.kwargs = {k: single(v) for k, v in self.kwargs.items()}
-        return part
+        return self._each(lambda t: t.float() if t.is_floating_point() else t)
 
     def run(self, model: Callable[..., Any]) -> Any:
         """A model's output; it is given copies, since it may change its inputs in place."""
-
-        def own(value: Any) -> Any:
-            return value.clone() if isinstance(value, Tensor) else value
-
-        return model(*map(own, self.args), **{k: own(v) for k, v in self.kwargs.items()})
+        own = self._each(Tensor.clone)
+        return model(*own.args, **own.kwargs)
 
 
 def in_parts(batches: Sequence[Batch]) -> Sequence[Batch]:
@@ -176,11 +171,18 @@ def kl_divergence(teacher: Tensor, student: Tensor) -> Tensor:
     return (log_p.exp() * gap).sum(-1)
 
 
-def _of_samples(student: list[Tensor], teacher: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of tensors, those left out that do not begin with the samples, as the first one does."""
-    pairs = [(s, t) for s, t in zip(student, teacher, strict=True) if t.dim()]
-    size = len(pairs[0][1]) if pairs else 0
-    return pairs[:1] + [(s, t) for s, t in pairs[1:] if len(t) == size and s.shape == t.shape]
+def of_samples(some: list[Tensor], others: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Tensors of two outputs in pairs, without those that do not begin with the samples, as the first ones do.
+
+    The outputs may be of different numbers of samples.
+    """
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if b.dim()]
+    if not pairs:
+        return []
+    sizes = tuple(map(len, pairs[0]))
+    return pairs[:1] + [
+        (a, b) for a, b in pairs[1:] if (len(a), len(b)) == sizes and a.shape[1:] == b.shape[1:]
+    ]
 
 
 def divergences(
@@ -200,7 +202,7 @@ def divergences(
     p, q = logits(teacher), logits(student)
     if p is not None and q is not None:
         return kl_divergence(p, q).reshape(len(p), -1).mean(1)
-    pairs = _of_samples(float_tensors(student), float_tensors(teacher))
+    pairs = of_samples(float_tensors(student), float_tensors(teacher))
     if not pairs:
         raise TypeError(f"model: output must hold float tensors, got {type(teacher).__name__}")
     errors = [

@@ -290,10 +290,10 @@ def _check_runs(
     """
     batch = calibration.batches[0][:1]
     ran: set[str] = set()
+    packed = {name: m for name, m in qmodel.named_modules() if isinstance(m, QuantLayer)}
     handles = [
         module.register_forward_pre_hook(lambda _m, _x, name=name: ran.add(name))
-        for name, module in qmodel.named_modules()
-        if isinstance(module, QuantLayer)
+        for name, module in packed.items()
     ]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -311,7 +311,6 @@ def _check_runs(
         with simulate(reference):
             torch.manual_seed(0)
             expected = batch.float().run(reference)
-    packed = [name for name, module in qmodel.named_modules() if isinstance(module, QuantLayer)]
     idle = [name for name in packed if calibration.seen(name) and name not in ran]
     if idle:
         warnings.warn(

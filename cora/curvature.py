@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batches import float_tensors, gradients
+from .batches import float_tensors, gradients, of_samples
 from .calibration import Calibration
 
 __all__ = ["curvature", "sensitivity"]
@@ -88,10 +88,7 @@ def _projection(
         finite = torch.where(flat.isfinite(), flat, torch.zeros_like(flat))
         return (finite * drawn).sum() / len(flat) ** 0.5
     parts = []
-    tensors, wholes = float_tensors(output), float_tensors(teacher)
-    for tensor, whole in zip(tensors, wholes, strict=True):
-        if not whole.dim() or len(whole) != len(wholes[0]) or len(tensor) != len(tensors[0]):
-            continue  # does not begin with the samples, as `divergences` has it
+    for tensor, whole in of_samples(float_tensors(output), float_tensors(teacher)):
         energy = whole.float().square().mean().clamp(min=1e-12)
         parts.append(
             (tensor.float() * noise(tensor)).sum() * (2 / (energy * tensor.numel())).sqrt()
