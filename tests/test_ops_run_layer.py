@@ -215,3 +215,28 @@ def test_threads(threads: Any) -> None:
             ops.run_layer(x, prepared, geometry, 0.03, 0, 8, 1, out_scale=0.2, out_halo=2)
         )
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("clamp", CLAMPS)
+@pytest.mark.parametrize("name", ["linear-1", "linear-37", "3x3", "depthwise", "grouped"])
+def test_not_a_number_stays_one(isa: str, name: str, clamp: str) -> None:
+    """No clamp turns it into a number, and it goes no farther than its own outputs."""
+    window: dict[str, Any] = {}
+    shape: tuple[int, ...] = (37 if name.endswith("37") else 1, 97)
+    n, k, groups = 33, 97, 1
+    if not name.startswith("linear"):
+        shape, n, k, groups, window, _ = convolution(name)
+    channels = shape[1]
+    plain = {key: value for key, value in window.items() if key != "groups"}
+    weights = {**operands(n, k, groups, rank=1), **({"groups": groups} if window else {})}
+    geometry = [n, *itertools.chain.from_iterable(plain.values())]
+    low, high = CLAMPS[clamp]
+    for value in (math.nan, math.inf):
+        x = torch.randn(shape)
+        x.view(-1)[x.numel() // 2] = value
+        made = ops.prepare_layer(**weights, channels=channels, **plain)
+        oracle = reference.prepare_layer(**weights, channels=channels, **plain)
+        got = ops.run_layer(x, made, geometry, clamp_min=low, clamp_max=high)
+        want = reference.run_layer(x, oracle, geometry, clamp_min=low, clamp_max=high)
+        assert want.isnan().any() or value == math.inf
+        assert torch.equal(got.isnan(), want.isnan())

@@ -129,8 +129,9 @@ constexpr int kInlineRank = 8;
 
 /// The last step of a tile, row i going to element at[i] of y (negative: nowhere), n < lanes:
 ///   v = fma(float(acc - correction[n]), alpha[n], bias[n]), or fma(c, row_scale[i] or alpha[n] or 1, bias[n])
-///   v = fma(u[i][j], b[j][n], v) for j < rank; v += up; v += add's row; v = min(max(v, low), high), a NaN giving low
-/// and v as it is, or as codes: rint(v * inverse_scale) + zero_point between 0 and 255.
+///   v = fma(u[i][j], b[j][n], v) for j < rank; v += up; v += add's row; v = min(max(v, low), high)
+/// and v as it is, or as codes: rint(v * inverse_scale) + zero_point between 0 and 255. A NaN stays one; as a code it
+/// is the least.
 struct Epilogue {
   const int32_t* acc;  // [m, 32], or null
   const int32_t* correction;

@@ -504,7 +504,7 @@ void epilogue(const Epilogue& given, int m, int lanes, const int64_t* at, const 
         v = _mm256_add_ps(v, load_floats(static_cast<const float*>(e.add) + add_at[i] + n, count));
       }
       if (!e.codes) {
-        v = _mm256_min_ps(_mm256_max_ps(v, low), high);
+        v = _mm256_min_ps(high, _mm256_max_ps(low, v));  // a NaN in the second operand stays
         store_floats(static_cast<float*>(e.y) + at[i] + n, count, v);
         continue;
       }

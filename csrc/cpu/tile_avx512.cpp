@@ -197,8 +197,9 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
     } else if (kAdd == kFloats) {
       v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(masks[h], static_cast<const float*>(e.add) + add_at[i] + 16 * h));
     }
-    if (kOutCodes) v = _mm512_mul_ps(v, inverse);
-    return _mm512_min_ps(_mm512_max_ps(v, low), high);
+    // A NaN leaves the second operand: as a float it stays, as a code it is the least.
+    if (!kOutCodes) return _mm512_min_ps(high, _mm512_max_ps(low, v));
+    return _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, inverse), low), high);
   };
   for (int i = 0; i < m; i += 2) {
     const int second = i + 1 < m ? i + 1 : i;

@@ -9,8 +9,14 @@ namespace cora::cpu::scalar {
 
 namespace {
 
-/// A NaN gives low.
+/// A NaN stays one.
 float clamp(float v, float low, float high) {
+  const float least = v < low ? low : v;
+  return least > high ? high : least;
+}
+
+/// A NaN gives low, as there is no code for it.
+float clamp_code(float v, float low, float high) {
   const float least = v > low ? v : low;
   return least < high ? least : high;
 }
@@ -113,7 +119,7 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
       else if (e.add != nullptr)
         v += static_cast<const float*>(e.add)[add_at[i] + n];
       if (e.codes) {
-        const float code = clamp(v * e.inverse_scale, code_low, code_high);
+        const float code = clamp_code(v * e.inverse_scale, code_low, code_high);
         static_cast<uint8_t*>(e.y)[at[i] + n] =
             static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(code)) + e.zero_point);
       } else {
