@@ -36,19 +36,23 @@ class Batch:
         batch: a tensor; a tuple (inputs, labels) or (inputs,), where inputs may be a tensor, tuple or
             dict; or a dict of named inputs, labels under "labels", "label", "targets" or "target".
         required: inputs the model requires: of a tuple of tensors the first so many are inputs.
+        name: of the argument it came in, for error messages.
     """
 
-    def __init__(self, batch: Any, required: int = 1) -> None:
+    def __init__(self, batch: Any, required: int = 1, name: str = "calibration") -> None:
         self.args: tuple[Any, ...]
         self.kwargs: dict[str, Any]
         self.labels: Any = None
         if isinstance(batch, list | tuple) and len(batch) > 0:
-            if required > 1 and len(batch) >= required and isinstance(batch[0], Tensor):
-                inputs: Any = tuple(batch[:required])
-                self.labels = batch[required] if len(batch) > required else None
-            else:
-                inputs = batch[0]
-                self.labels = batch[1] if len(batch) > 1 else None
+            apart = required > 1 and len(batch) >= required and isinstance(batch[0], Tensor)
+            inputs: Any = tuple(batch[:required]) if apart else batch[0]
+            labels = batch[required if apart else 1 :]
+            if len(labels) > 1:  # what is left out might be a mask
+                raise ValueError(
+                    f"{name}: a batch of {len(batch)} items must say which are inputs: "
+                    f"((inputs, ...), labels) or a dict; the model requires {required}"
+                )
+            self.labels = labels[0] if labels else None
         else:
             inputs = batch
         if isinstance(inputs, Mapping):
@@ -63,7 +67,7 @@ class Batch:
             self.args, self.kwargs = (inputs,), {}
         if not self.tensors():
             raise TypeError(
-                "calibration: a batch must hold tensors (a tensor, a tuple or a dict of them), "
+                f"{name}: a batch must hold tensors (a tensor, a tuple or a dict of them), "
                 f"got {type(batch).__name__}"
             )
 

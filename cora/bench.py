@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch
+from .batches import Batch, required_inputs
 from .modules import copied
 from .roofline import measure_roof, time_layers, wait
 
@@ -57,7 +57,7 @@ def bench(
         if not values or min(values) < 1:
             raise ValueError(f"{name} must be positive integers, got {list(values)}")
     device = next(model.parameters()).device
-    batch = Batch(example).to(device)
+    batch = Batch(example, required_inputs(model), "example").to(device)
     candidates = {"float": (copied(model), False)}
     if any(tensor.dim() == 4 for tensor in batch.tensors()):
         last = copied(model)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .batches import Batch
+from .batches import Batch, required_inputs
 from .fused import Codes, FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
 from .modules import QuantConv2d, QuantLayer, QuantLinear
 from .tracing import trace
@@ -58,7 +58,7 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
         raise ValueError("qmodel: expected a model in eval mode; call qmodel.eval()")
     if isinstance(qmodel, QuantLayer):
         qmodel = nn.Sequential(qmodel)
-    gm, sizes = trace(qmodel, Batch(example))
+    gm, sizes = trace(qmodel, Batch(example, required_inputs(qmodel), "example"))
     _make_functional(gm)
     _fuse_layers(gm)
     codes = _annotate(gm)

@@ -116,6 +116,7 @@ def test_samples_are_trimmed_and_no_more_is_read() -> None:
         ([{"labels": torch.zeros(3)}], TypeError, "a batch must hold tensors"),
         ([()], TypeError, "a batch must hold tensors"),
         ([None], TypeError, "a batch must hold tensors .* got NoneType"),
+        ([(torch.ones(2, 3, 8, 8),) * 3], ValueError, "a batch of 3 items must .* requires 1"),
     ],
 )
 def test_bad_batches(data: Any, error: type[Exception], message: str) -> None:

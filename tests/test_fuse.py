@@ -472,10 +472,11 @@ def test_keyword_and_two_inputs() -> None:
 
     batch = {"second": torch.randn(20, 6), "first": torch.randn(20, 4)}
     qmodel = quantize(Two(), [batch], activation_bits=8, rank_budget=0.5)
-    fused = cora.fuse(qmodel, batch)
-    assert "add" in steps(fused)["a"]
-    with torch.no_grad():
-        torch.testing.assert_close(fused(**batch), qmodel(**batch), atol=0.05, rtol=0.05)
+    for example in (batch, (batch["first"], batch["second"])):
+        fused = cora.fuse(qmodel, example)
+        assert "add" in steps(fused)["a"]
+        with torch.no_grad():
+            torch.testing.assert_close(fused(**batch), qmodel(**batch), atol=0.05, rtol=0.05)
 
 
 def test_a_layer_alone() -> None:
@@ -506,6 +507,8 @@ def test_errors() -> None:
     qmodel = quantize(Flow(), torch.ones(20, 4), rank_budget=0.5)
     with pytest.raises(ValueError, match="qmodel: torch.fx cannot trace Flow"):
         cora.fuse(qmodel, torch.ones(2, 4))
+    with pytest.raises(ValueError, match="example: a batch of 3 items must say which are inputs"):
+        cora.fuse(packed("mlp"), (X, X, X))
     with pytest.raises(ValueError, match="expected a model in eval mode"):
         cora.fuse(packed("mlp").train(), X)
     with pytest.raises(ValueError, match="expected a model with packed layers, found none"):
