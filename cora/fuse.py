@@ -44,7 +44,8 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
         qmodel: what `cora.quantize` or `cora.load` returned; its packed layers are shared, it is not
             changed.
         example: a batch of inputs (as for calibration); it tells types and ranks. Other sizes run too;
-            of a model that branches on sizes only the example's run fused (any batch size does).
+            of a model that branches on sizes only the example's run fused (any batch size does), and of
+            one with options (a mask that may be None) only those that the example has.
 
     Returns:
         The fused model; `print` it to see what was fused and what stays float.
@@ -58,7 +59,8 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
         raise ValueError("qmodel: expected a model in eval mode; call qmodel.eval()")
     if isinstance(qmodel, QuantLayer):
         qmodel = nn.Sequential(qmodel)
-    gm, sizes = trace(qmodel, Batch(example, required_inputs(qmodel), "example"))
+    traced = trace(qmodel, Batch(example, required_inputs(qmodel), "example"))
+    gm = traced.graph_module
     _make_functional(gm)
     _fuse_layers(gm)
     codes = _annotate(gm)
@@ -66,7 +68,7 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
-    return FusedModel(gm, _rows(gm, codes), sizes, None if sizes is None else qmodel)
+    return FusedModel(traced, _rows(gm, codes), qmodel)
 
 
 def _shape(node: fx.Node) -> torch.Size | None:

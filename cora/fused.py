@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import ops
 from .modules import QuantLayer
-from .tracing import Sizes, sizes_of
+from .tracing import Traced, sizes_of
 
 __all__ = ["Codes", "FusedLayer", "FusedModel", "MaxPoolCodes", "MeanOfCodes"]
 
@@ -120,25 +120,31 @@ class FusedModel(nn.Module):
     """What `fuse` returns: an inference model that takes and gives what the packed model did.
 
     `graph_module`, the torch.fx module that it runs, is what to give to `torch.export` where inputs have
-    dynamic sizes: it has the packed model's own arguments.
+    dynamic sizes: it has the packed model's own arguments, but for options that the example left out.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        rows: list[tuple[str, str, str]],
-        sizes: Sizes | None = None,
-        unfused: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, traced: Traced, rows: list[tuple[str, str, str]], qmodel: nn.Module) -> None:
         super().__init__()
-        self.graph_module = graph_module
-        self.rows, self.sizes = rows, sizes
-        self.unfused = unfused  # runs inputs of other sizes
+        self.graph_module, self.rows = traced.graph_module, rows
+        self.sizes, self.arguments, self.options = traced[1:]
+        # Runs what the graph is not for.
+        self.unfused = qmodel if self.options or self.sizes is not None else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.unfused is not None and sizes_of([*args, *kwargs.values()]) != self.sizes:
-            return self.unfused(*args, **kwargs)
-        return self.graph_module(*args, **kwargs)
+        unfused: Any = self.unfused
+        if unfused is None:
+            return self.graph_module(*args, **kwargs)
+        if self.sizes is not None and sizes_of([*args, *kwargs.values()]) != self.sizes:
+            return unfused(*args, **kwargs)
+        if not self.options:
+            return self.graph_module(*args, **kwargs)
+        named = dict(zip(self.arguments, args, strict=False)) | kwargs
+        other = len(named) < len(args) + len(kwargs)  # the model says what is wrong
+        for name, option in self.options.items():
+            other |= not option.is_held(named.get(name, option.default))
+            if option.held is not ...:
+                named.pop(name, None)
+        return unfused(*args, **kwargs) if other else self.graph_module(**named)
 
     def summary(self) -> str:
         """A line for each step: what it reads, what was fused into it, what it gives."""
@@ -147,6 +153,11 @@ class FusedModel(nn.Module):
         if self.sizes is not None:
             sizes = ", ".join("x".join(map(str, ("batch", *size))) for size in self.sizes)
             lines.append(f"for inputs of {sizes}; others run unfused: the model branches on sizes")
+        if self.options:
+            options = ", ".join(f"{name}{option}" for name, option in self.options.items())
+            lines.append(
+                f"for calls with {options}; others run unfused: the model branches on them"
+            )
         return "\n".join(lines)
 
     def __str__(self) -> str:

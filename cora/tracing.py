@@ -2,14 +2,17 @@
 
 Code that branches on sizes ("same" padding, interpolation to a skip's size) cannot be traced with
 symbols alone; it is traced once more beside a run of the example, with the example's sizes as plain
-numbers (except the batch's), and the graph is then one for inputs of those sizes.
+numbers (except the batch's), and the graph is then one for inputs of those sizes. Likewise options, which
+are None, a bool or a string: code branches on them, and the graph is one for their values on the example.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +24,7 @@ from .fold import FoldedBatchNorm
 from .modules import QuantLayer
 from .recurrent import QuantRecurrent
 
-__all__ = ["Sizes", "TensorKind", "sizes_of", "trace"]
+__all__ = ["Sizes", "TensorKind", "Traced", "sizes_of", "trace"]
 
 _LEAVES = (QuantLayer, QuantEmbedding, QuantRecurrent, FoldedBatchNorm)
 
@@ -33,23 +36,65 @@ def sizes_of(values: Iterable[Any]) -> Sizes:
     return [tuple(value.shape[1:]) for value in values if isinstance(value, Tensor)]
 
 
-def trace(model: nn.Module, batch: Batch) -> tuple[fx.GraphModule, Sizes | None]:
-    """A graph of the model; `node.meta["tensor_meta"]` is a tensor's `TensorKind` on the batch.
+@dataclass(frozen=True, slots=True)
+class Option:
+    """An argument that is None, a bool or a string, by default or on the example: code branches on it.
 
-    Returns:
-        The graph, and the sizes of the inputs it is for, None if it is for all.
+    Args:
+        default: of the model.
+        held: its value in the graph, or ... where the graph takes an input.
+    """
+
+    default: Any
+    held: Any
+
+    def __str__(self) -> str:
+        return " given" if self.held is ... else f" = {self.held!r}"
+
+    def is_held(self, value: Any) -> bool:
+        """Whether the graph is for this value."""
+        if self.held is ...:
+            return not _is_option(value)
+        return type(value) is type(self.held) and value == self.held
+
+
+def _is_option(value: Any) -> bool:
+    return value is None or isinstance(value, bool | str)
+
+
+class Traced(NamedTuple):
+    """A model's graph, and the calls it is for.
+
+    Args:
+        graph_module: its arguments are the model's own but for the options it holds.
+        sizes: of its inputs; None: any.
+        arguments: that the model takes by position.
+        options: of the model, by name.
+    """
+
+    graph_module: fx.GraphModule
+    sizes: Sizes | None
+    arguments: list[str]
+    options: dict[str, Option]
+
+
+def trace(model: nn.Module, batch: Batch) -> Traced:
+    """A graph of the model; `node.meta["tensor_meta"]` is a tensor's `TensorKind` on the batch.
 
     Raises:
         ValueError: the model branches on its data, or does what torch.fx does not know.
     """
     sizes: Sizes | None = None
+    arguments, values, options = _arguments(model, batch)
+    held = {name: option.held for name, option in options.items() if option.held is not ...}
     try:
         try:
-            graph = _Tracer().trace(model)
+            graph = _Tracer().trace(model, held)
         except Exception:  # whatever the model's own code raises on a symbol
-            graph = _TracerWithSizes(batch).trace(model)
+            graph = _TracerWithSizes(batch, values).trace(model, held)
             graph._tracer_cls = _Tracer  # a pickle traces again, without an example
             sizes = sizes_of([*batch.args, *batch.kwargs.values()])
+        _without(graph, held)
     except Exception as error:
         raise ValueError(
             f"qmodel: torch.fx cannot trace {type(model).__name__} ({error}); fuse a part of it "
@@ -61,11 +106,49 @@ def trace(model: nn.Module, batch: Batch) -> tuple[fx.GraphModule, Sizes | None]
     gm = fx.GraphModule(model, graph)
     unread = (getattr, operator.getitem)  # sizes that were asked for and came as numbers
     graph.eliminate_dead_code(lambda node: node.target not in unread)
-    names = [node.target for node in graph.find_nodes(op="placeholder")]
-    args = [*batch.args, *(batch.kwargs[name] for name in names if name in batch.kwargs)]
+    apart = [] if arguments else batch.args
+    inputs = [node.target for node in graph.find_nodes(op="placeholder")][len(apart) :]
+    args = [*apart, *(values[name] for name in inputs if not name.startswith("*"))]
     with torch.no_grad():
         _Shapes(gm).run(*copy.deepcopy(args))
-    return gm, sizes
+    return Traced(gm, sizes, arguments, options)
+
+
+def _arguments(
+    model: nn.Module, batch: Batch
+) -> tuple[list[str], dict[str, Any], dict[str, Option]]:
+    """Arguments of a model that go by position, what all are on a batch, and which are options."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters}
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return [], defaults | batch.kwargs, {}
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    values = defaults | dict(zip(names, batch.args, strict=False)) | batch.kwargs
+    options = {}
+    for name, default in defaults.items():
+        held = values[name] if _is_option(values[name]) else ...
+        if held is not ... or _is_option(default):
+            options[name] = Option(default, held)
+    return names, values, options
+
+
+def _held_name(name: str) -> str:
+    """What torch.fx calls an argument that is traced at a value."""
+    return f"{name}_1"
+
+
+def _without(graph: fx.Graph, held: dict[str, Any]) -> None:
+    """Take out arguments that were traced at a value, and the checks of that value."""
+
+    def erase(node: fx.Node) -> None:
+        for user in list(node.users):
+            erase(user)
+        graph.erase_node(node)
+
+    names = {_held_name(name) for name in held}
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target in names:
+            erase(node)
 
 
 class TensorKind(NamedTuple):
@@ -120,10 +203,10 @@ class _SizedProxy(fx.Proxy):
 class _TracerWithSizes(_Tracer):
     """Runs each operation on the example as it is traced."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, values: dict[str, Any]) -> None:
         super().__init__()
-        self.args = list(copy.deepcopy(batch.args))
-        self.kwargs = copy.deepcopy(batch.kwargs)
+        held = {_held_name(name): v for name, v in values.items() if _is_option(v)}
+        self.args, self.values = copy.deepcopy((list(batch.args), values | held))
         self.running = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -144,9 +227,7 @@ class _TracerWithSizes(_Tracer):
         args: Any = fx.node.map_arg(node.args, lambda other: other.meta["value"])
         kwargs: Any = fx.node.map_arg(node.kwargs, lambda other: other.meta["value"])
         if node.op == "placeholder":
-            if target in self.kwargs:
-                return self.kwargs[target]
-            return self.args.pop(0) if self.args else args[0]
+            return self.values[target] if target in self.values else self.args.pop(0)
         if node.op == "get_attr":
             value: Any = self.root
             for name in target.split("."):

@@ -479,6 +479,65 @@ def test_keyword_and_two_inputs() -> None:
             torch.testing.assert_close(fused(**batch), qmodel(**batch), atol=0.05, rtol=0.05)
 
 
+def test_options_that_the_example_leaves_out() -> None:
+    """Code branches on them: the graph is one without them, and with them the packed model runs."""
+
+    class Options(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 3)
+
+        def forward(
+            self,
+            x: Tensor,
+            mask: Tensor | None = None,
+            scale: float = 1.0,
+            head: str = "b",
+            *,
+            twice: bool = False,
+        ) -> Tensor:
+            h = F.relu(self.a(x))
+            if mask is not None:
+                return self.c(h) * mask  # runs as well with a symbol for None
+            if twice:
+                h = F.relu(h + h)
+            return (self.b if head == "b" else self.c)(h) * scale
+
+    x = torch.randn(20, 4)
+    qmodel = quantize(Options(), [x], activation_bits=8, rank_budget=0.5)
+    fused = cora.fuse(qmodel, x)
+    mask = torch.rand(20, 3)
+    with torch.no_grad():
+        for kwargs in ({}, {"scale": 2.0}, {"mask": None, "head": "b"}, {"twice": False}):
+            torch.testing.assert_close(
+                fused(x, **kwargs), qmodel(x, **kwargs), atol=0.05, rtol=0.05
+            )
+        assert "for calls with mask = None, head = 'b', twice = False; others run unfused" in str(
+            fused
+        )
+        torch.testing.assert_close(fused(x, None, 3.0), qmodel(x, None, 3.0), atol=0.05, rtol=0.05)
+        for args, kwargs in (((x, mask), {}), ((x,), {"head": "c"}), ((x,), {"twice": True})):
+            assert torch.equal(fused(*args, **kwargs), qmodel(*args, **kwargs))
+        compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), fused(x))
+        twin = pickle.loads(pickle.dumps(fused.graph_module))
+        assert torch.equal(twin(x), fused(x))
+    for args, kwargs in (((x, None, 1.0, "b", True), {}), ((x,), {"x": x}), ((x,), {"y": x})):
+        with pytest.raises(TypeError):
+            fused(*args, **kwargs)
+    masked = cora.fuse(qmodel, {"x": x, "mask": mask})
+    with torch.no_grad():
+        torch.testing.assert_close(masked(x, mask), qmodel(x, mask), atol=0.05, rtol=0.05)
+        assert torch.equal(masked(x), qmodel(x))
+    assert "mask given" in str(masked)
+    options = {"x": x, "mask": None, "head": "c", "twice": True}
+    other = cora.fuse(qmodel, options)
+    with torch.no_grad():
+        torch.testing.assert_close(other(**options), qmodel(**options), atol=0.05, rtol=0.05)
+        assert torch.equal(other(x), qmodel(x))
+    assert [fused.options[name].held for name in ("mask", "head", "twice")] == [None, "b", False]
+
+
 def test_a_layer_alone() -> None:
     qmodel = quantize(nn.Linear(4, 6), torch.randn(20, 4), activation_bits=8, rank_budget=0.5)
     x = torch.randn(3, 4)
