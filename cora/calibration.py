@@ -446,6 +446,10 @@ class Calibration:
             shape = LayerShape.of(self.layers[name])
             if name in sums:
                 first, second = (symmetric(half) for half in sums.pop(name))
+                if not (first.isfinite().all() and second.isfinite().all()):
+                    raise ValueError(
+                        f"model: the inputs of layer {name!r} are too large to be squared"
+                    )
                 self._moments[name], self._ridges[name] = regularized(first, second, samples)
             else:  # the layer never ran on the calibration data
                 eye = torch.eye(shape.columns)

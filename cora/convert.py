@@ -9,6 +9,7 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -137,7 +138,7 @@ def quantize(
     joint = weight is None or target_bits is not None or max_drop is not None
     _check_target(weight, target_bits, max_drop)
     weight = QuantSpec() if weight is None else weight
-    skip = sorted({skip} if isinstance(skip, str) else set(skip))
+    skip = _patterns(skip)
     search = SearchConfig(method="uniform") if search is None else search
     tune = TuneConfig(iterations=0) if tune is None else tune
     if not isinstance(tune, TuneConfig):
@@ -347,9 +348,18 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
     return replace_layers(model, layers)
 
 
+def _patterns(skip: Any) -> list[str]:
+    names = (
+        [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    )
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"skip must be names or patterns of layers, got {skip!r}")
+    return sorted(set(names))
+
+
 def _check_target(weight: Any, target_bits: Any, max_drop: Any) -> None:
     for name, value in (("target_bits", target_bits), ("max_drop", max_drop)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, Real) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < float("inf")):
             raise ValueError(f"{name} must be a positive number or None, got {value!r}")
     if target_bits is not None and max_drop is not None:

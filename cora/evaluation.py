@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -24,6 +25,8 @@ Loss = Literal["kl", "labels"]
 # Multiply-adds of a forward pass on the samples of a gradient step, and on the held-out ones.
 _STEP_WORK = 3e10
 _LOOK_WORK = 3e11
+
+_IGNORED = -100  # a label that torch's cross entropy leaves out
 
 
 class Evaluator:
@@ -99,8 +102,8 @@ class Evaluator:
         logits = self.calibration.logits(output)
         if logits is None:
             raise ValueError("SearchConfig: loss='labels' needs label_loss for this output")
-        labels = batch.labels.flatten().to(logits.device)
-        losses = F.cross_entropy(logits.flatten(0, -2).float(), labels, reduction="none")
+        targets = _targets(batch.labels, logits)
+        losses = F.cross_entropy(logits.flatten(0, -2).float(), targets, reduction="none")
         return losses.reshape(len(batch), -1).mean(1)
 
     def weights(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -217,3 +220,28 @@ def activation_simulator(
                 handle.remove()
 
     return simulate
+
+
+def _targets(labels: Any, logits: Tensor) -> Tensor:
+    """Labels of logits [..., classes] for cross entropy: indices [n], or probabilities [n, classes]."""
+    *places, classes = logits.shape
+    if isinstance(labels, Tensor):
+        found = labels.to(logits.device)
+        if found.is_floating_point() and found.shape == logits.shape:
+            return found.flatten(0, -2).float()
+        whole = not found.is_floating_point() and not found.is_complex()
+        if whole and found.numel() == math.prod(places):
+            indices = found.flatten().long()
+            if bool(((indices >= 0) & (indices < classes) | (indices == _IGNORED)).all()):
+                return indices
+    got = (
+        f"{list(labels.shape)} of {labels.dtype}"
+        if isinstance(labels, Tensor)
+        else type(labels).__name__
+    )
+    if isinstance(labels, Tensor) and labels.numel():
+        got += f" between {labels.min()} and {labels.max()}"
+    raise ValueError(
+        f"calibration: labels must be class indices {places} below {classes}, or probabilities "
+        f"{list(logits.shape)}, got {got}; other labels need SearchConfig(label_loss=...)"
+    )

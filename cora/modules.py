@@ -292,6 +292,8 @@ class QuantLayer(nn.Module):
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
+        if self.symmetric and not self.zero_point.is_meta:  # the state may be another layer's
+            self.symmetric = bool((self.zero_point == 2 ** (self.bits - 1)).all())
         self.prepare()
 
     def __getstate__(self) -> dict[str, Any]:

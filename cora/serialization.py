@@ -107,8 +107,11 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: the model is not a module.
         ValueError: truncated, altered, of another version, or of another architecture.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, the float architecture, got {model!r}")
     header, tensors = _read(Path(path))
     report = header["report"]
     qmodel: Any = copied(model)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Net, assert_same_state, batches, state, trained_net
@@ -19,6 +20,13 @@ from cora import QuantSpec, SearchConfig
 def nan_weight(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         net.body[0].weight[0, 0, 0, 0] = float("nan")
+    return net
+
+
+def scaled_net(factor: float) -> nn.Module:
+    net = trained_net()
+    with torch.no_grad():
+        net.stem.weight.mul_(factor)
     return net
 
 
@@ -58,6 +66,10 @@ def nan_data() -> list[torch.Tensor]:
         ({"weight": {"*": QuantSpec()}, "max_drop": 1}, ValueError, "weight must be one QuantSpec .* a dict"),
         ({"tune": 10}, TypeError, "tune must be a TuneConfig or None, got int"),
         ({"search": "gate"}, TypeError, "search must be a SearchConfig or None, got str"),
+        ({"skip": None}, TypeError, "skip must be names or patterns of layers, got None"),
+        ({"skip": ["stem", 3]}, TypeError, r"skip must be names or patterns .* got \['stem', 3\]"),
+        ({"target_bits": np.float32(2)}, ValueError, r"target_bits must be at least 2\.\d\d .* got 2.0"),
+        ({"model": scaled_net(1e20)}, ValueError, "model: the inputs of layer 'depthwise' are too large"),
         ({"skip": ["stemm"]}, ValueError, "skip: no layer is named 'stemm'; did you mean stem"),
         ({"skip": "boddy.0"}, ValueError, "skip: no layer is named 'boddy.0'; did you mean body.0"),
         ({"fit": "best"}, ValueError, "fit must be one of weighted, plain, got 'best'"),

@@ -193,6 +193,18 @@ def test_copies_and_state_dict() -> None:
     assert packed.to("meta").codes.is_meta
 
 
+def test_state_of_a_layer_with_other_zero_points() -> None:
+    """A layer made symmetric does not forget the zero-points it is given."""
+    layer, x = make_layer("conv2d-plain")
+    symmetric, other = (packed_of(layer, QuantSpec(3, symmetric=s)) for s in (True, False))
+    middle = symmetric.packed_weight()
+    symmetric.load_state_dict(other.state_dict())
+    assert torch.equal(symmetric(x), other(x))
+    given, expected = symmetric.packed_weight(), other.packed_weight()
+    assert torch.equal(given.qparams.zero_point, expected.qparams.zero_point)
+    assert middle.qparams.symmetric and not given.qparams.symmetric
+
+
 @pytest.mark.parametrize("name", ["linear", "conv2d-strided", "convtranspose2d-plain"])
 def test_float_layer_stays(name: str) -> None:
     layer, _ = make_layer(name)

@@ -378,6 +378,35 @@ def test_labels_of_frames_and_pixels() -> None:
         assert math.isfinite(min(qmodel.report.search["candidates"].values()))
 
 
+def test_labels_as_probabilities() -> None:
+    x, y = torch.randn(20, 6), torch.randint(0, 4, (20,))
+    config = SearchConfig("gate", iterations=6, loss="labels")
+    model = nn.Linear(6, 4)
+    found = [
+        quantize(model, [(x, labels)], config, adapter_bits=32, rank_budget=0.5).report.search
+        for labels in (y, y[:, None].int(), F.one_hot(y, 4).float())
+    ]
+    assert found[0]["candidates"] == found[1]["candidates"]
+    assert found[2]["candidates"] == pytest.approx(found[0]["candidates"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"),
+    [
+        (torch.ones(16, 4).long(), r"\[\d+, 4\] of torch.int64 between 1 and 1"),
+        (torch.rand(16), "of torch.float32 between"),
+        (torch.full((16,), 4), "of torch.int64 between 4 and 4"),
+        (torch.full((16,), -1), "between -1 and -1"),
+        ([0] * 16, "got list"),
+    ],
+    ids=str,
+)
+def test_labels_of_a_wrong_form(labels: Any, got: str) -> None:
+    config = SearchConfig("gate", iterations=3, loss="labels")
+    with pytest.raises(ValueError, match=f"labels must be class indices .* below 4, .*{got}"):
+        quantize(nn.Linear(6, 4), [(torch.randn(16, 6), labels)], config, rank_budget=0.5)
+
+
 def test_label_errors() -> None:
     config = SearchConfig("gate", iterations=3, loss="labels")
     with pytest.raises(ValueError, match="loss='labels' needs calibration batches with labels"):

@@ -333,6 +333,9 @@ def test_foreign_files(tmp_path: Path) -> None:
     for missing in (tmp_path / "none", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file"):
             cora.load(missing, Net())
+    for model in (None, Net):
+        with pytest.raises(TypeError, match="model must be an nn.Module, the float architecture"):
+            cora.load(path, model)
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -368,7 +371,7 @@ def test_save_errors(qnet: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="the folder .*nowhere does not exist"):
         cora.save(qnet, tmp_path / "nowhere" / "m")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(IsADirectoryError, match="folder: expected a file, this is a folder"):
         cora.save(qnet, tmp_path / "folder")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
