@@ -3,6 +3,7 @@
     python benchmarks/performance.py                       # everything, about ten minutes
     python benchmarks/performance.py --rows linear gemm    # some rows
     python benchmarks/performance.py --limit 120           # stop after two minutes; the next call goes on
+    python benchmarks/performance.py --output docs/performance_avx2.json   # another machine's
 
 What was measured with the same native library, undisturbed by other processes, is not measured again unless
 `--fresh` is given.
@@ -38,7 +39,7 @@ from verdicts import DISTURBED, page, verdicts
 from cora.files import write_file
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-NOTES = Path(__file__).with_name("notes.md")  # what explains the numbers, written by hand
+NOTES = Path(__file__).with_name("notes")  # of each output: what explains its numbers, by hand
 
 
 ATTEMPTS = 2
@@ -109,13 +110,14 @@ def main() -> None:
     start, library = time.perf_counter(), core()
     if results.get("threads") != args.threads or not results["peaks"] or args.fresh:
         results |= {"threads": args.threads, "peaks": peaks(args.threads), "peak names": PEAKS}
-    notes = NOTES.read_text() if NOTES.exists() else ""
+    explained = NOTES / f"{args.output.stem}.md"
+    notes = explained.read_text() if explained.exists() else ""
     results |= {"machine": machine(), "date": datetime.date.today().isoformat()}
 
     def keep(key: str, record: dict[str, Any]) -> None:
         results["cases"][key] = record
         write_file(args.output, (json.dumps(results, indent=1) + "\n").encode())
-        write_file(args.output.with_suffix(".md"), page(results, notes).encode())
+        write_file(args.output.with_suffix(".md"), page(results, args.output.name, notes).encode())
 
     left = 0
     for order, case in enumerate(cases()):
@@ -153,7 +155,7 @@ def main() -> None:
         head = {"row": "memory", "name": "ResNet-50", "threads": 1, "order": 10**6, "core": library}
         keep("memory / 1", head | measure_memory())
     if results["cases"]:
-        write_file(args.output.with_suffix(".md"), page(results, notes).encode())
+        write_file(args.output.with_suffix(".md"), page(results, args.output.name, notes).encode())
     if left:
         print(f"{left} cases left: call again")
     missed = [

@@ -341,8 +341,8 @@ def _column(name: str) -> str:
     return " ".join(kept).replace(" rank,", ",").replace(" rank", " + adapter")
 
 
-def page(results: Mapping[str, Any], notes: str = "") -> str:
-    """docs/performance.md; `notes` say what explains the verdicts."""
+def page(results: Mapping[str, Any], name: str, notes: str = "") -> str:
+    """The page beside the file `name` of the results; `notes` say what explains the verdicts."""
     peaks = results["peaks"]
     records = sorted(
         results["cases"].values(),
@@ -352,7 +352,7 @@ def page(results: Mapping[str, Any], notes: str = "") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     parts = [
         "# Performance",
-        "`python benchmarks/performance.py` makes this page and [performance.json](performance.json). "
+        f"`python benchmarks/performance.py` makes this page and [{name}]({name}). "
         "All contestants of a line run in turns in one process; times are medians. Ratios are the "
         "peer's time over cora's. Linear layers of few rows read weights that no cache holds: half a "
         "gibibyte is read before each turn. Codes in and out: uint8, channels last, each library in "

@@ -231,7 +231,7 @@ def test_page_names_what_is_absent_and_every_time() -> None:
         "machine": {**machine.machine(), "versions": {"torch": "9"}}, "date": "2030-01-02",
         "peaks": {"1": {"read": 25.0}}, "peak names": machine.PEAKS, "cases": {"x": case},
     }  # fmt: skip
-    page = verdicts.page(json.loads(json.dumps(results)), "## Why\n\nBecause.\n")
+    page = verdicts.page(json.loads(json.dumps(results)), "performance.json", "## Why\n\nBecause.\n")
     for part in (
         "Because.",
         "ggml q4_0: no library",
