@@ -308,6 +308,9 @@ def _target_table(found: Sequence[Verdict]) -> str:
     return markdown(head, rows)
 
 
+_UNITS = {"amx_int8": "AMX", "vnni": "VNNI", "avx2_int8": "AVX2"}  # the fastest of a machine first
+
+
 def _row_table(records: Sequence[Record], peaks: Mapping[str, Mapping[str, float]]) -> str:
     """Times of one row: a line a case, a column a contestant (cora's names without their ranks)."""
     names: list[str] = []
@@ -322,7 +325,14 @@ def _row_table(records: Sequence[Record], peaks: Mapping[str, Mapping[str, float
             speed.append(f"{record['bytes'] / own / 1e9:.1f} GB/s")
         elif record["operations"]:
             rate = record["operations"] / own / 1e9
-            share = f", {100 * rate / peak['amx_int8']:.0f} % of AMX" if "amx_int8" in peak else ""
+            share = next(
+                (
+                    f", {100 * rate / peak[p]:.0f} % of {unit}"
+                    for p, unit in _UNITS.items()
+                    if p in peak
+                ),
+                "",
+            )
             speed.append(f"{rate:.0f} GOP/s{share}")
         cells = [duration(times[name]) if name in times else "" for name in names]
         mark = " (*)" if disturbed(record) else ""

@@ -1,5 +1,5 @@
 // The speeds a kernel is held against, measured on this machine in this run: dot products a second
-// in float32 (FMA), int8 (AVX-512 VNNI, AMX) and bfloat16 (AMX), and bytes a second read from and
+// in float32 (FMA), int8 (AVX2, AVX-512 VNNI, AMX) and bfloat16 (AMX), and bytes a second read from and
 // streamed to memory. Prints one "name threads value" a line; GOP/s (a multiply-add is two) and GB/s.
 //
 // usage: peaks MEBIBYTES THREADS...   (size of the array that bandwidth is measured on)
@@ -39,10 +39,40 @@ double best_seconds(int threads, const std::function<void(int)>& work) {
 
 // 16 independent accumulators hide the latency of two pipes. The empty asm keeps each in a register
 // and the loop from being folded.
+#define CORA_EACH8(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #define CORA_EACH16(X) \
     X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 
 constexpr int64_t kSteps = 6'000'000;
+
+// AVX2 has 16 registers: ten accumulators hide the latency of two pipes, eight of three instructions each do too.
+__attribute__((target("avx2,fma"))) void run_fma_avx2(int) {
+    __m256 y = _mm256_set1_ps(0.5f);
+#define CORA_DECLARE(i) __m256 a##i = _mm256_set1_ps(i);
+#define CORA_STEP(i) \
+    a##i = _mm256_fmadd_ps(a##i, y, y); \
+    asm volatile("" : "+x"(a##i));
+    CORA_EACH8(CORA_DECLARE) CORA_DECLARE(8) CORA_DECLARE(9)
+    for (int64_t step = 0; step < kSteps; ++step) { CORA_EACH8(CORA_STEP) CORA_STEP(8) CORA_STEP(9) }
+#undef CORA_DECLARE
+#undef CORA_STEP
+}
+
+// A dot product of bytes takes three instructions: pairs to 16 bits, their pairs to 32, and the sum.
+__attribute__((target("avx2"))) void run_int8_avx2(int) {
+    __m256i y = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
+#define CORA_DECLARE(i) __m256i a##i = _mm256_set1_epi32(i);
+#define CORA_STEP(i) { \
+        __m256i x = y; \
+        asm volatile("" : "+x"(x)); \
+        a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones)); \
+        asm volatile("" : "+x"(a##i)); \
+    }
+    CORA_EACH8(CORA_DECLARE)
+    for (int64_t step = 0; step < kSteps; ++step) { CORA_EACH8(CORA_STEP) }
+#undef CORA_DECLARE
+#undef CORA_STEP
+}
 
 __attribute__((target("avx512f"))) void run_fma(int) {
     __m512 y = _mm512_set1_ps(0.5f);
@@ -135,12 +165,36 @@ __attribute__((target("avx512f"))) int64_t read(const char* data, int64_t bytes,
     return lanes[0];
 }
 
+__attribute__((target("avx2"))) int64_t read_avx2(const char* data, int64_t bytes, int streams, int64_t ahead) {
+    __m256i sum[8] = {};
+    int64_t part = bytes / streams;
+    for (int64_t i = 0; i < part; i += 256)
+        for (int s = 0; s < streams; ++s) {
+            const char* line = data + s * part + i;
+            for (int j = 0; j < 8; ++j) {
+                if (ahead && j % 2 == 0) _mm_prefetch(line + ahead + 32 * j, _MM_HINT_T0);
+                sum[j] = _mm256_add_epi32(sum[j], _mm256_load_si256(reinterpret_cast<const __m256i*>(line + 32 * j)));
+            }
+        }
+    for (int j = 1; j < 8; ++j) sum[0] = _mm256_add_epi32(sum[0], sum[j]);
+    return _mm256_extract_epi32(sum[0], 0);
+}
+
 // One element read and two written past the caches: what fake_quantize with a residual moves.
 __attribute__((target("avx512f"))) void stream(const char* from, char* to, char* too, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) {
         __m512i line = _mm512_load_si512(from + i);
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), line);
         _mm512_stream_si512(reinterpret_cast<__m512i*>(too + i), line);
+    }
+    _mm_sfence();
+}
+
+__attribute__((target("avx2"))) void stream_avx2(const char* from, char* to, char* too, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 32) {
+        __m256i line = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i));
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), line);
+        _mm256_stream_si256(reinterpret_cast<__m256i*>(too + i), line);
     }
     _mm_sfence();
 }
@@ -168,8 +222,13 @@ int main(int count, char** words) {
     for (int i = 2; i < count; ++i) {
         int threads = std::atoi(words[i]);
         auto rate = [&](double operations, double seconds) { return operations * threads / seconds / 1e9; };
-        if (!avx512) continue;
-        print("f32", threads, rate(2.0 * 16 * 16 * kSteps, best_seconds(threads, run_fma)));
+        if (!avx512 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))) continue;
+        if (avx512) {
+            print("f32", threads, rate(2.0 * 16 * 16 * kSteps, best_seconds(threads, run_fma)));
+        } else {
+            print("f32", threads, rate(2.0 * 10 * 8 * kSteps, best_seconds(threads, run_fma_avx2)));
+            print("avx2_int8", threads, rate(2.0 * 8 * 32 * kSteps, best_seconds(threads, run_int8_avx2)));
+        }
         if (__builtin_cpu_supports("avx512vnni"))
             print("vnni", threads, rate(2.0 * 16 * 64 * kSteps, best_seconds(threads, run_vnni)));
         if (amx) {
@@ -181,8 +240,10 @@ int main(int count, char** words) {
         for (int streams : {1, 2, 4, 8})
             for (int64_t ahead : {0, 1024, 4096}) {
                 int64_t share = bytes / threads / 4096 * 4096;
-                double seconds = best_seconds(
-                    threads, [&](int t) { sink = read(data + t * share, share, streams, ahead); });
+                double seconds = best_seconds(threads, [&](int t) {
+                    const char* from = data + t * share;
+                    sink = avx512 ? read(from, share, streams, ahead) : read_avx2(from, share, streams, ahead);
+                });
                 double speed = share * threads / seconds / 1e9;
                 if (std::getenv("PEAKS_VERBOSE")) std::printf("# read %d %d %ld %.2f\n", threads, streams, long(ahead), speed);
                 most = std::max(most, speed);
@@ -191,7 +252,7 @@ int main(int count, char** words) {
         int64_t third = bytes / 3 / threads / 4096 * 4096;
         double seconds = best_seconds(threads, [&](int t) {
             char* from = data + 3 * t * third;
-            stream(from, from + third, from + 2 * third, third);
+            (avx512 ? stream : stream_avx2)(from, from + third, from + 2 * third, third);
         });
         print("read1_write2", threads, 3 * third * threads / seconds / 1e9);
     }
