@@ -19,6 +19,7 @@ __all__ = [
 
 DEFAULT_TARGET_BITS = 3.5  # stored bits a weight, where no quantizer is given
 
+_DOUBT = 2.0  # standard errors by which adapters must win: they cost time at each call
 _ATTEMPTS = 4  # plans whose layers are fitted
 _CLOSE = 0.05  # bits a weight that are not worth another attempt
 
@@ -55,7 +56,7 @@ def fit_within_budget(
 
     A plan weighs an adapter against finer codes by what each leaves of a layer's error. Codes that are fitted
     in order make up for more of it than was foreseen, so a plan with adapters is fitted beside one without.
-    It is kept if that brings the held-out samples closer by more than the standard error.
+    It is kept if that clearly brings the held-out samples closer.
 
     Args:
         search: the plan for the budget from some ladders.
@@ -68,7 +69,7 @@ def fit_within_budget(
     plain = search(ladders.without_adapters())
     plainly = fit(plain.plan)
     with_, without = fitted.losses(evaluator), plainly.losses(evaluator)
-    found = (planned, fitted) if is_better(without - with_) else (plain, plainly)
+    found = (planned, fitted) if is_better(without - with_, _DOUBT) else (plain, plainly)
     found[0].interrupted = planned.interrupted or plain.interrupted
     found[0].candidates |= {"adapters": float(with_.mean()), "no adapters": float(without.mean())}
     return found
