@@ -427,14 +427,46 @@ def loftq(
         for _step in range(iterations or 1):
             rest = matrix - adapter
             stored = _nearest(rest, *choose_grid(rest, bits, group), bits)
-            residual = (matrix - stored.matrix).reshape(shape.groups, -1, shape.columns)
-            u, s, v = torch.linalg.svd(residual, full_matrices=False)
-            root = s[:, :rank].sqrt()
-            b = (u[:, :, :rank] * root[:, None]).half().float()
-            a = (root[:, :, None] * v[:, :rank]).half().float()
-            adapter = (b @ a).reshape(matrix.shape)
+            adapter = _low_rank(matrix - stored.matrix, shape, rank)
         weights[name] = replace(stored, adapter=adapter, adapter_bits=rank * rank_bits(shape, 16))
     return weights
+
+
+def low_rank_first(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    bits: int,
+    group_size: int | None = None,
+    share: float = 0.05,
+    **_: Any,
+) -> dict[str, Stored]:
+    """The low-rank term is of the weight itself; what it leaves is quantized.
+
+    Args:
+        share: of the float weights, for a layer's adapter.
+
+    Source: the order of Li et al. 2024, arXiv 2411.05007, with an integer quantizer and float16 adapters.
+    """
+    weights = {}
+    for name, layer in quantizable_layers(model)[0].items():
+        matrix, shape = matrix_of(layer), LayerShape.of(layer)
+        rank = adapter_rank(shape, share)
+        adapter = _low_rank(matrix, shape, rank)
+        rest = matrix - adapter
+        grid = choose_grid(rest, bits, group_of(shape.columns, group_size))
+        stored = _nearest(rest, *grid, bits)
+        weights[name] = replace(stored, adapter=adapter, adapter_bits=rank * rank_bits(shape, 16))
+    return weights
+
+
+def _low_rank(matrix: Tensor, shape: LayerShape, rank: int) -> Tensor:
+    """Product of the float16 factors of a matrix, group by group."""
+    u, s, v = torch.linalg.svd(matrix.reshape(shape.groups, -1, shape.columns), full_matrices=False)
+    root = s[:, :rank].sqrt()
+    b = (u[:, :, :rank] * root[:, None]).half().float()
+    a = (root[:, :, None] * v[:, :rank]).half().float()
+    return (b @ a).reshape(matrix.shape)
 
 
 # --- AdaRound ------------------------------------------------------------------------------------
@@ -672,6 +704,12 @@ BASELINES = (
         ("per_channel", "per_group"),
         loftq,
         iterations=5,
+    ),
+    Peer(
+        "low rank first, own",
+        tuple(range(2, 9)),
+        ("per_channel", "per_group"),
+        low_rank_first,
     ),
     Peer(
         "AdaRound, own",

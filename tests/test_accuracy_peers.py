@@ -234,6 +234,17 @@ def test_loftq_brings_the_weight_nearer(model: nn.Module) -> None:
     assert baselines.finish(model, wide).adapter_bits > 0
 
 
+def test_low_rank_first_is_of_the_weight(model: nn.Module) -> None:
+    """The adapter is the weight's own, and only what it leaves is rounded."""
+    found = baselines.low_rank_first(model, [], bits=8, share=0.5)
+    for name, matrix in matrices(model).items():
+        stored, rest = found[name], matrix - found[name].adapter
+        assert (stored.matrix - rest).norm() <= 0.02 * rest.norm()
+        assert (rest.norm() < matrix.norm()) == (stored.adapter_bits > 0)
+        assert stored.adapter_bits <= 0.5 * 32 * matrix.numel()
+    assert baselines.finish(model, found).adapter_bits > 0
+
+
 def test_activations_are_quantized_on_request(model: nn.Module, batches: Any) -> None:
     x = batches[0][0]
     fine, coarse = (
