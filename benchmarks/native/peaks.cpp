@@ -148,24 +148,7 @@ __attribute__((target("amx-tile,amx-bf16"))) void run_amx_bf16(int) {
 
 // Reading with 1, 2, 4 or 8 streams a thread, with or without software prefetch: how many lines are
 // in flight decides the speed of one core, and which way is fastest differs from machine to machine.
-__attribute__((target("avx512f"))) int64_t read(const char* data, int64_t bytes, int streams, int64_t ahead) {
-    __m512i sum[8] = {};
-    int64_t part = bytes / streams;
-    for (int64_t i = 0; i < part; i += 256)
-        for (int s = 0; s < streams; ++s) {
-            const char* line = data + s * part + i;
-            for (int j = 0; j < 4; ++j) {
-                if (ahead) _mm_prefetch(line + ahead + 64 * j, _MM_HINT_T0);
-                sum[j] = _mm512_add_epi32(sum[j], _mm512_load_si512(line + 64 * j));
-            }
-        }
-    for (int j = 1; j < 4; ++j) sum[0] = _mm512_add_epi32(sum[0], sum[j]);
-    alignas(64) int32_t lanes[16];
-    _mm512_store_si512(lanes, sum[0]);
-    return lanes[0];
-}
-
-__attribute__((target("avx2"))) int64_t read_avx2(const char* data, int64_t bytes, int streams, int64_t ahead) {
+__attribute__((target("avx2"))) int64_t read_lines(const char* data, int64_t bytes, int streams, int64_t ahead) {
     __m256i sum[8] = {};
     int64_t part = bytes / streams;
     for (int64_t i = 0; i < part; i += 256)
@@ -181,16 +164,7 @@ __attribute__((target("avx2"))) int64_t read_avx2(const char* data, int64_t byte
 }
 
 // One element read and two written past the caches: what fake_quantize with a residual moves.
-__attribute__((target("avx512f"))) void stream(const char* from, char* to, char* too, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) {
-        __m512i line = _mm512_load_si512(from + i);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), line);
-        _mm512_stream_si512(reinterpret_cast<__m512i*>(too + i), line);
-    }
-    _mm_sfence();
-}
-
-__attribute__((target("avx2"))) void stream_avx2(const char* from, char* to, char* too, int64_t bytes) {
+__attribute__((target("avx2"))) void stream(const char* from, char* to, char* too, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 32) {
         __m256i line = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + i));
         _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), line);
@@ -241,8 +215,7 @@ int main(int count, char** words) {
             for (int64_t ahead : {0, 1024, 4096}) {
                 int64_t share = bytes / threads / 4096 * 4096;
                 double seconds = best_seconds(threads, [&](int t) {
-                    const char* from = data + t * share;
-                    sink = avx512 ? read(from, share, streams, ahead) : read_avx2(from, share, streams, ahead);
+                    sink = read_lines(data + t * share, share, streams, ahead);
                 });
                 double speed = share * threads / seconds / 1e9;
                 if (std::getenv("PEAKS_VERBOSE")) std::printf("# read %d %d %ld %.2f\n", threads, streams, long(ahead), speed);
@@ -252,7 +225,7 @@ int main(int count, char** words) {
         int64_t third = bytes / 3 / threads / 4096 * 4096;
         double seconds = best_seconds(threads, [&](int t) {
             char* from = data + 3 * t * third;
-            (avx512 ? stream : stream_avx2)(from, from + third, from + 2 * third, third);
+            stream(from, from + third, from + 2 * third, third);
         });
         print("read1_write2", threads, 3 * third * threads / seconds / 1e9);
     }
