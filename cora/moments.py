@@ -86,7 +86,8 @@ def input_rows(
     rows = x.movedim(1, -1)[tuple(where)]  # [positions, *kernel, Cin]
     if not inside.all():
         rows.masked_fill_(~inside.unsqueeze(-1).to(rows.device), 0)
-    return rows.movedim(-1, 1).reshape(len(image), layer.groups, -1).transpose(0, 1)
+    by_group = rows.movedim(-1, 1).reshape(len(image), layer.groups, -1)
+    return by_group.contiguous().transpose(0, 1)  # a view of depthwise rows is slow to multiply
 
 
 def draw(count: int, limit: int | None, generator: torch.Generator | None) -> Tensor:

@@ -224,8 +224,14 @@ class _TracerWithSizes(_Tracer):
 
     def _value(self, node: fx.Node) -> Any:
         target: Any = node.target
-        args: Any = fx.node.map_arg(node.args, lambda other: other.meta["value"])
-        kwargs: Any = fx.node.map_arg(node.kwargs, lambda other: other.meta["value"])
+
+        def known(other: fx.Node) -> Any:
+            if "value" not in other.meta:  # a tensor that no symbol went into
+                other.meta["value"] = self._value(other)
+            return other.meta["value"]
+
+        args: Any = fx.node.map_arg(node.args, known)
+        kwargs: Any = fx.node.map_arg(node.kwargs, known)
         if node.op == "placeholder":
             return self.values[target] if target in self.values else self.args.pop(0)
         if node.op == "get_attr":
