@@ -87,6 +87,7 @@ def trace(model: nn.Module, batch: Batch) -> Traced:
     sizes: Sizes | None = None
     arguments, values, options = _arguments(model, batch)
     held = {name: option.held for name, option in options.items() if option.held is not ...}
+    before = set(vars(model))
     try:
         try:
             graph = _Tracer().trace(model, held)
@@ -95,15 +96,18 @@ def trace(model: nn.Module, batch: Batch) -> Traced:
             graph._tracer_cls = _Tracer  # a pickle traces again, without an example
             sizes = sizes_of([*batch.args, *batch.kwargs.values()])
         _without(graph, held)
+        for node in graph.nodes:
+            node.type = None  # an annotation of the model's code, which a pickle could not name
+            node.meta.pop("value", None)
+        gm = fx.GraphModule(model, graph)
     except Exception as error:
         raise ValueError(
             f"qmodel: torch.fx cannot trace {type(model).__name__} ({error}); fuse a part of it "
             "that has no control flow on its data"
         ) from error
-    for node in graph.nodes:
-        node.type = None  # an annotation of the model's code, which a pickle could not name
-        node.meta.pop("value", None)
-    gm = fx.GraphModule(model, graph)
+    finally:
+        for name in vars(model).keys() - before:  # constants of the graph, which torch.fx put there
+            delattr(model, name)
     unread = (getattr, operator.getitem)  # sizes that were asked for and came as numbers
     graph.eliminate_dead_code(lambda node: node.target not in unread)
     apart = [] if arguments else batch.args

@@ -479,6 +479,29 @@ def test_keyword_and_two_inputs() -> None:
             torch.testing.assert_close(fused(**batch), qmodel(**batch), atol=0.05, rtol=0.05)
 
 
+def test_a_table_cut_to_the_length_of_the_input() -> None:
+    """As position embeddings are: a tensor of the trace that no input went into."""
+
+    class Places(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.places = nn.Embedding(9, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x) + self.places.weight[: x.shape[1]]))
+
+    x = torch.randn(20, 5, 4)
+    qmodel = quantize(Places(), [x], activation_bits=8, rank_budget=0.5)
+    before = set(vars(qmodel))
+    fused = cora.fuse(qmodel, x)
+    assert "for inputs of batchx5x4; others run unfused" in str(fused)
+    assert set(vars(qmodel)) == before
+    with torch.no_grad():
+        for part in (x, x[:3], x[:, :2]):
+            torch.testing.assert_close(fused(part), qmodel(part), atol=0.05, rtol=0.05)
+
+
 def test_options_that_the_example_leaves_out() -> None:
     """Code branches on them: the graph is one without them, and with them the packed model runs."""
 
