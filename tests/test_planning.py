@@ -107,7 +107,7 @@ def test_what_a_step_says_is_what_is_stored(
 ) -> None:
     """A plan's bits are those of the packed layers, and its weights those that are packed; whether adapters pay
     or not."""
-    monkeypatch.setattr("cora.joint.is_better", lambda _: pay)
+    monkeypatch.setattr("cora.joint.is_better", lambda _gain, _errors: pay)
     net = trained_net()
     for bits in (3.2, 5.0):
         options: dict[str, Any] = {"progress": False, "bias_correction": False}
