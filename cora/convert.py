@@ -349,9 +349,8 @@ def dequantize(qmodel: nn.Module) -> nn.Module:
 
 
 def _patterns(skip: Any) -> list[str]:
-    names = (
-        [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
-    )
+    several = isinstance(skip, Iterable) and not isinstance(skip, str)
+    names = list(skip) if several else [skip]
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"skip must be names or patterns of layers, got {skip!r}")
     return sorted(set(names))

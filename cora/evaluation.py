@@ -225,6 +225,7 @@ def activation_simulator(
 def _targets(labels: Any, logits: Tensor) -> Tensor:
     """Labels of logits [..., classes] for cross entropy: indices [n], or probabilities [n, classes]."""
     *places, classes = logits.shape
+    got = type(labels).__name__
     if isinstance(labels, Tensor):
         found = labels.to(logits.device)
         if found.is_floating_point() and found.shape == logits.shape:
@@ -234,13 +235,9 @@ def _targets(labels: Any, logits: Tensor) -> Tensor:
             indices = found.flatten().long()
             if bool(((indices >= 0) & (indices < classes) | (indices == _IGNORED)).all()):
                 return indices
-    got = (
-        f"{list(labels.shape)} of {labels.dtype}"
-        if isinstance(labels, Tensor)
-        else type(labels).__name__
-    )
-    if isinstance(labels, Tensor) and labels.numel():
-        got += f" between {labels.min()} and {labels.max()}"
+        got = f"{list(labels.shape)} of {labels.dtype}"
+        if labels.numel():
+            got += f" between {labels.min()} and {labels.max()}"
     raise ValueError(
         f"calibration: labels must be class indices {places} below {classes}, or probabilities "
         f"{list(logits.shape)}, got {got}; other labels need SearchConfig(label_loss=...)"
