@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,15 +87,16 @@ def trace(model: nn.Module, batch: Batch) -> Traced:
     sizes: Sizes | None = None
     arguments, values, options = _arguments(model, batch)
     held = {name: option.held for name, option in options.items() if option.held is not ...}
+    as_traced = {f"{name}_1": value for name, value in held.items()}  # torch.fx calls them so
     before = set(vars(model))
     try:
         try:
             graph = _Tracer().trace(model, held)
         except Exception:  # whatever the model's own code raises on a symbol
-            graph = _TracerWithSizes(batch, values).trace(model, held)
+            graph = _TracerWithSizes(batch.args, values | as_traced).trace(model, held)
             graph._tracer_cls = _Tracer  # a pickle traces again, without an example
             sizes = sizes_of([*batch.args, *batch.kwargs.values()])
-        _without(graph, held)
+        _without(graph, as_traced)
         for node in graph.nodes:
             node.type = None  # an annotation of the model's code, which a pickle could not name
             node.meta.pop("value", None)
@@ -136,12 +137,7 @@ def _arguments(
     return names, values, options
 
 
-def _held_name(name: str) -> str:
-    """What torch.fx calls an argument that is traced at a value."""
-    return f"{name}_1"
-
-
-def _without(graph: fx.Graph, held: dict[str, Any]) -> None:
+def _without(graph: fx.Graph, names: Collection[str]) -> None:
     """Take out arguments that were traced at a value, and the checks of that value."""
 
     def erase(node: fx.Node) -> None:
@@ -149,7 +145,6 @@ def _without(graph: fx.Graph, held: dict[str, Any]) -> None:
             erase(user)
         graph.erase_node(node)
 
-    names = {_held_name(name) for name in held}
     for node in graph.find_nodes(op="placeholder"):
         if node.target in names:
             erase(node)
@@ -207,10 +202,9 @@ class _SizedProxy(fx.Proxy):
 class _TracerWithSizes(_Tracer):
     """Runs each operation on the example as it is traced."""
 
-    def __init__(self, batch: Batch, values: dict[str, Any]) -> None:
+    def __init__(self, args: Iterable[Any], values: dict[str, Any]) -> None:
         super().__init__()
-        held = {_held_name(name): v for name, v in values.items() if _is_option(v)}
-        self.args, self.values = copy.deepcopy((list(batch.args), values | held))
+        self.args, self.values = copy.deepcopy((list(args), values))
         self.running = False
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
