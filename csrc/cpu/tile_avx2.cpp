@@ -1,8 +1,8 @@
 // The layer kernels, AVX2 + FMA.
-// Method: the 12 x 32 tile is done in pieces of 16 weight rows (8 where only so many are left): 6 x 16 floats
-// (12 accumulators, two panel vectors, one broadcast), or 3 or 4 x 16 integers. vpmaddubsw adds two products of
-// an unsigned and a signed byte into 16 bits. Up to weights of 31 several such sums fit 16 bits, which spares
-// most of the widening additions; up to 64 one does; wider ones are taken by halves of four bits.
+// Method: the 12 x 32 tile is done in pieces of 6 x 16 (8 weight rows where only so many are left): 12 sums, two
+// panel vectors, one broadcast. vpmaddubsw adds two products of an unsigned and a signed byte into 16 bits. Up to
+// weights of 32 several such sums fit 16 bits, which spares most of the widening additions; up to 64 one does, and is
+// widened in a piece of 4 x 16; wider ones are taken by halves of four bits.
 #include "bits.h"
 #include "cpu/codes_avx2.h"
 #include "cpu/kernels.h"
@@ -51,61 +51,80 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
 
 /// Sums of products of an unsigned byte and one of at most `widest`, two at a time, that fit 16 bits.
 constexpr int64_t sums_in_16_bits(int widest) { return 32767 / (2 * 255 * widest); }
-constexpr int kNarrow = 31, kMedium = 64;  // up to here that is two or more, and one
 
-// Every loop over a tile's accumulators is unrolled: one that is not puts the array into memory, and each sum is
-// then stored as soon as it is made.
+// Every loop over a tile's sums is unrolled: one that is not puts the array into memory, and each sum is then
+// stored as soon as it is made.
 
-/// kM rows of x by 8 * kV weight rows, none above kNarrow.
-template <int kM, int kV>
-void tile_s8_narrow(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                    int widest, int32_t* acc) {
-  const int64_t most = sums_in_16_bits(widest);
-  __m256i c[kM][kV];
-#pragma GCC unroll 6
-  for (int i = 0; i < kM; ++i)
+/// sum + x * w in 16 bits. The empty asm keeps the order: g++ would sum the products of an unrolled loop as a tree,
+/// with far more leaves than registers.
+inline __m256i add_narrow(__m256i sum, __m256i x, __m256i w) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(x, w));
+  asm("" : "+x"(sum));
+  return sum;
+}
+
+/// acc += the sums of pairs of `sum`, times `factor`.
+inline void widen(int32_t* acc, __m256i sum, int16_t factor) {
+  store(acc, _mm256_add_epi32(load(acc), _mm256_madd_epi16(sum, _mm256_set1_epi16(factor))));
+}
+
+/// acc += kQuads quad-rows' products, summed in 16 bits. All registers hold sums: acc stays in memory, which costs
+/// less than a narrower tile, whose weights are loaded twice as often.
+template <int kM, int kV, int kQuads>
+inline void add_narrow_quads(const uint8_t* const (&x)[kM], int64_t k, const int8_t* panel, int32_t* acc) {
+  __m256i sum[kM][kV];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQuads; ++q) {
+    __m256i w[kV];
 #pragma GCC unroll 2
-    for (int v = 0; v < kV; ++v) c[i][v] = _mm256_setzero_si256();
-  for (int64_t t = 0; t < taps; ++t) {
-    const uint8_t* x[kM];
+    for (int v = 0; v < kV; ++v) w[v] = load(panel + q * kQuadRow + v * 32);
 #pragma GCC unroll 6
-    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
-    for (int64_t k = 0; k < quads * kQuad;) {
-      const int64_t end = k + most * kQuad < quads * kQuad ? k + most * kQuad : quads * kQuad;
-      __m256i sum[kM][kV];
-#pragma GCC unroll 6
-      for (int i = 0; i < kM; ++i)
+    for (int i = 0; i < kM; ++i) {
+      const __m256i xi = broadcast4(x[i] + k + q * kQuad);
 #pragma GCC unroll 2
-        for (int v = 0; v < kV; ++v) sum[i][v] = _mm256_setzero_si256();
-      for (; k < end; k += kQuad, panel += kQuadRow) {
-        __m256i w[kV];
-#pragma GCC unroll 2
-        for (int v = 0; v < kV; ++v) w[v] = load(panel + v * 32);
-#pragma GCC unroll 6
-        for (int i = 0; i < kM; ++i) {
-          const __m256i xi = broadcast4(x[i] + k);
-#pragma GCC unroll 2
-          for (int v = 0; v < kV; ++v) sum[i][v] = _mm256_add_epi16(sum[i][v], _mm256_maddubs_epi16(xi, w[v]));
-        }
-      }
-#pragma GCC unroll 6
-      for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 2
-        for (int v = 0; v < kV; ++v)
-          c[i][v] = _mm256_add_epi32(c[i][v], _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1)));
+      for (int v = 0; v < kV; ++v)
+        sum[i][v] = q > 0 ? add_narrow(sum[i][v], xi, w[v]) : _mm256_maddubs_epi16(xi, w[v]);
     }
   }
 #pragma GCC unroll 6
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
+    for (int v = 0; v < kV; ++v) widen(acc + i * kLanes + v * 8, sum[i][v], 1);
 }
 
-/// kM rows of x by 8 * kV weight rows, none above 64: one sum of two fits 16 bits. (tile_s8_narrow with runs of one
-/// would be the same, but compiles to half the speed.)
+/// What is left of a run, fewer quad-rows than 2 * kQuads.
+template <int kM, int kV, int kQuads>
+inline void add_narrow_rest(const uint8_t* const (&x)[kM], int64_t k, int64_t left, const int8_t* panel, int32_t* acc) {
+  if constexpr (kQuads > 0) {
+    const bool some = (left & kQuads) != 0;
+    if (some) add_narrow_quads<kM, kV, kQuads>(x, k, panel, acc);
+    add_narrow_rest<kM, kV, kQuads / 2>(x, some ? k + kQuads * kQuad : k, left, some ? panel + kQuads * kQuadRow : panel,
+                                        acc);
+  }
+}
+
+/// kM rows of x by 8 * kV weight rows of which kQuads quad-rows' sums fit 16 bits.
+template <int kM, int kV, int kQuads>
+void tile_s8_narrow(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                    int32_t* acc) {
+  for (int i = 0; i < kM; ++i)
+    for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, _mm256_setzero_si256());
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+#pragma GCC unroll 6
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    int64_t q = 0;
+    for (; q + kQuads <= quads; q += kQuads, panel += kQuads * kQuadRow)
+      add_narrow_quads<kM, kV, kQuads>(x, q * kQuad, panel, acc);
+    add_narrow_rest<kM, kV, kQuads / 2>(x, q * kQuad, quads - q, panel, acc);
+    panel += (quads - q) * kQuadRow;
+  }
+}
+
+/// kM rows of x by 8 * kV weight rows, none above 64: one sum of two fits 16 bits.
 template <int kM, int kV>
 void tile_s8_medium(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                    int /*widest*/, int32_t* acc) {
+                    int32_t* acc) {
   __m256i c[kM][kV];
 #pragma GCC unroll 8
   for (int i = 0; i < kM; ++i)
@@ -133,45 +152,56 @@ void tile_s8_medium(const uint8_t* const* rows, const int64_t* tap, int64_t taps
     for (int v = 0; v < kV; ++v) store(acc + i * kLanes + v * 8, c[i][v]);
 }
 
-/// kM rows of x by 8 weight rows of any size, as 16 * high + low with low in 0..15 and high in -8..7.
-template <int kM>
-void tile_s8_wide(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                  int /*widest*/, int32_t* acc) {
-  constexpr int64_t most = sums_in_16_bits(15) * kQuad;
-  const __m256i nibble = _mm256_set1_epi8(0x0f), eight = _mm256_set1_epi8(8);
-  __m256i c[kM];
+/// acc += kQuads quad-rows' products with weights of any size, as 16 * high + low with low in 0..15 and high in -8..7.
+template <int kM, int kQuads>
+inline void add_wide_quads(const uint8_t* const (&x)[kM], int64_t k, const int8_t* panel, int32_t* acc) {
+  const __m256i nibble = _mm256_set1_epi8(0x0f);
+  const __m256i sign = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, -8,
+                                        -7, -6, -5, -4, -3, -2, -1);
+  __m256i low[kM], high[kM];
 #pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) c[i] = _mm256_setzero_si256();
-  for (int64_t t = 0; t < taps; ++t) {
-    const uint8_t* x[kM];
-#pragma GCC unroll 4
-    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
-    for (int64_t k = 0; k < quads * kQuad;) {
-      const int64_t end = k + most < quads * kQuad ? k + most : quads * kQuad;
-      __m256i low[kM], high[kM];
-#pragma GCC unroll 4
-      for (int i = 0; i < kM; ++i) low[i] = high[i] = _mm256_setzero_si256();
-      for (; k < end; k += kQuad, panel += kQuadRow) {
-        const __m256i w = load(panel), wl = _mm256_and_si256(w, nibble);
-        const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble);
-        const __m256i wh = _mm256_sub_epi8(_mm256_xor_si256(upper, eight), eight);
-#pragma GCC unroll 4
-        for (int i = 0; i < kM; ++i) {
-          const __m256i xi = broadcast4(x[i] + k);
-          low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(xi, wl));
-          high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(xi, wh));
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < kM; ++i) {
-        c[i] = _mm256_add_epi32(c[i], _mm256_madd_epi16(low[i], _mm256_set1_epi16(1)));
-        c[i] = _mm256_add_epi32(c[i], _mm256_madd_epi16(high[i], _mm256_set1_epi16(16)));
-      }
+  for (int q = 0; q < kQuads; ++q) {
+    const __m256i w = load(panel + q * kQuadRow), wl = _mm256_and_si256(w, nibble);
+    const __m256i wh = _mm256_shuffle_epi8(sign, _mm256_and_si256(_mm256_srli_epi16(w, 4), nibble));
+#pragma GCC unroll 6
+    for (int i = 0; i < kM; ++i) {
+      const __m256i xi = broadcast4(x[i] + k + q * kQuad);
+      low[i] = q > 0 ? add_narrow(low[i], xi, wl) : _mm256_maddubs_epi16(xi, wl);
+      high[i] = q > 0 ? add_narrow(high[i], xi, wh) : _mm256_maddubs_epi16(xi, wh);
     }
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i) store(acc + i * kLanes, c[i]);
+#pragma GCC unroll 6
+  for (int i = 0; i < kM; ++i) {
+    widen(acc + i * kLanes, low[i], 1);
+    widen(acc + i * kLanes, high[i], 16);
+  }
 }
+
+/// kM rows of x by 8 weight rows of any size.
+template <int kM>
+void tile_s8_wide(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+                  int32_t* acc) {
+  constexpr int64_t kQuads = sums_in_16_bits(15);
+  for (int i = 0; i < kM; ++i) store(acc + i * kLanes, _mm256_setzero_si256());
+  for (int64_t t = 0; t < taps; ++t) {
+    const uint8_t* x[kM];
+#pragma GCC unroll 6
+    for (int i = 0; i < kM; ++i) x[i] = rows[i] + tap[t];
+    int64_t q = 0;
+    for (; q + kQuads <= quads; q += kQuads, panel += kQuads * kQuadRow)
+      add_wide_quads<kM, kQuads>(x, q * kQuad, panel, acc);
+    for (; q < quads; ++q, panel += kQuadRow) add_wide_quads<kM, 1>(x, q * kQuad, panel, acc);
+  }
+}
+
+using TileS8 = decltype(&tile_s8_wide<1>);
+/// [lanes: 8, 16][rows - 1]
+template <int kQuads>
+constexpr TileS8 kNarrow[2][6] = {
+    {tile_s8_narrow<1, 1, kQuads>, tile_s8_narrow<2, 1, kQuads>, tile_s8_narrow<3, 1, kQuads>,
+     tile_s8_narrow<4, 1, kQuads>, tile_s8_narrow<5, 1, kQuads>, tile_s8_narrow<6, 1, kQuads>},
+    {tile_s8_narrow<1, 2, kQuads>, tile_s8_narrow<2, 2, kQuads>, tile_s8_narrow<3, 2, kQuads>,
+     tile_s8_narrow<4, 2, kQuads>, tile_s8_narrow<5, 2, kQuads>, tile_s8_narrow<6, 2, kQuads>}};
 
 template <int kM, int kV>
 void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, int64_t run, const float* panel,
@@ -201,6 +231,31 @@ void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, 
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kV; ++v) _mm256_storeu_ps(acc + i * kLanes + v * 8, c[i][v]);
+}
+
+template <int kM>
+void up_rows(const float* hidden, int64_t rank, const float* b, float* up) {
+  __m256 sum[kM][4];
+#pragma GCC unroll 3
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) sum[i][g] = _mm256_setzero_ps();
+  for (int64_t j = 0; j < rank; ++j, b += kLanes) {
+    __m256 u[kM];
+#pragma GCC unroll 3
+    for (int i = 0; i < kM; ++i)
+      u[i] = _mm256_broadcast_ss(hidden + i * kLanes + j / kLanes * kHiddenChunk + j % kLanes);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      const __m256 w = _mm256_loadu_ps(b + g * 8);
+#pragma GCC unroll 3
+      for (int i = 0; i < kM; ++i) sum[i][g] = _mm256_fmadd_ps(u[i], w, sum[i][g]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int i = 0; i < kM; ++i)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) _mm256_storeu_ps(up + i * kLanes + g * 8, sum[i][g]);
 }
 
 inline __m256i lane_mask(int lanes) {
@@ -354,24 +409,21 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int widest, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
-  using Tile = decltype(&tile_s8_wide<1>);
-  static constexpr Tile kNarrow16[] = {tile_s8_narrow<1, 2>, tile_s8_narrow<2, 2>, tile_s8_narrow<3, 2>};
-  static constexpr Tile kNarrow8[] = {tile_s8_narrow<1, 1>, tile_s8_narrow<2, 1>, tile_s8_narrow<3, 1>,
-                                      tile_s8_narrow<4, 1>, tile_s8_narrow<5, 1>, tile_s8_narrow<6, 1>};
-  static constexpr Tile kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,
+  static constexpr TileS8 kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,
                                        tile_s8_medium<4, 2>};
-  static constexpr Tile kMedium8[] = {tile_s8_medium<1, 1>, tile_s8_medium<2, 1>, tile_s8_medium<3, 1>,
-                                      tile_s8_medium<4, 1>, tile_s8_medium<5, 1>, tile_s8_medium<6, 1>,
-                                      tile_s8_medium<7, 1>, tile_s8_medium<8, 1>};
-  static constexpr Tile kWide8[] = {tile_s8_wide<1>, tile_s8_wide<2>, tile_s8_wide<3>, tile_s8_wide<4>};
-  const bool narrow = widest <= kNarrow, wide = widest > kMedium;
+  static constexpr TileS8 kMedium8[] = {tile_s8_medium<1, 1>, tile_s8_medium<2, 1>, tile_s8_medium<3, 1>,
+                                      tile_s8_medium<4, 1>, tile_s8_medium<5, 1>, tile_s8_medium<6, 1>};
+  static constexpr TileS8 kWide8[] = {tile_s8_wide<1>, tile_s8_wide<2>, tile_s8_wide<3>,
+                                    tile_s8_wide<4>, tile_s8_wide<5>, tile_s8_wide<6>};
+  const int64_t sums = sums_in_16_bits(widest);
   for (int n = 0; n < lanes;) {
-    const bool few = wide || lanes - n <= 8;
-    const Tile* const tiles = wide ? kWide8 : narrow ? few ? kNarrow8 : kNarrow16 : few ? kMedium8 : kMedium16;
-    const int most = wide ? 4 : (narrow ? 3 : 4) * (few ? 2 : 1);
+    const bool few = sums == 0 || lanes - n <= 8;
+    const TileS8* tiles = few ? kMedium8 : kMedium16;
+    if (sums >= 2) tiles = (sums >= 8 ? kNarrow<8> : sums >= 4 ? kNarrow<4> : kNarrow<2>)[few ? 0 : 1];
+    if (sums == 0) tiles = kWide8;
+    const int most = sums == 1 && !few ? 4 : 6;
     for (int i = 0; i < m; i += most)
-      tiles[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, quads, panel + n * kQuad, widest,
-                                               acc + i * kLanes + n);
+      tiles[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, quads, panel + n * kQuad, acc + i * kLanes + n);
     n += few ? 8 : 16;
   }
 }
@@ -445,17 +497,10 @@ void expand_up(const int8_t* b, int64_t rank, void* out) {
 }
 
 void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {
-  for (int i = 0; i < m; ++i) {
-    __m256 v[4];
-    for (auto& part : v) part = _mm256_setzero_ps();
-    const float* w = static_cast<const float*>(b);
-    const float* hidden = static_cast<const float*>(u) + i * kLanes;
-    for (int64_t j = 0; j < rank; ++j, w += kLanes) {
-      const __m256 uj = _mm256_broadcast_ss(hidden + j / kLanes * kHiddenChunk + j % kLanes);
-      for (int g = 0; g < 4; ++g) v[g] = _mm256_fmadd_ps(uj, _mm256_loadu_ps(w + g * 8), v[g]);
-    }
-    for (int g = 0; g < 4; ++g) _mm256_storeu_ps(up + i * kLanes + g * 8, v[g]);
-  }
+  const float *const hidden = static_cast<const float*>(u), *const weights = static_cast<const float*>(b);
+  int i = 0;
+  for (; i + 3 <= m; i += 3) up_rows<3>(hidden + i * kLanes, rank, weights, up + i * kLanes);
+  for (; i < m; ++i) up_rows<1>(hidden + i * kLanes, rank, weights, up + i * kLanes);
 }
 
 // Masked moves and calls of memcpy only where a vector is not whole: they take many times as long.
@@ -465,55 +510,96 @@ inline __m256 load_floats(const float* from, int count) {
 inline void store_floats(float* to, int count, __m256 v) {
   count == 8 ? _mm256_storeu_ps(to, v) : _mm256_maskstore_ps(to, lane_mask(count), v);
 }
-inline __m128i load_bytes(const uint8_t* from, int count) {
+inline __m256i load_bytes(const uint8_t* from, int count) {
+  if (count == 8) return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   int64_t bytes = 0;
-  count == 8 ? std::memcpy(&bytes, from, 8) : std::memcpy(&bytes, from, static_cast<size_t>(count));
-  return _mm_cvtsi64_si128(bytes);
+  std::memcpy(&bytes, from, static_cast<size_t>(count));
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes));
 }
-inline void store_bytes(uint8_t* to, int count, __m128i v) {
-  const int64_t bytes = _mm_cvtsi128_si64(v);
-  count == 8 ? std::memcpy(to, &bytes, 8) : std::memcpy(to, &bytes, static_cast<size_t>(count));
+/// Integers as bytes from 0 to 255: of one vector, `count` of them, or of two.
+inline void store_codes(uint8_t* to, int count, const __m256i (&code)[1]) {
+  const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code[0]), _mm256_extracti128_si256(code[0], 1));
+  const __m128i bytes = _mm_packus_epi16(words, words);
+  if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(to), bytes);
+  const int64_t some = _mm_cvtsi128_si64(bytes);
+  std::memcpy(to, &some, static_cast<size_t>(count));
+}
+inline void store_codes(uint8_t* to, int /*count*/, const __m256i (&code)[2]) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(code[0], code[1]), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+}
+
+/// 8 * kV lanes from n on, the last vector's `count` of them.
+template <int kV>
+void epilogue_lanes(const Epilogue& e, int m, int n, int count, const int64_t* at, const int64_t* add_at) {
+  const __m256 low = _mm256_set1_ps(e.codes ? e.code_low() : e.low);
+  const __m256 high = _mm256_set1_ps(e.codes ? e.code_high() : e.high);
+  const __m256 inverse_scale = _mm256_set1_ps(e.inverse_scale);
+  const __m256i zero_point = _mm256_set1_epi32(e.zero_point);
+  __m256i correction[kV];
+  __m256 bias[kV], factor[kV];
+  for (int v = 0; v < kV; ++v) {
+    const int k = n + v * 8;
+    correction[v] = e.acc != nullptr ? load(e.correction + k) : _mm256_setzero_si256();
+    bias[v] = e.bias != nullptr ? _mm256_loadu_ps(e.bias + k) : _mm256_setzero_ps();
+    factor[v] = e.alpha != nullptr ? _mm256_loadu_ps(e.alpha + k) : _mm256_set1_ps(1.0f);
+  }
+  for (int i = 0; i < m; ++i) {
+    if (at[i] < 0) continue;
+    const int k = i * kLanes + n;
+    __m256 value[kV];
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) {
+      value[v] = e.acc != nullptr ? _mm256_cvtepi32_ps(_mm256_sub_epi32(load(e.acc + k + v * 8), correction[v]))
+                                  : _mm256_loadu_ps(e.c + k + v * 8);
+      if (e.row_scale != nullptr) factor[v] = _mm256_set1_ps(e.row_scale[i]);
+      value[v] = _mm256_fmadd_ps(value[v], factor[v], bias[v]);
+    }
+    if (e.u != nullptr)
+      for (int64_t j = 0; j < e.rank; ++j) {
+        const __m256 u = _mm256_broadcast_ss(e.u + i * kLanes + j);
+#pragma GCC unroll 2
+        for (int v = 0; v < kV; ++v)
+          value[v] = _mm256_fmadd_ps(u, _mm256_loadu_ps(e.b + j * kLanes + n + v * 8), value[v]);
+      }
+    if (e.up != nullptr)
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) value[v] = _mm256_add_ps(value[v], _mm256_loadu_ps(e.up + k + v * 8));
+    if (e.add != nullptr && e.add_codes) {
+      const uint8_t* const from = static_cast<const uint8_t*>(e.add) + add_at[i] + n;
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) {
+        const __m256 a = _mm256_sub_ps(_mm256_cvtepi32_ps(load_bytes(from + v * 8, count)), _mm256_set1_ps(e.add_zero));
+        value[v] = _mm256_fmadd_ps(a, _mm256_set1_ps(e.add_scale), value[v]);
+      }
+    } else if (e.add != nullptr) {
+      const float* const from = static_cast<const float*>(e.add) + add_at[i] + n;
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v) value[v] = _mm256_add_ps(value[v], load_floats(from + v * 8, count));
+    }
+    if (!e.codes) {
+      float* const to = static_cast<float*>(e.y) + at[i] + n;
+#pragma GCC unroll 2
+      for (int v = 0; v < kV; ++v)  // a NaN in the second operand stays
+        store_floats(to + v * 8, count, _mm256_min_ps(high, _mm256_max_ps(low, value[v])));
+      continue;
+    }
+    __m256i code[kV];
+#pragma GCC unroll 2
+    for (int v = 0; v < kV; ++v) {
+      const __m256 bounded = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(value[v], inverse_scale), low), high);
+      code[v] = _mm256_add_epi32(_mm256_cvtps_epi32(bounded), zero_point);
+    }
+    store_codes(static_cast<uint8_t*>(e.y) + at[i] + n, count, code);
+  }
 }
 
 void epilogue(const Epilogue& given, int m, int lanes, const int64_t* at, const int64_t* add_at) {
   const Epilogue e = given;  // a copy: what is stored cannot change it
-  const __m256 low = _mm256_set1_ps(e.codes ? e.code_low() : e.low);
-  const __m256 high = _mm256_set1_ps(e.codes ? e.code_high() : e.high);
-  for (int n = 0; n < lanes; n += 8) {
-    const int count = lanes - n < 8 ? lanes - n : 8;
-    const __m256i correction = e.acc != nullptr ? load(e.correction + n) : _mm256_setzero_si256();
-    const __m256 bias = e.bias != nullptr ? _mm256_loadu_ps(e.bias + n) : _mm256_setzero_ps();
-    __m256 factor = e.alpha != nullptr ? _mm256_loadu_ps(e.alpha + n) : _mm256_set1_ps(1.0f);
-    for (int i = 0; i < m; ++i) {
-      if (at[i] < 0) continue;
-      const int k = i * kLanes + n;
-      __m256 v = e.acc != nullptr ? _mm256_cvtepi32_ps(_mm256_sub_epi32(load(e.acc + k), correction))
-                                  : _mm256_loadu_ps(e.c + k);
-      if (e.row_scale != nullptr) factor = _mm256_set1_ps(e.row_scale[i]);
-      v = _mm256_fmadd_ps(v, factor, bias);
-      if (e.u != nullptr)
-        for (int64_t j = 0; j < e.rank; ++j)
-          v = _mm256_fmadd_ps(_mm256_broadcast_ss(e.u + i * kLanes + j), _mm256_loadu_ps(e.b + j * kLanes + n), v);
-      if (e.up != nullptr) v = _mm256_add_ps(v, _mm256_loadu_ps(e.up + k));
-      if (e.add != nullptr && e.add_codes) {
-        const __m128i bytes = load_bytes(static_cast<const uint8_t*>(e.add) + add_at[i] + n, count);
-        const __m256i codes = _mm256_cvtepu8_epi32(bytes);
-        const __m256 a = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), _mm256_set1_ps(e.add_zero));
-        v = _mm256_fmadd_ps(a, _mm256_set1_ps(e.add_scale), v);
-      } else if (e.add != nullptr) {
-        v = _mm256_add_ps(v, load_floats(static_cast<const float*>(e.add) + add_at[i] + n, count));
-      }
-      if (!e.codes) {
-        v = _mm256_min_ps(high, _mm256_max_ps(low, v));  // a NaN in the second operand stays
-        store_floats(static_cast<float*>(e.y) + at[i] + n, count, v);
-        continue;
-      }
-      v = _mm256_min_ps(_mm256_max_ps(_mm256_mul_ps(v, _mm256_set1_ps(e.inverse_scale)), low), high);
-      const __m256i code = _mm256_add_epi32(_mm256_cvtps_epi32(v), _mm256_set1_epi32(e.zero_point));
-      const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(code), _mm256_extracti128_si256(code, 1));
-      store_bytes(static_cast<uint8_t*>(e.y) + at[i] + n, count, _mm_packus_epi16(words, words));
-    }
-  }
+  int n = 0;
+  for (; n + 16 <= lanes; n += 16) epilogue_lanes<2>(e, m, n, 8, at, add_at);
+  for (; n < lanes; n += 8) epilogue_lanes<1>(e, m, n, lanes - n < 8 ? lanes - n : 8, at, add_at);
 }
 
 #define CORA_GEMV(f) {f<kBits, 1>, f<kBits, 2>, f<kBits, 3>, f<kBits, 4>}
