@@ -262,60 +262,67 @@ inline __m256i lane_mask(int lanes) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 
-/// Codes of up to four bits: quad-rows whose products fit 16 bits are summed there, then added to acc. With one row of
-/// x all lanes' sums stay in registers; with more, kCount vectors of lanes from kFirst on are done after each other.
-template <int kBits, int kM, int kFirst, int kCount>
-inline void gemv_s8_lanes(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, __m256i (&acc)[kM][kCount]) {
+/// Adds kRows quad-rows of codes of up to four bits by kM rows of x, summed in 16 bits first, in kCount vectors of lanes
+/// from kFirst on. One row's totals are in registers, and a tree of its sums fits them: a block is done before a store
+/// of the last one would have come back. More rows take longer than that, and all registers.
+template <int kBits, int kM, int kFirst, int kCount, int kRows>
+inline void gemv_s8_rows(const uint8_t* packed, const uint8_t* x, int64_t ldx, __m256i (&total)[kCount], int32_t* acc) {
   __m256i sum[kM][kCount];
-#pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) sum[i][v] = _mm256_setzero_si256();
-#pragma GCC unroll 4
-  for (int64_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
     __m256i w[kCount];
     load_codes<kBits, kFirst, kCount>(packed + r * quad_row_bytes(kBits), w);
 #pragma GCC unroll 4
     for (int i = 0; i < kM; ++i) {
       const __m256i xi = broadcast4(x + i * ldx + r * kQuad);
 #pragma GCC unroll 4
-      for (int v = 0; v < kCount; ++v) sum[i][v] = _mm256_add_epi16(sum[i][v], _mm256_maddubs_epi16(xi, w[v]));
+      for (int v = 0; v < kCount; ++v)
+        if (r == 0)
+          sum[i][v] = _mm256_maddubs_epi16(xi, w[v]);
+        else if (kM == 1)
+          sum[i][v] = _mm256_add_epi16(sum[i][v], _mm256_maddubs_epi16(xi, w[v]));
+        else
+          sum[i][v] = add_narrow(sum[i][v], xi, w[v]);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kM; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kCount; ++v)
-      acc[i][v] = _mm256_add_epi32(acc[i][v], _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1)));
+      if (kM == 1)
+        total[v] = _mm256_add_epi32(total[v], _mm256_madd_epi16(sum[i][v], _mm256_set1_epi16(1)));
+      else
+        widen(acc + i * kLanes + (kFirst + v) * 8, sum[i][v], 1);
 }
 
 template <int kBits, int kM, int kFirst, int kCount>
-inline void gemv_s8_narrow(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* out) {
-  constexpr int64_t most = sums_in_16_bits((1 << kBits) - 1), block = most < 4 ? most : most / 4 * 4;
-  __m256i acc[kM][kCount];
+inline void gemv_s8_narrow(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
+  constexpr int64_t most = sums_in_16_bits((1 << kBits) - 1), kRows = most < 8 ? most : 8;
+  __m256i total[kCount];
 #pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) acc[i][v] = _mm256_setzero_si256();
-  int64_t r = 0;
-  for (; r + block <= rows; r += block) {
-    const uint8_t* const from = packed + r * quad_row_bytes(kBits);
-    if (kFirst == 0) prefetch_packed(from, block * quad_row_bytes(kBits));
-    gemv_s8_lanes<kBits, kM, kFirst, kCount>(from, block, x + r * kQuad, ldx, acc);
+  for (int v = 0; v < kCount; ++v) {
+    total[v] = _mm256_setzero_si256();
+    for (int i = 0; i < kM; ++i) store(acc + i * kLanes + (kFirst + v) * 8, total[v]);
   }
-  gemv_s8_lanes<kBits, kM, kFirst, kCount>(packed + r * quad_row_bytes(kBits), rows - r, x + r * kQuad, ldx, acc);
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    const uint8_t* const from = packed + r * quad_row_bytes(kBits);
+    if (kFirst == 0) prefetch_packed(from, kRows * quad_row_bytes(kBits));
+    gemv_s8_rows<kBits, kM, kFirst, kCount, kRows>(from, x + r * kQuad, ldx, total, acc);
+  }
+  for (; r < rows; ++r)
+    gemv_s8_rows<kBits, kM, kFirst, kCount, 1>(packed + r * quad_row_bytes(kBits), x + r * kQuad, ldx, total, acc);
+  if (kM == 1)
 #pragma GCC unroll 4
-  for (int i = 0; i < kM; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kCount; ++v) store(out + i * kLanes + (kFirst + v) * 8, acc[i][v]);
+    for (int v = 0; v < kCount; ++v) store(acc + (kFirst + v) * 8, total[v]);
 }
 
 template <int kBits, int kM>
 void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_t ldx, int32_t* acc) {
-  if constexpr (kBits <= 4 && kM == 1) {
+  if constexpr (kBits <= 4 && kM <= 2) {
     gemv_s8_narrow<kBits, kM, 0, 4>(packed, rows, x, ldx, acc);
     return;
-  } else if constexpr (kBits <= 4) {
+  } else if constexpr (kBits <= 4) {  // more sums than registers
     gemv_s8_narrow<kBits, kM, 0, 2>(packed, rows, x, ldx, acc);
     gemv_s8_narrow<kBits, kM, 2, 2>(packed, rows, x, ldx, acc);
     return;
