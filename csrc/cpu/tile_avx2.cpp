@@ -116,7 +116,7 @@ void tile_s8_narrow(const uint8_t* const* rows, const int64_t* tap, int64_t taps
     int64_t q = 0;
     for (; q + kQuads <= quads; q += kQuads, panel += kQuads * kQuadRow)
       add_narrow_quads<kM, kV, kQuads>(x, q * kQuad, panel, acc);
-    add_narrow_rest<kM, kV, kQuads / 2>(x, q * kQuad, quads - q, panel, acc);
+    add_narrow_rest<kM, kV, (kQuads > 4 ? 4 : kQuads / 2)>(x, q * kQuad, quads - q, panel, acc);
     panel += (quads - q) * kQuadRow;
   }
 }
@@ -426,7 +426,7 @@ void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64
   for (int n = 0; n < lanes;) {
     const bool few = sums == 0 || lanes - n <= 8;
     const TileS8* tiles = few ? kMedium8 : kMedium16;
-    if (sums >= 2) tiles = (sums >= 8 ? kNarrow<8> : sums >= 4 ? kNarrow<4> : kNarrow<2>)[few ? 0 : 1];
+    if (sums >= 2) tiles = (sums >= 8 ? kNarrow<8> : sums >= 6 ? kNarrow<6> : sums >= 4 ? kNarrow<4> : kNarrow<2>)[few ? 0 : 1];
     if (sums == 0) tiles = kWide8;
     const int most = sums == 1 && !few ? 4 : 6;
     for (int i = 0; i < m; i += most)
