@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ Fit = Literal["weighted", "plain"]
 
 # Shares of the mean second moment: how hard a layer is held to its own weights.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_RIDGE_WORK = 2e9  # multiply-adds of a trial: of a larger layer a share of the rows chooses the ridge
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
 
 
@@ -251,6 +253,7 @@ def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
     aims = rows @ (crosses - moments)
     mean = moments.diagonal(dim1=-2, dim2=-1).mean((0, 2))
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    tried = aims[:, :, :: math.ceil(rows.numel() * matrix.shape[1] / _RIDGE_WORK) or 1]
 
     def change(aim: Tensor, moment: Tensor, ridge: float) -> Tensor:
         ridged = moment.clone()
@@ -261,8 +264,8 @@ def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
         """At the output, on the half that was not fitted, beyond that of W."""
         total = 0.0
         for fitted, other in ((0, 1), (1, 0)):
-            found = change(aims[fitted], moments[fitted], ridge)
-            gain = found * (found @ moments[other] - 2 * aims[other])
+            found = change(tried[fitted], moments[fitted], ridge)
+            gain = found * (found @ moments[other] - 2 * tried[other])
             total += float(gain.sum())
         return total
 

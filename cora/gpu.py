@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "descend_codes",
     "error_feedback",
     "lowrank_factors",
     "max_pool2d_codes",
@@ -116,6 +117,20 @@ def error_feedback(
         w[..., end:] -= errors[..., start:end] @ factor[:, start:end, end:]
     result = torch.empty_like(codes).scatter_(2, order[:, None].expand(codes.shape), codes)
     return result.reshape(n, k).to(torch.uint8), errors.double().square().sum(2).reshape(n)
+
+
+def descend_codes(
+    codes: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int
+) -> Tensor:
+    """Column by column, all rows and groups at once."""
+    codes, gradient = codes.clone(), gradient.clone()
+    for k in range(codes.shape[2]):
+        step = gradient[:, :, k] / (scale[:, :, k] * curvature[:, k, k, None])
+        now = (codes[:, :, k] + step).round().nan_to_num(nan=0.0).clamp(0, 2**bits - 1)
+        change = scale[:, :, k] * (now - codes[:, :, k])
+        codes[:, :, k] = now
+        gradient[:, :, k + 1 :] -= change[:, :, None] * curvature[:, None, k, k + 1 :]
+    return codes
 
 
 def _inner(codes: Tensor, halo: int) -> Tensor:

@@ -42,6 +42,8 @@ _GROUPS = (128, 64, 32)  # weights a scale, about
 _ADAPTED_BITS = (
     4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
 )
+_ROUGH_WORK = 2e9  # multiply-adds: where error feedback takes more
+_ROUGHLY = 3  # only one in so many shares of the range is tried
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
 
@@ -161,8 +163,9 @@ class Ladders:
         probes: list[Tensor] = []
         probed = 0.0
         feedback = Feedback.of(moment) if base.needs_moment else None
+        every = _ROUGHLY if matrix.numel() * shape.columns > _ROUGH_WORK else 1
         for spec in self._specs(name, base):
-            rounded = quantize_matrix(matrix, spec, name, feedback)
+            rounded = quantize_matrix(matrix, spec, name, feedback, every)
             stored = weight_bits(shape.rows, shape.columns, rounded.qparams)
             residual = matrix - rounded.dequantized
             energy = output_energy(residual, shape, moment)

@@ -17,6 +17,7 @@ __all__ = [
     "conv2d_lowrank",
     "dequantize_activation",
     "dequantize_packed",
+    "descend_codes",
     "error_feedback",
     "fake_quantize",
     "linear_lowrank",
@@ -97,6 +98,20 @@ def error_feedback(
             codes[rows, column] = q
             error[rows] += e.double().square()
     return codes.to(torch.uint8), error
+
+
+def descend_codes(
+    codes: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int
+) -> Tensor:
+    """One row after the other."""
+    result = codes.clone()
+    for g in range(len(codes)):
+        for row, slope, s in zip(result[g], gradient[g].clone(), scale[g], strict=True):
+            for k, before in enumerate(row.tolist()):
+                wanted = (before + slope[k] / (s[k] * curvature[g, k, k])).round()
+                row[k] = wanted.nan_to_num(nan=0.0).clamp(0, 2**bits - 1)
+                slope[k + 1 :] -= s[k] * (row[k] - before) * curvature[g, k, k + 1 :]
+    return result
 
 
 def quantize_activation(

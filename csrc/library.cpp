@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(cora, m) {
   m.def(
       "error_feedback(Tensor x, Tensor scale, Tensor zero_point, int bits, Tensor factor, Tensor order)"
       " -> (Tensor codes, Tensor error)");
+  m.def("descend_codes(Tensor codes, Tensor gradient, Tensor scale, Tensor curvature, int bits) -> Tensor");
   m.def("quantize_activation(Tensor x, float scale, int zero_point, int bits, int halo) -> Tensor");
   m.def("dequantize_activation(Tensor codes, float scale, int zero_point, int halo) -> Tensor");
   m.def(

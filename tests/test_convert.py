@@ -628,6 +628,22 @@ def test_layers_by_themselves_must_be_measurably_closer(
     assert qmodel.report.settings["propagated"] == kept
 
 
+def test_some_rows_of_a_large_layer_choose_its_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All rows are then moved by it."""
+    own = torch.randn(2, 1, 60, 12)
+    other = own + 0.5 * torch.randn(own.shape)
+    matrix, inputs = torch.randn(40, 12), (other.mT @ other / 60, own.mT @ other / 60)
+    solve, seen = torch.cholesky_solve, []
+    monkeypatch.setattr(torch, "cholesky_solve", lambda b, u: seen.append(b.shape[-1]) or solve(b, u))
+    want = _towards(matrix, *inputs)
+    assert set(seen) == {40}
+    seen.clear()
+    monkeypatch.setattr("cora.fitting._RIDGE_WORK", 12 * 12 * 20)
+    assert torch.equal(_towards(matrix, *inputs), want)
+    assert seen[-1] == 40
+    assert set(seen[:-1]) == {20}
+
+
 def test_inputs_that_did_not_drift_move_nothing() -> None:
     """The first layer sees what the float one sees: its aim is its weight, to the bit."""
     rows = torch.randn(2, 1, 40, 12)  # of two halves of the samples

@@ -662,6 +662,16 @@ def test_errors_of_candidates_in_plain_torch() -> None:
         assert torch.allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(1, 40, 64), (3, 7, 31), (2, 0, 5), (2, 3, 0)])
+def test_descent_in_plain_torch(shape: tuple[int, int, int]) -> None:
+    groups, n, k = shape
+    codes = torch.randint(0, 8, shape).double()
+    gradient, scale = torch.randn(2, *shape, dtype=torch.float64)
+    curvature = torch.eye(k).double() + 0.1 * torch.rand(groups, k, k, dtype=torch.float64)
+    args = codes, gradient, scale.abs() + 0.1, curvature, 3
+    assert torch.equal(gpu.descend_codes(*args), reference.descend_codes(*args))
+
+
 @pytest.mark.parametrize(
     "n,k,groups", [(40, 300, 1), (42, 140, 3), (30, 9, 30), (0, 5, 1), (4, 0, 2)]
 )

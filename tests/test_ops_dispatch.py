@@ -55,6 +55,10 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.error_feedback,
             (x, scale, zero_point, 4, torch.rand(2, 12, 12) + 0.1, torch.arange(12).repeat(2, 1)),
         ),
+        "descend_codes": (
+            OPS.descend_codes,
+            (*torch.rand(3, 2, 3, 5, dtype=torch.float64), torch.rand(2, 5, 5).double() + 0.1, 4),
+        ),
         "quantize_activation": (OPS.quantize_activation, (x, 0.1, 3, 4, 0)),
         "quantize_activation-image": (OPS.quantize_activation, (image, 0.1, 3, 8, 1)),
         "dequantize_activation": (

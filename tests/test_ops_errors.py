@@ -86,6 +86,12 @@ def error_feedback(**change: Any) -> Any:
     return lambda: ops.error_feedback(**{**args, **given, **change})
 
 
+def descend_codes(**change: Any) -> Any:
+    rows = torch.ones(2, 3, 5, dtype=F64)
+    args = {"codes": rows, "gradient": rows, "scale": rows, "bits": 4}
+    return lambda: ops.descend_codes(**{**args, "curvature": torch.ones(2, 5, 5, dtype=F64), **change})
+
+
 # Of the ops whose checks the CPU and CUDA share.
 LAYER_ERRORS = [
     (prepare(bits=9), "cora::prepare_layer: bits must be 2..8, got 9"),
@@ -208,6 +214,21 @@ SHAPE_ERRORS = [
     (
         error_feedback(order=torch.arange(12)),
         r"order must have shape \[2, 12\], got \[12\]",
+    ),
+    (descend_codes(bits=9), "cora::descend_codes: bits must be 2..8, got 9"),
+    (descend_codes(codes=codes(2, 3, 5)), "codes must have dtype float64, got uint8"),
+    (
+        descend_codes(codes=torch.zeros(3, 5, dtype=F64)),
+        r"codes must have 3 dimensions, got shape \[3, 5\]",
+    ),
+    (descend_codes(gradient=torch.ones(2, 3, 5)), "gradient must have dtype float64, got float32"),
+    (
+        descend_codes(scale=torch.ones(2, 3, 1, dtype=F64)),
+        r"scale must have shape \[2, 3, 5\], got \[2, 3, 1\]",
+    ),
+    (
+        descend_codes(curvature=torch.ones(5, 5, dtype=F64)),
+        r"curvature must have shape \[2, 5, 5\], got \[5, 5\]",
     ),
     (quantization_error(x=torch.zeros(72)), r"x must have 2 dimensions, got shape \[72\]"),
     (

@@ -16,12 +16,19 @@ from .lowrank import lowrank_factors, residual_svd_init
 from .packed_layers import conv2d_lowrank, linear_lowrank
 from .packing import dequantize_packed, pack_bits, unpack_bits
 from .prepared_layers import layer_geometry, prepare_layer, run_layer
-from .quantize import error_feedback, fake_quantize, fake_quantize_out, quantization_error
+from .quantize import (
+    descend_codes,
+    error_feedback,
+    fake_quantize,
+    fake_quantize_out,
+    quantization_error,
+)
 
 __all__ = [
     "conv2d_lowrank",
     "dequantize_activation",
     "dequantize_packed",
+    "descend_codes",
     "error_feedback",
     "fake_quantize",
     "fake_quantize_out",

@@ -19,7 +19,13 @@ from ._checks import (
     matrix_shape,
 )
 
-__all__ = ["error_feedback", "fake_quantize", "fake_quantize_out", "quantization_error"]
+__all__ = [
+    "descend_codes",
+    "error_feedback",
+    "fake_quantize",
+    "fake_quantize_out",
+    "quantization_error",
+]
 
 
 @overload
@@ -261,5 +267,43 @@ def _(
     return x.new_empty((n, k), dtype=torch.uint8), x.new_empty((n,), dtype=torch.float64)
 
 
+def descend_codes(
+    codes: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int
+) -> Tensor:
+    """Set the codes of some columns, one after the other, each to where the error is least while the others stay.
+
+    The error is ``E H E^T`` of each row with ``E = W - scale * (codes - zero_point)``. Column k takes
+    ``clamp(rint(codes_k + gradient_k / (scale_k H_kk)), 0, 2**bits - 1)``, then each later column j
+    ``gradient_j -= scale_k * (change of codes_k) * H_kj``. Products and differences are rounded apart.
+
+    Args:
+        codes: float64 [groups, n, W], integers 0..2**bits - 1.
+        gradient: float64 [groups, n, W], these columns of ``E H``.
+        scale: float64 [groups, n, W], > 0.
+        curvature: float64 [groups, W, W], these rows and columns of H; its diagonal > 0.
+        bits: 2..8.
+
+    Returns:
+        The new codes, float64 [groups, n, W]; 0 where the gradient is NaN.
+    """
+    return _native.ops.descend_codes.default(codes, gradient, scale, curvature, bits)
+
+
+@torch.library.register_fake("cora::descend_codes")
+def _(codes: Tensor, gradient: Tensor, scale: Tensor, curvature: Tensor, bits: int) -> Tensor:
+    op = "descend_codes"
+    check_bits(op, bits)
+    check_dtype(op, "codes", codes, torch.float64)
+    check(codes.dim() == 3, op, f"codes must have 3 dimensions, got shape {list(codes.shape)}")
+    groups, _, columns = codes.shape
+    for name, t in (("gradient", gradient), ("scale", scale)):
+        check_dtype(op, name, t, torch.float64)
+        check_shape(op, name, t, list(codes.shape))
+    check_dtype(op, "curvature", curvature, torch.float64)
+    check_shape(op, "curvature", curvature, [groups, columns, columns])
+    return codes.new_empty(codes.shape)
+
+
 torch.library.register_kernel("cora::quantization_error", "cuda", gpu.quantization_error)
 torch.library.register_kernel("cora::error_feedback", "cuda", gpu.error_feedback)
+torch.library.register_kernel("cora::descend_codes", "cuda", gpu.descend_codes)

@@ -41,15 +41,17 @@ inline void load_codes(const uint8_t* packed, __m256i codes[kCount]) {
       } else if (width == 4) {
         part = _mm256_and_si256(_mm256_srli_epi16(load(packed + g % 2 * 32), g / 2 * 4), _mm256_set1_epi8(0x0f));
       } else if (width == 2) {
-        part = _mm256_and_si256(_mm256_srli_epi16(load(packed), 2 * g), _mm256_set1_epi8(3));
+        const int down = 2 * g - shift;
+        part = down >= 0 ? _mm256_srli_epi16(load(packed), down) : _mm256_slli_epi16(load(packed), -down);
+        part = _mm256_and_si256(part, _mm256_set1_epi8(static_cast<char>(3 << shift)));
       } else {  // each byte looks at its own bit of the group's four bytes
         const __m256i which = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2,
                                                3, 3, 3, 3, 3, 3, 3, 3);
         const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
         const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(broadcast4(packed + g * 4), which), bit);
-        part = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(1));
+        part = _mm256_and_si256(_mm256_cmpeq_epi8(spread, bit), _mm256_set1_epi8(static_cast<char>(1 << shift)));
       }
-      codes[i] = p == 0 ? part : _mm256_or_si256(codes[i], _mm256_slli_epi16(part, shift));
+      codes[i] = p == 0 ? part : _mm256_or_si256(codes[i], part);
     }
     packed += kQuadRow / 8 * width;
   }
