@@ -28,6 +28,7 @@ _FLAGS = (
 PEAKS = {
     "f32": "float32 FMA, GFLOP/s",
     "avx2_int8": "int8 AVX2, GOP/s",
+    "avx2_int4": "int8 by 4 bits, AVX2, GOP/s",
     "vnni": "int8 AVX-512 VNNI, GOP/s",
     "amx_int8": "int8 AMX, GOP/s",
     "amx_bf16": "bfloat16 AMX, GFLOP/s",

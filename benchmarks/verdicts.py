@@ -308,7 +308,7 @@ def _target_table(found: Sequence[Verdict]) -> str:
     return markdown(head, rows)
 
 
-_UNITS = {"amx_int8": "AMX", "vnni": "VNNI", "avx2_int8": "AVX2"}  # the fastest of a machine first
+_UNITS = {"amx_int8": "AMX", "vnni": "VNNI", "avx2_int4": "AVX2"}  # the fastest of a machine first
 
 
 def _row_table(records: Sequence[Record], peaks: Mapping[str, Mapping[str, float]]) -> str:

@@ -12,7 +12,7 @@ from .allocation import Budget
 from .calibration import Calibration
 from .evaluation import Evaluator
 from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
-from .joint import budget_for_bits, fit_within_budget, fit_within_drop
+from .joint import budget_for_bits, fit_for_bits, fit_within_budget, fit_within_drop
 from .lowrank import LayerShape
 from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
 from .quantizer import QuantSpec, weight_bits
@@ -110,7 +110,8 @@ class Chooser:
 
         changed = None
         if max_drop is None:
-            result, fitted = attempt(budget_for_bits(ladders, target_bits), True)
+            budget = budget_for_bits(ladders, target_bits)
+            result, fitted = fit_for_bits(budget, ladders.least, attempt)
         else:
             judge = self.evaluator(holdout=self.search.samples)
             result, fitted, changed = fit_within_drop(

@@ -16,10 +16,10 @@ from .allocation import LayerFit
 from .calibration import Calibration
 from .drift import Drift
 from .evaluation import Evaluator, is_better
-from .lowrank import Adapter, LayerShape, factors, quantize_adapter, truncate
+from .lowrank import Adapter, LayerShape, factors, quantize_adapter, rank_bits, truncate
 from .modules import copied
 from .moments import lowest, output_energy, regularized
-from .quantizer import QuantSpec
+from .quantizer import QuantSpec, weight_bits
 from .rounding import Feedback, Rounded, descend, quantize_matrix
 
 __all__ = ["Fit", "FittedLayers", "QuantizedLayer", "fit_layers", "quantize_layer"]
@@ -28,7 +28,9 @@ Fit = Literal["weighted", "plain"]
 
 # Shares of the mean second moment: how hard a layer is held to its own weights.
 _RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-_RIDGE_WORK = 2e9  # multiply-adds of a trial: of a larger layer a share of the rows chooses the ridge
+_RIDGE_WORK = (
+    2e9  # multiply-adds of a trial; a larger layer's are of a share of the rows, in float32
+)
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
 
 
@@ -107,6 +109,16 @@ class FittedLayers:
             stored = quantized.fit.dequantized + self.adapters[name].matrix()
             found[name] = quantized.fit.weight(stored)
         return found
+
+    @property
+    def stored(self) -> int:
+        """Bits of codes, scales, zero-points and adapters."""
+        total = 0
+        for name, quantized in self.layers.items():
+            shape, adapter = quantized.fit.shape, self.adapters[name]
+            total += weight_bits(shape.rows, shape.columns, quantized.rounded.qparams)
+            total += adapter.rank * rank_bits(shape, adapter.bits)
+        return total
 
     def losses(self, evaluator: Evaluator) -> Tensor:
         """Loss of each held-out sample: float32 [n]."""
@@ -253,28 +265,31 @@ def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
     aims = rows @ (crosses - moments)
     mean = moments.diagonal(dim1=-2, dim2=-1).mean((0, 2))
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    tried = aims[:, :, :: math.ceil(rows.numel() * matrix.shape[1] / _RIDGE_WORK) or 1]
+    share = math.ceil(rows.numel() * matrix.shape[1] / _RIDGE_WORK) or 1
+    trial = torch.float32 if share > 1 else torch.float64
+    tried, seen = aims[:, :, ::share].to(trial), moments.to(trial)
 
-    def change(aim: Tensor, moment: Tensor, ridge: float) -> Tensor:
+    def change(aim: Tensor, moment: Tensor, ridge: float) -> Tensor | None:
         ridged = moment.clone()
         ridged.diagonal(dim1=-2, dim2=-1).add_(ridge * mean[:, None])
-        return torch.cholesky_solve(aim.mT, torch.linalg.cholesky(ridged)).mT
+        lower, failed = torch.linalg.cholesky_ex(ridged)
+        return None if failed.any() else torch.cholesky_solve(aim.mT, lower).mT
 
     def error(ridge: float) -> float:
         """At the output, on the half that was not fitted, beyond that of W."""
         total = 0.0
         for fitted, other in ((0, 1), (1, 0)):
-            found = change(tried[fitted], moments[fitted], ridge)
-            gain = found * (found @ moments[other] - 2 * tried[other])
+            found = change(tried[fitted], seen[fitted], ridge)
+            if found is None:
+                return math.inf
+            gain = found * (found @ seen[other] - 2 * tried[other])
             total += float(gain.sum())
         return total
 
     ridge, least = lowest(error, _RIDGES, 0.1)
-    if least >= 0:
-        return matrix
     # Of twice the samples there is half the noise.
-    found = change(aims.mean(0), moments.mean(0), ridge / 2)
-    return (rows + found).float().reshape(matrix.shape).contiguous()
+    found = change(aims.mean(0), moments.mean(0), ridge / 2) if least < 0 else None
+    return matrix if found is None else (rows + found).float().reshape(matrix.shape).contiguous()
 
 
 def _fit_together(

@@ -13,6 +13,7 @@ __all__ = [
     "DEFAULT_TARGET_BITS",
     "Attempt",
     "budget_for_bits",
+    "fit_for_bits",
     "fit_within_budget",
     "fit_within_drop",
 ]
@@ -44,6 +45,26 @@ def budget_for_bits(ladders: Ladders, target_bits: float | None) -> float:
             f"scales and zero-points, and layers with bits of their own), got {target}"
         )
     return target * ladders.weights
+
+
+def fit_for_bits(budget: float, least: float, attempt: Attempt) -> tuple[PlanResult, FittedLayers]:
+    """The plan for a budget that its layers keep to as they are stored.
+
+    Fitted in order a layer's groups may get zero-points that take more bits than those it was planned with: then
+    the next plan has so much less.
+
+    Args:
+        least: stored bits of the cheapest plan.
+    """
+    allowed, tried = budget, 0
+    while tried < _ATTEMPTS and allowed >= least:
+        planned, fitted = attempt(allowed, True)
+        if fitted.stored <= budget:
+            planned.budget = budget
+            return planned, fitted
+        allowed -= fitted.stored - budget
+        tried += 1
+    return attempt(budget, False)  # each layer by itself is what was planned
 
 
 def fit_within_budget(

@@ -43,7 +43,7 @@ _ADAPTED_BITS = (
     4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
 )
 _ROUGH_WORK = 2e9  # multiply-adds: where error feedback takes more
-_ROUGHLY = 3  # only one in so many shares of the range is tried
+_ROUGHLY = 3  # it tries one in so many quantizers
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
 

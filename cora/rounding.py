@@ -110,7 +110,7 @@ def quantize_matrix(
         spec: the quantizer.
         layer: name for error messages.
         feedback: of the layer's input, for spec.rounding "gptq"; None rounds to nearest.
-        every: of the shares of the range that error feedback tries, one in so many: quicker, and a little worse.
+        every: error feedback tries one in so many of the quantizers: quicker, a little worse, as many stored bits.
 
     Raises:
         ValueError: non-finite weight, group_size that does not divide K.
@@ -123,7 +123,7 @@ def quantize_matrix(
         return Rounded(qparams, codes, dequantized)
     matrix = matrix.float().contiguous()
     scales, zeros = candidate_qparams(
-        matrix, spec, _SHARES[spec.bits][::every] if spec.clip == "mse" else [1.0], layer
+        matrix, spec, _SHARES[spec.bits] if spec.clip == "mse" else [1.0], layer
     )
     if spec.granularity == "per_group" and len(scales) > 1:
         # A group's error depends on the other groups' choices, too many to try: each takes its own best, or all
@@ -135,8 +135,10 @@ def quantize_matrix(
             i
             for i in range(0, len(zeros), 2)
             if zero_point_bits(zeros[i], spec.bits, spec.symmetric) <= stored_as
-        ]
+        ][::every]
         scales, zeros = torch.cat([own[0], scales[near]]), torch.cat([own[1], zeros[near]])
+    else:
+        scales, zeros = scales[::every], zeros[::every]
     best: tuple[Tensor, ...] | None = None
     for scale, zero in zip(scales, zeros, strict=True):
         codes, error = ops.error_feedback(

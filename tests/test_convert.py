@@ -634,7 +634,9 @@ def test_some_rows_of_a_large_layer_choose_its_ridge(monkeypatch: pytest.MonkeyP
     other = own + 0.5 * torch.randn(own.shape)
     matrix, inputs = torch.randn(40, 12), (other.mT @ other / 60, own.mT @ other / 60)
     solve, seen = torch.cholesky_solve, []
-    monkeypatch.setattr(torch, "cholesky_solve", lambda b, u: seen.append(b.shape[-1]) or solve(b, u))
+    monkeypatch.setattr(
+        torch, "cholesky_solve", lambda b, u: seen.append(b.shape[-1]) or solve(b, u)
+    )
     want = _towards(matrix, *inputs)
     assert set(seen) == {40}
     seen.clear()

@@ -14,7 +14,8 @@ from models import batches, trained_net
 
 import cora
 from cora import Calibration
-from cora.joint import budget_for_bits, fit_within_budget, fit_within_drop
+from cora.fitting import FittedLayers
+from cora.joint import budget_for_bits, fit_for_bits, fit_within_budget, fit_within_drop
 from cora.planning import Plan, PlanResult
 
 WEIGHTS = 1000
@@ -104,6 +105,49 @@ def test_a_budget_of_bits() -> None:
         budget_for_bits(ladders, 1.5)
     ladders.least = 4 * WEIGHTS
     assert budget_for_bits(ladders, None) == 4 * WEIGHTS
+
+
+@pytest.mark.parametrize(
+    ("more", "budgets"),
+    [
+        ([0], [3000]),
+        ([-50], [3000]),
+        ([80, 80], [3000, 2920]),
+        ([80, 95, 90], [3000, 2920, 2905]),
+        ([400, 600], [3000, 2600]),
+        ([2000], [3000]),
+    ],
+)
+def test_layers_keep_to_the_budget_as_they_are_stored(more: list[int], budgets: list[int]) -> None:
+    """Each plan's layers take so many bits more in order than planned; by themselves, what was planned."""
+    left, tried = list(more), []
+
+    def attempt(budget: float, in_order: bool) -> Any:
+        if in_order:
+            tried.append(budget)
+        stored = budget + left.pop(0) if in_order else budget
+        return PlanResult(Plan({}), budget), SimpleNamespace(stored=stored, in_order=in_order)
+
+    planned, fitted = fit_for_bits(3000, 2500, attempt)
+    assert planned.budget == 3000
+    assert fitted.stored <= 3000  # type: ignore[attr-defined]
+    assert tried == budgets
+    assert fitted.in_order == (more[-1] <= 3000 - budgets[-1])
+
+
+def test_stored_bits_are_those_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    stored = FittedLayers.stored.fget
+    monkeypatch.setattr(
+        FittedLayers, "stored", property(lambda self: seen.append(stored(self)) or seen[-1])
+    )
+    calibration = Calibration(trained_net(), batches(4))
+    model: Any = cora.quantize(calibration.model, calibration, target_bits=2.7, tune=None)
+    layers = model.report.layers
+    bits = sum(layer.stored_bits["weight"] + layer.stored_bits["adapter"] for layer in layers)
+    assert seen == [bits]
+    assert bits <= 2.7 * sum(layer.weights for layer in layers)
+    assert model.report.settings["target_bits"] == pytest.approx(2.7)
 
 
 @pytest.mark.parametrize(

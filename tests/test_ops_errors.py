@@ -89,7 +89,9 @@ def error_feedback(**change: Any) -> Any:
 def descend_codes(**change: Any) -> Any:
     rows = torch.ones(2, 3, 5, dtype=F64)
     args = {"codes": rows, "gradient": rows, "scale": rows, "bits": 4}
-    return lambda: ops.descend_codes(**{**args, "curvature": torch.ones(2, 5, 5, dtype=F64), **change})
+    return lambda: ops.descend_codes(
+        **{**args, "curvature": torch.ones(2, 5, 5, dtype=F64), **change}
+    )
 
 
 # Of the ops whose checks the CPU and CUDA share.

@@ -1,5 +1,5 @@
 // The speeds a kernel is held against, measured on this machine in this run: dot products a second
-// in float32 (FMA), int8 (AVX2, AVX-512 VNNI, AMX) and bfloat16 (AMX), and bytes a second read from and
+// in float32 (FMA), int8 (AVX2, there by 4-bit weights too, AVX-512 VNNI, AMX) and bfloat16 (AMX), and bytes a second read from and
 // streamed to memory. Prints one "name threads value" a line; GOP/s (a multiply-add is two) and GB/s.
 //
 // usage: peaks MEBIBYTES THREADS...   (size of the array that bandwidth is measured on)
@@ -62,16 +62,42 @@ __attribute__((target("avx2,fma"))) void run_fma_avx2(int) {
 __attribute__((target("avx2"))) void run_int8_avx2(int) {
     __m256i y = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
 #define CORA_DECLARE(i) __m256i a##i = _mm256_set1_epi32(i);
-#define CORA_STEP(i) { \
-        __m256i x = y; \
-        asm volatile("" : "+x"(x)); \
-        a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), ones)); \
-        asm volatile("" : "+x"(a##i)); \
-    }
+#define CORA_STEP(i) \
+    asm volatile("" : "+x"(y)); \
+    a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(_mm256_maddubs_epi16(y, y), ones)); \
+    asm volatile("" : "+x"(a##i));
     CORA_EACH8(CORA_DECLARE)
     for (int64_t step = 0; step < kSteps; ++step) { CORA_EACH8(CORA_STEP) }
 #undef CORA_DECLARE
 #undef CORA_STEP
+}
+
+// Of 4-bit weights (below 11, as most are without their zero-point) six sums of pairs fit 16 bits before they are
+// widened: 2.2 instructions.
+__attribute__((target("avx2"))) void run_int4_avx2(int) {
+    __m256i y = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
+#define CORA_EACH6(X) X(0) X(1) X(2) X(3) X(4) X(5)
+#define CORA_DECLARE(i) __m256i s##i, a##i = _mm256_set1_epi32(i);
+#define CORA_FIRST(i) \
+    asm volatile("" : "+x"(y)); \
+    s##i = _mm256_maddubs_epi16(y, y);
+#define CORA_STEP(i) \
+    asm volatile("" : "+x"(y)); \
+    s##i = _mm256_add_epi16(s##i, _mm256_maddubs_epi16(y, y)); \
+    asm volatile("" : "+x"(s##i));
+#define CORA_LAST(i) \
+    a##i = _mm256_add_epi32(a##i, _mm256_madd_epi16(s##i, ones)); \
+    asm volatile("" : "+x"(a##i));
+    CORA_EACH6(CORA_DECLARE)
+    for (int64_t step = 0; step < kSteps / 4; ++step) {
+        CORA_EACH6(CORA_FIRST)
+        CORA_EACH6(CORA_STEP) CORA_EACH6(CORA_STEP) CORA_EACH6(CORA_STEP) CORA_EACH6(CORA_STEP) CORA_EACH6(CORA_STEP)
+        CORA_EACH6(CORA_LAST)
+    }
+#undef CORA_DECLARE
+#undef CORA_FIRST
+#undef CORA_STEP
+#undef CORA_LAST
 }
 
 __attribute__((target("avx512f"))) void run_fma(int) {
@@ -202,6 +228,7 @@ int main(int count, char** words) {
         } else {
             print("f32", threads, rate(2.0 * 10 * 8 * kSteps, best_seconds(threads, run_fma_avx2)));
             print("avx2_int8", threads, rate(2.0 * 8 * 32 * kSteps, best_seconds(threads, run_int8_avx2)));
+            print("avx2_int4", threads, rate(2.0 * 6 * 6 * 32 * (kSteps / 4), best_seconds(threads, run_int4_avx2)));
         }
         if (__builtin_cpu_supports("avx512vnni"))
             print("vnni", threads, rate(2.0 * 16 * 64 * kSteps, best_seconds(threads, run_vnni)));
