@@ -31,9 +31,9 @@ def compare(
 ) -> list[dict[str, Any]]:
     """Put a quantized model beside what the same bits buy otherwise, on the same data.
 
-    The rows: the float model; rounding to nearest and error feedback with the same bits in every layer (as
-    many as fit, nothing tuned); the best without adapters that takes no more stored bits; with one quantizer
-    also uniform ranks; and `qmodel`.
+    The rows: the float model; rounding to nearest and error feedback with the same bits in every layer (where
+    bits were chosen, as many as fit and one more), nothing tuned; the best without adapters that takes no more
+    stored bits; with one quantizer also uniform ranks; and `qmodel`.
 
     Args:
         model: the float model.
@@ -113,10 +113,10 @@ def compare(
         )
 
     stored = report.totals["bits_per_weight"]
-    uniform = _uniform(spec, report) if joint else spec
     plain = {"tune": None, "propagate": False}
-    add(f"{uniform.bits}-bit, nearest", make(uniform.replace(rounding="nearest"), **plain))
-    add(f"{uniform.bits}-bit, error feedback", make(uniform.replace(rounding="gptq"), **plain))
+    for uniform in _uniform(spec, report) if joint else [spec]:
+        add(f"{uniform.bits}-bit, nearest", make(uniform.replace(rounding="nearest"), **plain))
+        add(f"{uniform.bits}-bit, error feedback", make(uniform.replace(rounding="gptq"), **plain))
     if joint:
         if any(layer.rank for layer in report.layers):
             add("same bits, no adapters", make(spec, target_bits=stored))
@@ -142,20 +142,17 @@ def compare(
     return rows
 
 
-def _uniform(spec: QuantSpec, report: Report) -> QuantSpec:
-    """The most bits a channel-wise quantizer can have in every layer within a report's stored bits."""
+def _uniform(spec: QuantSpec, report: Report) -> list[QuantSpec]:
+    """The same bits a channel in every layer: the most within a report's stored bits, and the next ones."""
     allowed = sum(row.stored_bits["weight"] + row.stored_bits["adapter"] for row in report.layers)
     channel = spec.replace(granularity="per_channel", group_size=None)
     shapes = [
         LayerShape(row.weight_shape[0], row.weights // row.weight_shape[0], 1)
         for row in report.layers
     ]
-    fitting = [
-        bits
-        for bits in SUPPORTED_BITS
-        if sum(_least_bits(channel.replace(bits=bits), shape) for shape in shapes) <= allowed
-    ]
-    return channel.replace(bits=max(fitting, default=min(SUPPORTED_BITS)))
+    widths = [channel.replace(bits=bits) for bits in SUPPORTED_BITS]
+    fitting = sum(sum(_least_bits(width, shape) for shape in shapes) <= allowed for width in widths)
+    return widths[max(fitting - 1, 0) : fitting + 1]
 
 
 def same_bits_specs(

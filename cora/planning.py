@@ -42,8 +42,9 @@ _GROUPS = (128, 64, 32)  # weights a scale, about
 _ADAPTED_BITS = (
     4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
 )
-_ROUGH_WORK = 2e9  # multiply-adds: where error feedback takes more
-_ROUGHLY = 3  # it tries one in so many quantizers
+_ROUNDING_WORK = (
+    1e9  # multiply-adds of error feedback; of a larger layer a share of the rows is tried
+)
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
 
@@ -163,19 +164,34 @@ class Ladders:
         probes: list[Tensor] = []
         probed = 0.0
         feedback = Feedback.of(moment) if base.needs_moment else None
-        every = _ROUGHLY if matrix.numel() * shape.columns > _ROUGH_WORK else 1
+        share = 1
+        if feedback is not None and shape.groups == 1 and name not in self.fixed:
+            share = math.ceil(matrix.numel() * shape.columns / _ROUNDING_WORK)
+
+        # Errors go with the square of a row's step, so with that of its spread.
+        spread = (matrix.amax(1) - matrix.amin(1)).square()
+        outweigh = float(spread.sum() / spread[::share].sum().clamp(min=1e-30)) or 1.0
+
+        def energy(residual: Tensor) -> float:
+            """Of a residual of all rows, told from those of the share."""
+            return outweigh * output_energy(residual[::share], shape, moment)
+
         for spec in self._specs(name, base):
-            rounded = quantize_matrix(matrix, spec, name, feedback, every)
+            plain = spec.group_size is None
+            adapted = bool(self.adapter_bits) and plain and spec.bits <= _ADAPTED_BITS
+            adapted &= name not in self.fixed
+            probe = plain and spec.bits in (2, 4) or name in self.fixed
+            rounded = quantize_matrix(matrix, spec, name, feedback, share, whole=adapted or probe)
             stored = weight_bits(shape.rows, shape.columns, rounded.qparams)
-            residual = matrix - rounded.dequantized
-            energy = output_energy(residual, shape, moment)
-            found.append(Choice(spec, 0, 0, stored, energy))
-            if spec.group_size is None and (spec.bits in (2, 4) or name in self.fixed):
+            every = 1 if adapted or probe else share
+            residual = torch.zeros_like(matrix)
+            residual[::every] = matrix[::every] - rounded.dequantized
+            found.append(Choice(spec, 0, 0, stored, energy(residual)))
+            if probe:
                 probes.append(self._folded(name, residual))
-                probed += energy
-            adapted = spec.group_size is None and spec.bits <= _ADAPTED_BITS
-            if self.adapter_bits and adapted and name not in self.fixed:
-                found += self._adapted(spec, shape, residual, stored, moment)
+                probed += output_energy(residual, shape, moment)
+            if adapted:
+                found += self._adapted(spec, shape, residual, stored, moment, energy)
         return found, probes, probed
 
     def _specs(self, name: str, base: QuantSpec) -> list[QuantSpec]:
@@ -189,7 +205,13 @@ class Ladders:
         return found
 
     def _adapted(
-        self, spec: QuantSpec, shape: LayerShape, residual: Tensor, stored: int, moment: Tensor
+        self,
+        spec: QuantSpec,
+        shape: LayerShape,
+        residual: Tensor,
+        stored: int,
+        moment: Tensor,
+        energy: Callable[[Tensor], float],
     ) -> list[Choice]:
         """The ways to store what the codes leave in an adapter."""
         room = int(_ADAPTER_SHARE * shape.rows * shape.columns)
@@ -204,8 +226,8 @@ class Ladders:
             while rank <= most:
                 part = truncate(a, b, rank, shape.groups)
                 adapter = quantize_adapter(*part, bits, shape.groups).matrix()
-                energy = output_energy(residual - adapter, shape, moment)
-                found.append(Choice(spec, rank, bits, stored + rank * unit, energy))
+                error = energy(residual - adapter)
+                found.append(Choice(spec, rank, bits, stored + rank * unit, error))
                 rank = max(rank + 1, round(rank * 1.6))
         return found
 

@@ -102,6 +102,7 @@ def quantize_matrix(
     layer: str = "weight",
     feedback: Feedback | None = None,
     every: int = 1,
+    whole: bool = True,
 ) -> Rounded:
     """Quantize a weight matrix.
 
@@ -110,7 +111,9 @@ def quantize_matrix(
         spec: the quantizer.
         layer: name for error messages.
         feedback: of the layer's input, for spec.rounding "gptq"; None rounds to nearest.
-        every: error feedback tries one in so many of the quantizers: quicker, a little worse, as many stored bits.
+        every: of a matrix with one group error feedback tries the quantizers on one in so many rows only; each of
+            the others gets the one that most of those have chosen.
+        whole: round those others too; else `codes` and `dequantized` are the rows that were tried.
 
     Raises:
         ValueError: non-finite weight, group_size that does not divide K.
@@ -135,24 +138,33 @@ def quantize_matrix(
             i
             for i in range(0, len(zeros), 2)
             if zero_point_bits(zeros[i], spec.bits, spec.symmetric) <= stored_as
-        ][::every]
+        ]
         scales, zeros = torch.cat([own[0], scales[near]]), torch.cat([own[1], zeros[near]])
-    else:
-        scales, zeros = scales[::every], zeros[::every]
+    tried = matrix[::every].contiguous()
     best: tuple[Tensor, ...] | None = None
-    for scale, zero in zip(scales, zeros, strict=True):
+    for index, (scale, zero) in enumerate(zip(scales[:, ::every], zeros[:, ::every], strict=True)):
         codes, error = ops.error_feedback(
-            matrix, scale, zero, spec.bits, feedback.factor, feedback.order
+            tried, scale, zero, spec.bits, feedback.factor, feedback.order
         )
         if len(scale) == 1:  # all rows share a scale, so they must agree
             error = error.sum().expand(len(error))
-        rows = len(matrix)
-        found = (error[:, None], codes, scale.expand(rows, -1), zero.expand(rows, -1))
+        found = (error[:, None], codes, torch.full((len(tried), 1), index))
         best = found if best is None else better_of(found, best)
     assert best is not None
-    _, codes, scale, zero = best
-    stored = scales.shape[1]
-    qparams = make_qparams(scale[:stored], zero[:stored], spec)
+    _, codes, chosen = best
+    if scales.shape[1] == 1:
+        scale, zero = scales[chosen[0, 0]], zeros[chosen[0, 0]]
+    else:
+        picks = chosen.mode(dim=0).values.repeat(len(matrix))
+        picks[::every] = chosen[:, 0]
+        scale, zero = (t[picks, torch.arange(len(matrix))] for t in (scales, zeros))
+    qparams = make_qparams(scale, zero, spec)
+    if whole and every > 1:
+        codes, _ = ops.error_feedback(
+            matrix, scale, zero, spec.bits, feedback.factor, feedback.order
+        )
+    elif len(scale) > 1:
+        scale, zero = scale[::every], zero[::every]
     return Rounded(qparams, codes, _dequantized(codes, scale, zero))
 
 

@@ -118,12 +118,12 @@ def words_right(read: list[Any], page: Page) -> tuple[int, int]:
 
 def series(results: dict[float, list[Row]], metric: str, scale: float = 1.0) -> dict[str, Any]:
     """Lines of the plots: each alternative's (bits a weight, metric) over the widths."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, set[tuple[float, float]]] = {}  # neighbouring widths share alternatives
     for rows in results.values():
         for row in rows[1:]:
             label = row["row"]
             label = label.split("-bit", 1)[1].lstrip(", +") if "-bit" in label[:6] else label
-            lines.setdefault(label, []).append((row["bits_per_weight"], scale * row[metric]))
+            lines.setdefault(label, set()).add((row["bits_per_weight"], scale * row[metric]))
     return lines
 
 
@@ -155,7 +155,7 @@ def main() -> None:
     add("--data", help="data folder, searched before the installed packages")
     add("--bits", type=float, nargs="+", default=[4, 3, 2.2], help="stored bits a weight")
     add("--samples", type=int, default=256, help="calibration lines")
-    add("--lines", type=int, default=1000, help="validation lines")
+    add("--lines", type=int, default=500, help="validation lines")
     add("--iterations", type=int, default=60, help="steps of the recogniser's tuning")
     add("--rank-budget", type=float, default=0.02, help="the detector's adapters over its floats")
     add("--detector-bits", type=int, default=3, help="width of the detector; 0 leaves it float")

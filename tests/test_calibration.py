@@ -301,6 +301,19 @@ def test_fewer_samples_take_more_ridge() -> None:
     assert likeliest_ridge(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)) > 0
 
 
+@pytest.mark.parametrize("count", [64, 400, 3000])
+def test_the_ridge_of_many_columns(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimated trace finds what the sum does."""
+    root = torch.randn(1100, 1100) * torch.logspace(0, -2, 1100)
+    halves = [
+        (half.T @ half / count)[None]
+        for half in (torch.randn(count, 1100) @ root for _ in range(2))
+    ]
+    estimated = likeliest_ridge(*halves)
+    monkeypatch.setattr("cora.moments._EXACT", 1100)
+    assert likeliest_ridge(*halves) == estimated
+
+
 def test_a_single_batch_is_tried_on_its_halves() -> None:
     layer, x = nn.Linear(64, 3), torch.randn(32, 64)
     one = Calibration(layer, x)

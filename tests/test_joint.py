@@ -154,8 +154,8 @@ def test_stored_bits_are_those_of_the_report(monkeypatch: pytest.MonkeyPatch) ->
     ("adapted", "plain", "kept"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)]
 )
 def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
-    """By what is measured of the fitted layers, whatever was predicted."""
-    rank = SimpleNamespace(rank=1), SimpleNamespace(rank=0)
+    """By what is measured of the fitted layers."""
+    rank = SimpleNamespace(rank=1, loss=0.98), SimpleNamespace(rank=0, loss=1.0)
     ladders: Any = SimpleNamespace(rank=0, without_adapters=lambda: SimpleNamespace(rank=1))
     evaluator: Any = SimpleNamespace(score=lambda loss: torch.full((8,), loss))
 
@@ -171,6 +171,24 @@ def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
     assert planned.plan.choices["layer"].rank == kept
     assert (fitted.losses(evaluator) == (adapted if kept else plain)).all()
     assert planned.candidates == {"adapters": adapted, "no adapters": plain}
+
+
+def test_adapters_that_promise_next_to_nothing_are_not_fitted() -> None:
+    rank = SimpleNamespace(rank=1, loss=0.985), SimpleNamespace(rank=0, loss=1.0)
+    ladders: Any = SimpleNamespace(rank=0, without_adapters=lambda: SimpleNamespace(rank=1))
+    fits: list[int] = []
+
+    def search(from_: Any) -> Any:
+        plan = Plan({"layer": rank[from_.rank]})  # type: ignore[dict-item]
+        return PlanResult(plan, 1.0, interrupted=not from_.rank)
+
+    def fit(plan: Plan) -> Any:
+        fits.append(plan.choices["layer"].rank)
+        return "fit"
+
+    planned, fitted = fit_within_budget(ladders, search, fit, None)  # type: ignore[arg-type]
+    assert planned.plan.choices["layer"].rank == 0 and planned.interrupted
+    assert fitted == "fit" and fits == [0]  # type: ignore[comparison-overlap]
 
 
 def test_without_adapters_in_the_plan_there_is_one_fit() -> None:

@@ -127,6 +127,29 @@ def test_what_a_step_says_is_what_is_stored(
             torch.testing.assert_close(weight, ladders.weight(name, choice), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("adapter_bits", [(), (4,)], ids=str)
+def test_large_layers_are_tried_by_a_share_of_their_rows(
+    calibration: Calibration, adapter_bits: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored is that of all rows; errors are about theirs. Other layers are as before."""
+    ladders = ladders_of(calibration, adapter_bits=adapter_bits)
+    whole = {name: ladders._measure(name, QuantSpec()) for name in NAMES}
+    largest = calibration.matrix("body.0")
+    monkeypatch.setattr("cora.planning._ROUNDING_WORK", largest.numel() * largest.shape[1] / 3)
+    for name, (choices, probes, probed) in whole.items():
+        found, found_probes, found_probed = ladders._measure(name, QuantSpec())
+        pairs = list(zip(choices, found, strict=True))
+        assert all((a.spec, a.rank, a.stored) == (b.spec, b.rank, b.stored) for a, b in pairs)
+        ratios = torch.tensor([b.loss / a.loss for a, b in pairs])  # not losses yet: errors
+        if name == "body.0":
+            assert not (ratios == 1).any()
+            assert ratios.log().mean().abs() < 0.1 and ratios.log().std() < 0.1, ratios
+            assert found_probed == pytest.approx(probed, rel=0.1)
+        else:
+            assert (ratios == 1).all() and found_probed == probed
+            assert all(map(torch.equal, found_probes, probes))
+
+
 def test_ladders_without_adapters(ladders: Ladders) -> None:
     """Every way of codes alone is there, those that adapters had beaten too; the ladders stay as they were."""
     before = {name: list(steps) for name, steps in ladders.steps.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from cora import QuantSpec, rounding
 from cora.lowrank import LayerShape
 from cora.moments import output_energy
-from cora.quantizer import choose_qparams
+from cora.quantizer import choose_qparams, weight_bits
 from cora.rounding import Feedback, Rounded, descend, quantize_matrix
 
 SPECS = [
@@ -49,6 +49,32 @@ def test_less_error_at_the_output(spec: QuantSpec, rows: int, groups: int) -> No
     assert after < 0.7 * before
     # It pays with the error of the weights.
     assert (matrix - fed.dequantized).square().sum() > (matrix - nearest.dequantized).square().sum()
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("every", [2, 3, 16])
+def test_a_share_of_the_rows(spec: QuantSpec, every: int) -> None:
+    """Rows do not see each other, but where they share a scale; what is stored is counted for all of them."""
+    matrix, feedback = torch.randn(10, 24), Feedback.of(correlated(1, 24))
+    best, all_, some = (
+        quantize_matrix(matrix, spec, feedback=feedback, every=n, whole=whole)
+        for n, whole in ((1, True), (every, True), (every, False))
+    )
+    assert some.codes.shape == some.dequantized.shape == (-(-10 // every), 24)
+    assert torch.equal(some.codes, all_.codes[::every])
+    assert torch.equal(some.dequantized, all_.dequantized[::every])
+    for rounded in (all_, some):
+        assert torch.equal(rounded.qparams.scale, all_.qparams.scale)
+        assert torch.equal(rounded.qparams.zero_point, all_.qparams.zero_point)
+        stored = [weight_bits(10, 24, q.qparams) for q in (best, rounded)]
+        assert stored[0] == stored[1]
+    if spec.granularity != "per_tensor":
+        assert torch.equal(some.dequantized, best.dequantized[::every])
+    q, groups = all_.qparams, all_.qparams.scale.shape[1]
+    grouped = all_.codes.reshape(10, groups, -1) - q.zero_point[:, :, None]
+    assert torch.equal(all_.dequantized, (q.scale[:, :, None] * grouped).reshape(10, 24))
+    errors = [(matrix - q.dequantized).square().sum() for q in (best, all_)]
+    assert errors[1] < 3 * errors[0]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
