@@ -28,7 +28,7 @@ def activation_qparams(
         raise ValueError(f"activation_range must be one of {expected}, got {method!r}")
     levels = 2**bits - 1
     if method == "percentile":
-        ends = torch.tensor([1 - _PERCENTILE, _PERCENTILE], device=sample.device)
+        ends = sample.new_tensor([1 - _PERCENTILE, _PERCENTILE])
         low, high = (float(v) for v in torch.quantile(sample, ends))
     low, high = min(low, 0.0), max(high, 0.0)
 

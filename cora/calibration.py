@@ -452,9 +452,9 @@ class Calibration:
                     )
                 self._moments[name], self._ridges[name] = regularized(first, second, samples)
             else:  # the layer never ran on the calibration data
-                eye = torch.eye(shape.columns)
+                eye = torch.eye(shape.columns, dtype=torch.float32)
                 self._moments[name] = eye.repeat(shape.groups, 1, 1)
-                self._ridges[name] = torch.ones(shape.groups)
+                self._ridges[name] = torch.ones(shape.groups, dtype=torch.float32)
 
     def activation_qparams(
         self,
@@ -496,7 +496,7 @@ class Calibration:
         return {
             (name, side): (torch.cat(kept[name, side]), *ends[name, side])
             if (name, side) in kept
-            else (torch.zeros(1), 0.0, 0.0)
+            else (torch.zeros(1, dtype=torch.float32), 0.0, 0.0)
             for name in self.layers
             for side in ("input", "output")
         }

@@ -11,7 +11,7 @@ from torch import nn
 from .allocation import Budget
 from .calibration import Calibration
 from .evaluation import Evaluator
-from .fitting import Fit, FittedLayers, QuantizedLayer, fit_layers, quantize_layer
+from .fitting import Fit, FittedLayers, QuantizedLayer, Way, fit_layers, quantize_layer
 from .joint import budget_for_bits, fit_for_bits, fit_within_budget, fit_within_drop
 from .lowrank import LayerShape
 from .planning import ADAPTER_WIDTHS, Ladders, Plan, PlanResult, search_plan
@@ -63,6 +63,7 @@ class Chooser:
         ranks: Mapping[str, int],
         widths: Mapping[str, int],
         in_order: bool = True,
+        others: Mapping[str, Way] | None = None,
     ) -> FittedLayers:
         return fit_layers(
             self.calibration,
@@ -73,6 +74,7 @@ class Chooser:
             self.evaluator(),
             self.propagate and in_order,
             self.correct_means,
+            others,
             self.progress,
         )
 
@@ -95,7 +97,7 @@ class Chooser:
                 iterations = self.search.iterations if self.search.plan == "search" else 0
                 return search_plan(ladders, budget, self.evaluator(), iterations, self.progress)
 
-            def fitted(plan: Plan) -> FittedLayers:
+            def fitted(plan: Plan, rival: Plan | None) -> FittedLayers:
                 layers = {
                     name: quantize_layer(
                         name, self.calibration, way.spec, self.fit if way.rank else None
@@ -104,7 +106,13 @@ class Chooser:
                 }
                 ranks = {name: way.rank for name, way in plan.choices.items()}
                 widths = {name: way.adapter_bits or tried[0] for name, way in plan.choices.items()}
-                return self.fitted(layers, ranks, widths, in_order)
+                others = {} if rival is None else rival.choices
+                ways = {
+                    name: Way(way.spec, way.rank, way.adapter_bits or tried[0])
+                    for name, way in others.items()
+                    if way != plan.choices[name]
+                }
+                return self.fitted(layers, ranks, widths, in_order, ways)
 
             return fit_within_budget(ladders, planned, fitted, self.evaluator())
 

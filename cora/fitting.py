@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,7 @@ from .moments import lowest, output_energy, regularized
 from .quantizer import QuantSpec, weight_bits
 from .rounding import Feedback, Rounded, descend, quantize_matrix
 
-__all__ = ["Fit", "FittedLayers", "QuantizedLayer", "fit_layers", "quantize_layer"]
+__all__ = ["Fit", "FittedLayers", "QuantizedLayer", "Way", "fit_layers", "quantize_layer"]
 
 Fit = Literal["weighted", "plain"]
 
@@ -32,6 +32,15 @@ _RIDGE_WORK = (
     2e9  # multiply-adds of a trial; a larger layer's are of a share of the rows, in float32
 )
 _FITS = 3  # rounds in which codes and adapter are fitted to each other
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a layer is to be stored: its quantizer, the rank of its adapter and the bits of its elements."""
+
+    spec: QuantSpec
+    rank: int
+    adapter_bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +104,14 @@ class FittedLayers:
         network: a float model of their structure, whose biases are theirs; the float model itself where
             each layer is fitted by itself.
         in_order: each layer is fitted to what the quantized layers before it give.
+        rivals: error at the output, over that of `layers`, of those that were fitted in another way too.
     """
 
     layers: Mapping[str, QuantizedLayer]
     adapters: Mapping[str, Adapter]
     network: nn.Module
     in_order: bool
+    rivals: Mapping[str, float] = field(default_factory=dict)
 
     def matrices(self) -> dict[str, Tensor]:
         """The layers' weights as they are stored, adapters in them."""
@@ -138,6 +149,7 @@ def fit_layers(
     evaluator: Evaluator,
     in_order: bool = True,
     correct_means: bool = True,
+    others: Mapping[str, Way] | None = None,
     progress: bool = True,
 ) -> FittedLayers:
     """Adapters of quantized layers; and all of them once more in order, unless that is farther from float.
@@ -148,6 +160,7 @@ def fit_layers(
         evaluator: of the float model, says what is closer.
         in_order: whether to try.
         correct_means: whether layers fitted in order get biases that keep the means of their outputs.
+        others: other ways to store some layers, whose errors on the same inputs are measured in order.
     """
     adapters = {}
     for name, quantized in layers.items():
@@ -160,7 +173,13 @@ def fit_layers(
         return alone
     specs = {name: quantized.spec for name, quantized in layers.items()}
     ordered = _fit_in_order(
-        calibration, specs, ranks, widths, fit, correct_means, evaluator.simulate, progress
+        calibration,
+        {name: Way(spec, ranks[name], widths[name]) for name, spec in specs.items()},
+        others or {},
+        fit,
+        correct_means,
+        evaluator.simulate,
+        progress,
     )
     # A few samples weigh more than all others: their mean alone has taken the worse one.
     gain = ordered.losses(evaluator) - alone.losses(evaluator)
@@ -196,9 +215,8 @@ def _error(residual: Tensor, shape: LayerShape, moment: Tensor | None) -> float:
 
 def _fit_in_order(
     calibration: Calibration,
-    specs: Mapping[str, QuantSpec],
-    ranks: Mapping[str, int],
-    widths: Mapping[str, int],
+    ways: Mapping[str, Way],
+    others: Mapping[str, Way],
     fit: Fit,
     correct_means: bool,
     simulate: Callable[[nn.Module], Any],
@@ -215,9 +233,10 @@ def _fit_in_order(
     k x k convolutions it is this project's.
     """
     model = copied(calibration.model)
-    order = [name for name in calibration.order if name in specs]
+    order = [name for name in calibration.order if name in ways]
     layers: dict[str, QuantizedLayer] = {}
     adapters: dict[str, Adapter] = {}
+    rivals: dict[str, float] = {}
     bar = tqdm(order, desc="fitting layers in order", leave=False, disable=not progress)
     with simulate(model), closing(Drift(calibration, model, order)) as drift:
         for name in bar:
@@ -228,9 +247,12 @@ def _fit_in_order(
             else:
                 target = _towards(matrix, inputs.moments, inputs.crosses)
                 moment, _ = regularized(inputs.moments[0], inputs.moments[1], (1, 1))
-            quantized, adapter = _fit_together(
-                name, calibration, specs[name], target, moment, ranks[name], widths[name], fit
+            error, quantized, adapter = _fit_together(
+                name, calibration, ways[name], target, moment, fit
             )
+            if name in others:
+                other, _, _ = _fit_together(name, calibration, others[name], target, moment, fit)
+                rivals[name] = other / error
             layers[name], adapters[name] = quantized, adapter
             layer: Any = model.get_submodule(name)
             stored = quantized.fit.dequantized + adapter.matrix()
@@ -242,7 +264,9 @@ def _fit_in_order(
                 bias = shift if layer.bias is None else layer.bias + shift
                 layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=False)
             drift.release(name)
-    return FittedLayers({n: layers[n] for n in specs}, {n: adapters[n] for n in specs}, model, True)
+    return FittedLayers(
+        {n: layers[n] for n in ways}, {n: adapters[n] for n in ways}, model, True, rivals
+    )
 
 
 def _mean_output(matrix: Tensor, mean: Tensor) -> Tensor:
@@ -295,14 +319,13 @@ def _towards(matrix: Tensor, moments: Tensor, crosses: Tensor) -> Tensor:
 def _fit_together(
     name: str,
     calibration: Calibration,
-    spec: QuantSpec,
+    way: Way,
     target: Tensor,
     moment: Tensor,
-    rank: int,
-    adapter_bits: int,
     fit: Fit,
-) -> tuple[QuantizedLayer, Adapter]:
-    """Codes for what the adapter leaves, an adapter for what the codes leave; the best round is kept."""
+) -> tuple[float, QuantizedLayer, Adapter]:
+    """Codes for what the adapter leaves, an adapter for what the codes leave; the best round, with its error."""
+    spec = way.spec
     shape = LayerShape.of(calibration.layers[name])
     weighted = moment if fit == "weighted" else None
     product = torch.zeros_like(target)
@@ -313,8 +336,8 @@ def _fit_together(
         rounded = quantize_matrix(left, spec, name, feedback)
         if feedback is not None:
             rounded = descend(rounded, left, moment)
-        quantized = _fitted(name, calibration, spec, rounded, target, rank > 0, weighted)
-        adapter = _useful(quantized.fit, target, rank, adapter_bits, weighted)
+        quantized = _fitted(name, calibration, spec, rounded, target, way.rank > 0, weighted)
+        adapter = _useful(quantized.fit, target, way.rank, way.adapter_bits, weighted)
         product = adapter.matrix()
         error = output_energy(target - rounded.dequantized - product, shape, moment)
         if best is None or error < best[0]:
@@ -322,4 +345,4 @@ def _fit_together(
         if not adapter.rank:  # another round would be the first one again
             break
     assert best is not None
-    return best[1], best[2]
+    return best

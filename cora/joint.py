@@ -71,28 +71,34 @@ def fit_for_bits(budget: float, least: float, attempt: Attempt) -> tuple[PlanRes
 def fit_within_budget(
     ladders: Ladders,
     search: Callable[[Ladders], PlanResult],
-    fit: Callable[[Plan], FittedLayers],
+    fit: Callable[[Plan, Plan | None], FittedLayers],
     evaluator: Evaluator,
 ) -> tuple[PlanResult, FittedLayers]:
     """The plan that a search finds, with its layers fitted; without adapters, unless they pay.
 
     A plan weighs an adapter against finer codes by what each leaves of a layer's error. Codes that are fitted
-    in order make up for more of it than was foreseen, so a plan with adapters is fitted beside one without,
-    where it foresees a difference at all. It is kept if that clearly brings the held-out samples closer.
+    in order make up for more of it than was foreseen. So where the plan with adapters foresees a difference,
+    its layers are first fitted to the inputs of those without; where a difference is left, in order by
+    themselves; and they are kept if that clearly brings the held-out samples closer.
 
     Args:
         search: the plan for the budget from some ladders.
+        fit: layers fitted to a plan, and beside them those of another one.
         evaluator: measures what is closer.
     """
     planned = search(ladders)
     if not any(choice.rank for choice in planned.plan.choices.values()):
-        return planned, fit(planned.plan)
+        return planned, fit(planned.plan, None)
     plain = search(ladders.without_adapters())
-    plainly = fit(plain.plan)
-    if planned.plan.loss > (1 - _WORTH) * plain.plan.loss:
+    worth = (1 - _WORTH) * plain.plan.loss
+    rival = planned.plan if planned.plan.loss <= worth else None
+    plainly = fit(plain.plan, rival)
+    # In order: the layers' losses, as their errors on the same inputs are to each other.
+    foreseen = sum(c.loss * plainly.rivals.get(n, 1.0) for n, c in plain.plan.choices.items())
+    if rival is None or (plainly.rivals and foreseen > worth):
         plain.interrupted |= planned.interrupted
         return plain, plainly
-    fitted = fit(planned.plan)
+    fitted = fit(rival, None)
     with_, without = fitted.losses(evaluator), plainly.losses(evaluator)
     found = (planned, fitted) if is_better(without - with_, _DOUBT) else (plain, plainly)
     found[0].interrupted = planned.interrupted or plain.interrupted

@@ -117,7 +117,7 @@ class Adapter:
             a = a * self.scale[:, None]
         groups = a.shape[0] // max(self.rank, 1)
         if self.rank == 0:
-            return torch.zeros(b.shape[0], a.shape[1])
+            return a.new_zeros(b.shape[0], a.shape[1])
         a = a.reshape(groups, self.rank, -1)
         b = b.reshape(groups, -1, self.rank)
         return (b @ a).reshape(-1, a.shape[-1])

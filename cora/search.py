@@ -265,9 +265,9 @@ def _descend(
 ) -> None:
     """Adam on the logarithm of each layer's cutoff, kept on the budget by a common factor."""
     names = list(evaluator.fits)
-    full = torch.tensor([float(budget.full[n]) for n in names])
-    cost = torch.tensor([float(budget.cost[n]) for n in names])
-    start = torch.tensor([float(result.ranks[n]) for n in names])
+    full = torch.tensor([budget.full[n] for n in names], dtype=torch.float32)
+    cost = torch.tensor([budget.cost[n] for n in names], dtype=torch.float32)
+    start = torch.tensor([result.ranks[n] for n in names], dtype=torch.float32)
     # A rank of 0 starts at a quarter: small enough to round to 0, large enough to feel a gradient.
     log_rank = start.clamp(min=0.25).log().requires_grad_(True)
     optimizer = torch.optim.Adam([log_rank], lr=config.learning_rate, betas=(0.9, 0.98))

@@ -268,7 +268,9 @@ def _unpack_layer(
         a = _unpack_adapter(tensors["adapter_a"], adapter_bits, shape.columns)
         b = _unpack_adapter(tensors["adapter_b"], adapter_bits, shape.rows).T.contiguous()
     else:
-        a, b = torch.zeros(0, shape.columns), torch.zeros(shape.rows, 0)
+        a, b = (
+            torch.zeros(size, dtype=torch.float32) for size in ((0, shape.columns), (shape.rows, 0))
+        )
     adapter = Adapter(a, b, tensors.get("adapter_scale"), adapter_bits)
     weight = QuantWeight(tensors["codes"], _unpack_qparams(config, tensors), adapter, shape)
     layer = QUANT_LAYERS[type(float_layer)](float_layer, weight, config["activation_bits"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from models import batches, trained_net
 
 import cora
-from cora import Calibration
-from cora.fitting import FittedLayers
+from cora import Calibration, QuantSpec
+from cora.evaluation import Evaluator
+from cora.fitting import FittedLayers, Way, fit_layers, quantize_layer
 from cora.joint import budget_for_bits, fit_for_bits, fit_within_budget, fit_within_drop
 from cora.planning import Plan, PlanResult
 
@@ -163,9 +165,10 @@ def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
         plan = Plan({"layer": rank[from_.rank]})  # type: ignore[dict-item]
         return PlanResult(plan, 1.0)
 
-    def fit(plan: Plan) -> Any:
+    def fit(plan: Plan, rival: Plan | None) -> Any:
         loss = adapted if plan.choices["layer"].rank else plain
-        return SimpleNamespace(losses=lambda evaluator: evaluator.score(loss))
+        rivals = {} if rival is None else {"layer": 0.98}
+        return SimpleNamespace(losses=lambda evaluator: evaluator.score(loss), rivals=rivals)
 
     planned, fitted = fit_within_budget(ladders, search, fit, evaluator)
     assert planned.plan.choices["layer"].rank == kept
@@ -173,29 +176,37 @@ def test_adapters_must_pay(adapted: float, plain: float, kept: bool) -> None:
     assert planned.candidates == {"adapters": adapted, "no adapters": plain}
 
 
-def test_adapters_that_promise_next_to_nothing_are_not_fitted() -> None:
-    rank = SimpleNamespace(rank=1, loss=0.985), SimpleNamespace(rank=0, loss=1.0)
+@pytest.mark.parametrize(
+    ("foreseen", "in_order", "fitted"),
+    [(0.985, 0.9, False), (0.9, 0.985, False), (0.9, 0.9, True), (0.9, None, True)],
+)
+def test_adapters_that_promise_next_to_nothing_are_not_fitted(
+    foreseen: float, in_order: float | None, fitted: bool
+) -> None:
+    """Neither by their plan, nor on the inputs of layers without them, where those are fitted in order."""
+    rank = SimpleNamespace(rank=1, loss=foreseen), SimpleNamespace(rank=0, loss=1.0)
     ladders: Any = SimpleNamespace(rank=0, without_adapters=lambda: SimpleNamespace(rank=1))
-    fits: list[int] = []
+    fits: list[tuple[int, bool]] = []
 
     def search(from_: Any) -> Any:
         plan = Plan({"layer": rank[from_.rank]})  # type: ignore[dict-item]
         return PlanResult(plan, 1.0, interrupted=not from_.rank)
 
-    def fit(plan: Plan) -> Any:
-        fits.append(plan.choices["layer"].rank)
-        return "fit"
+    def fit(plan: Plan, rival: Plan | None) -> Any:
+        fits.append((plan.choices["layer"].rank, rival is not None))
+        rivals = {"layer": in_order} if rival is not None and in_order is not None else {}
+        return SimpleNamespace(losses=lambda _: torch.ones(8), rivals=rivals)
 
-    planned, fitted = fit_within_budget(ladders, search, fit, None)  # type: ignore[arg-type]
+    planned, _ = fit_within_budget(ladders, search, fit, None)  # type: ignore[arg-type]
     assert planned.plan.choices["layer"].rank == 0 and planned.interrupted
-    assert fitted == "fit" and fits == [0]  # type: ignore[comparison-overlap]
+    assert fits == [(0, foreseen < 0.98), *[(1, False)] * fitted]
 
 
 def test_without_adapters_in_the_plan_there_is_one_fit() -> None:
     ladders: Any = SimpleNamespace()
     result = PlanResult(Plan({"layer": SimpleNamespace(rank=0)}), 1.0)  # type: ignore[dict-item]
     fits = []
-    found = fit_within_budget(ladders, lambda _: result, lambda p: fits.append(p) or "fit", None)  # type: ignore[arg-type, func-returns-value]
+    found = fit_within_budget(ladders, lambda _: result, lambda p, _: fits.append(p) or "fit", None)  # type: ignore[arg-type, func-returns-value]
     assert found == (result, "fit") and fits == [result.plan]
 
 
@@ -214,3 +225,28 @@ def test_of_a_real_model(propagate: bool) -> None:
     fixed: Any = cora.quantize(calibration.model, calibration, target_bits=3.5, **options)
     assert fixed.report.search["changed"] is None
     assert torch.isfinite(qmodel(batches(1)[0])).all()
+
+
+def test_rivals_are_fitted_to_the_same_inputs() -> None:
+    """A layer stored in another way too: its error there over its own; the layers are as without."""
+    calibration = Calibration(trained_net(), batches(4))
+    specs = dict.fromkeys(calibration.layers, QuantSpec(3))
+    layers = {name: quantize_layer(name, calibration, spec, None) for name, spec in specs.items()}
+    none, widths = dict.fromkeys(specs, 0), dict.fromkeys(specs, 4)
+    evaluator = Evaluator(calibration, 64, 16, 32, 0, lambda _: nullcontext())
+    others = {
+        "stem": Way(QuantSpec(3), 0, 4),
+        "body.0": Way(QuantSpec(3), 6, 8),
+        "head": Way(QuantSpec(2), 0, 4),
+    }
+    alone, beside = (
+        fit_layers(
+            calibration, layers, none, widths, "weighted", evaluator, others=o, progress=False
+        )
+        for o in (None, others)
+    )
+    assert alone.in_order and not alone.rivals
+    assert beside.rivals.keys() == others.keys()
+    assert beside.rivals["stem"] == 1 and beside.rivals["body.0"] < 0.9 < 2 < beside.rivals["head"]
+    for name, matrix in alone.matrices().items():
+        assert torch.equal(matrix, beside.matrices()[name])

@@ -310,3 +310,21 @@ class WithoutGradients(Body):
 def test_models_without_gradients(search: Any) -> None:
     config = cora.SearchConfig(search, iterations=4)
     quantized(WithoutGradients(), rows(), weight=cora.QuantSpec(3), target_bits=None, search=config)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"activation_bits": 8}, {"max_drop": 50.0, "target_bits": None}], ids=str
+)
+def test_another_default_dtype(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Whoever computes in float64 elsewhere gets the same quantized model."""
+    model, data = mlp(), rows()
+    expected = quantized(model, data, **options)(data[0])
+    torch.set_default_dtype(torch.float64)
+    try:
+        qmodel = quantized(model, data, **options)
+        cora.save(qmodel, tmp_path / "model.safetensors")
+        loaded: Any = cora.load(tmp_path / "model.safetensors", mlp())
+        for found in (qmodel(data[0]), loaded(data[0])):
+            assert found.dtype == torch.float32 and distance(found, expected) < 0.02
+    finally:
+        torch.set_default_dtype(torch.float32)
