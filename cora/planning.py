@@ -42,9 +42,7 @@ _GROUPS = (128, 64, 32)  # weights a scale, about
 _ADAPTED_BITS = (
     4  # adapters are tried on codes up to so many bits: on finer ones a bit more is cheaper
 )
-_ROUNDING_WORK = (
-    1e9  # multiply-adds of error feedback; of a larger layer a share of the rows is tried
-)
+_ROUNDING_WORK = 1.4e9  # multiply-adds of error feedback; of larger layers a share of the rows
 _ADAPTER_SHARE = 1.5  # and take so many bits a weight at most
 _FRONT = 24  # plans of the front that are kept
 
