@@ -162,13 +162,14 @@ class Ladders:
         probes: list[Tensor] = []
         probed = 0.0
         feedback = Feedback.of(moment) if base.needs_moment else None
-        share = 1
+        share, outweigh = 1, 1.0
         if feedback is not None and shape.groups == 1 and name not in self.fixed:
             share = math.ceil(matrix.numel() * shape.columns / _ROUNDING_WORK)
-
-        # Errors go with the square of a row's step, so with that of its spread.
-        spread = (matrix.amax(1) - matrix.amin(1)).square()
-        outweigh = float(spread.sum() / spread[::share].sum().clamp(min=1e-30)) or 1.0
+        if share > 1:
+            # Errors go with the square of a row's step, so with that of its spread.
+            spread = (matrix.double().amax(1) - matrix.double().amin(1)).square()
+            told = float(spread[::share].sum())
+            share, outweigh = (share, float(spread.sum()) / told) if told > 0 else (1, 1.0)
 
         def energy(residual: Tensor) -> float:
             """Of a residual of all rows, told from those of the share."""
@@ -179,9 +180,10 @@ class Ladders:
             adapted = bool(self.adapter_bits) and plain and spec.bits <= _ADAPTED_BITS
             adapted &= name not in self.fixed
             probe = plain and spec.bits in (2, 4) or name in self.fixed
-            rounded = quantize_matrix(matrix, spec, name, feedback, share, whole=adapted or probe)
+            whole = adapted or probe
+            rounded = quantize_matrix(matrix, spec, name, feedback, share, whole)
             stored = weight_bits(shape.rows, shape.columns, rounded.qparams)
-            every = 1 if adapted or probe else share
+            every = 1 if whole else share
             residual = torch.zeros_like(matrix)
             residual[::every] = matrix[::every] - rounded.dequantized
             found.append(Choice(spec, 0, 0, stored, energy(residual)))

@@ -150,6 +150,22 @@ def test_large_layers_are_tried_by_a_share_of_their_rows(
             assert all(map(torch.equal, found_probes, probes))
 
 
+@pytest.mark.parametrize("size", [1e-16, 1.0])
+def test_a_share_of_rows_of_any_size(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rows of the share are pruned, all rows are looked at."""
+    net = nn.Sequential(nn.Linear(16, 12)).requires_grad_(False)
+    net[0].weight.mul_(size)
+    net[0].weight[0] = net[0].weight[6] = 0
+    calibration = Calibration(net, [torch.randn(64, 16)])
+    whole, _, _ = ladders_of(calibration, adapter_bits=())._measure("0", QuantSpec())
+    for share in (5, 6):
+        work = 12 * 16 * 16 / share
+        monkeypatch.setattr("cora.planning._ROUNDING_WORK", work)
+        found, _, _ = ladders_of(calibration, adapter_bits=())._measure("0", QuantSpec())
+        for a, b in zip(whole, found, strict=True):
+            assert a.loss == b.loss if share == 6 else 0.2 < b.loss / a.loss < 5
+
+
 def test_ladders_without_adapters(ladders: Ladders) -> None:
     """Every way of codes alone is there, those that adapters had beaten too; the ladders stay as they were."""
     before = {name: list(steps) for name, steps in ladders.steps.items()}
