@@ -394,7 +394,7 @@ def test_labels_as_probabilities() -> None:
     ("labels", "got"),
     [
         (torch.ones(16, 4).long(), r"\[\d+, 4\] of torch.int64 between 1 and 1"),
-        (torch.rand(16), "of torch.float32 between"),
+        (torch.linspace(0, 1, 16), "of torch.float32 between"),
         (torch.full((16,), 4), "of torch.int64 between 4 and 4"),
         (torch.full((16,), -1), "between -1 and -1"),
         ([0] * 16, "got list"),
