@@ -60,16 +60,14 @@ class Chooser:
     def fitted(
         self,
         layers: Mapping[str, QuantizedLayer],
-        ranks: Mapping[str, int],
-        widths: Mapping[str, int],
+        ways: Mapping[str, Way],
         in_order: bool = True,
         others: Mapping[str, Way] | None = None,
     ) -> FittedLayers:
         return fit_layers(
             self.calibration,
             layers,
-            ranks,
-            widths,
+            ways,
             self.fit,
             self.evaluator(),
             self.propagate and in_order,
@@ -97,6 +95,12 @@ class Chooser:
                 iterations = self.search.iterations if self.search.plan == "search" else 0
                 return search_plan(ladders, budget, self.evaluator(), iterations, self.progress)
 
+            def ways_of(plan: Plan) -> dict[str, Way]:
+                return {
+                    name: Way(choice.spec, choice.rank, choice.adapter_bits or tried[0])
+                    for name, choice in plan.choices.items()
+                }
+
             def fitted(plan: Plan, rival: Plan | None) -> FittedLayers:
                 layers = {
                     name: quantize_layer(
@@ -104,15 +108,10 @@ class Chooser:
                     )
                     for name, way in plan.choices.items()
                 }
-                ranks = {name: way.rank for name, way in plan.choices.items()}
-                widths = {name: way.adapter_bits or tried[0] for name, way in plan.choices.items()}
-                others = {} if rival is None else rival.choices
-                ways = {
-                    name: Way(way.spec, way.rank, way.adapter_bits or tried[0])
-                    for name, way in others.items()
-                    if way != plan.choices[name]
-                }
-                return self.fitted(layers, ranks, widths, in_order, ways)
+                ways = ways_of(plan)
+                others = {} if rival is None else ways_of(rival)
+                differing = {name: way for name, way in others.items() if way != ways[name]}
+                return self.fitted(layers, ways, in_order, differing)
 
             return fit_within_budget(ladders, planned, fitted, self.evaluator())
 
@@ -163,7 +162,8 @@ class Chooser:
             lambda adapter: (plain_bits + adapter) / weights,
             self.progress,
         )
-        fitted = self.fitted(layers, result.ranks, dict.fromkeys(self.specs, width))
+        ways = {name: Way(spec, result.ranks[name], width) for name, spec in self.specs.items()}
+        fitted = self.fitted(layers, ways)
         return fitted, {
             "method": result.method,
             "candidates": result.candidates,

@@ -143,8 +143,7 @@ class FittedLayers:
 def fit_layers(
     calibration: Calibration,
     layers: Mapping[str, QuantizedLayer],
-    ranks: Mapping[str, int],
-    widths: Mapping[str, int],
+    ways: Mapping[str, Way],
     fit: Fit,
     evaluator: Evaluator,
     in_order: bool = True,
@@ -156,7 +155,7 @@ def fit_layers(
 
     Args:
         layers: each quantized by itself.
-        ranks, widths: of the adapters: ranks, and bits of their elements.
+        ways: how they are stored.
         evaluator: of the float model, says what is closer.
         in_order: whether to try.
         correct_means: whether layers fitted in order get biases that keep the means of their outputs.
@@ -165,21 +164,15 @@ def fit_layers(
     adapters = {}
     for name, quantized in layers.items():
         # Rank 0 where an adapter's own rounding costs more than it wins.
-        moment = calibration.moment(name) if ranks[name] and fit == "weighted" else None
+        way = ways[name]
+        moment = calibration.moment(name) if way.rank and fit == "weighted" else None
         matrix = calibration.matrix(name)
-        adapters[name] = _useful(quantized.fit, matrix, ranks[name], widths[name], moment)
+        adapters[name] = _useful(quantized.fit, matrix, way.rank, way.adapter_bits, moment)
     alone = FittedLayers(layers, adapters, calibration.model, False)
     if not in_order:
         return alone
-    specs = {name: quantized.spec for name, quantized in layers.items()}
     ordered = _fit_in_order(
-        calibration,
-        {name: Way(spec, ranks[name], widths[name]) for name, spec in specs.items()},
-        others or {},
-        fit,
-        correct_means,
-        evaluator.simulate,
-        progress,
+        calibration, ways, others or {}, fit, correct_means, evaluator.simulate, progress
     )
     # A few samples weigh more than all others: their mean alone has taken the worse one.
     gain = ordered.losses(evaluator) - alone.losses(evaluator)

@@ -232,7 +232,7 @@ def test_rivals_are_fitted_to_the_same_inputs() -> None:
     calibration = Calibration(trained_net(), batches(4))
     specs = dict.fromkeys(calibration.layers, QuantSpec(3))
     layers = {name: quantize_layer(name, calibration, spec, None) for name, spec in specs.items()}
-    none, widths = dict.fromkeys(specs, 0), dict.fromkeys(specs, 4)
+    ways = {name: Way(spec, 0, 4) for name, spec in specs.items()}
     evaluator = Evaluator(calibration, 64, 16, 32, 0, lambda _: nullcontext())
     others = {
         "stem": Way(QuantSpec(3), 0, 4),
@@ -240,9 +240,7 @@ def test_rivals_are_fitted_to_the_same_inputs() -> None:
         "head": Way(QuantSpec(2), 0, 4),
     }
     alone, beside = (
-        fit_layers(
-            calibration, layers, none, widths, "weighted", evaluator, others=o, progress=False
-        )
+        fit_layers(calibration, layers, ways, "weighted", evaluator, others=o, progress=False)
         for o in (None, others)
     )
     assert alone.in_order and not alone.rivals
