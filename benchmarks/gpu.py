@@ -454,23 +454,21 @@ def shell(*command: str, seconds: float) -> dict[str, Any]:
     return {"code": result.returncode, "seconds": time.perf_counter() - begin, "output": output}
 
 
+HEAD = """| case | us | IQR | baseline | baseline us | x | accept | % of floor | error | others |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(r: Row) -> str:
+    others = ", ".join(f"{name} {us:.1f}" for name, us in r.others.items() if name != r.baseline)
+    accept = "" if r.accept is None else f"{r.accept} {'ok' if r.ratio >= r.accept else 'MISSED'}"
+    return (
+        f"| {r.group} {r.name} | {r.us:.1f} | {r.iqr_us:.1f} | {r.baseline} | {r.baseline_us:.1f} | "
+        f"{r.ratio:.2f} | {accept} | {100 * r.floor_us / r.us:.0f} | {r.error:.1e} | {others} |"
+    )
+
+
 def table(rows: Sequence[Row]) -> str:
-    lines = [
-        "| case | us | IQR | baseline | baseline us | x | accept | % of floor | error | others |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        others = ", ".join(
-            f"{name} {us:.1f}" for name, us in r.others.items() if name != r.baseline
-        )
-        accept = (
-            "" if r.accept is None else f"{r.accept} {'ok' if r.ratio >= r.accept else 'MISSED'}"
-        )
-        lines.append(
-            f"| {r.group} {r.name} | {r.us:.1f} | {r.iqr_us:.1f} | {r.baseline} | {r.baseline_us:.1f} | "
-            f"{r.ratio:.2f} | {accept} | {100 * r.floor_us / r.us:.0f} | {r.error:.1e} | {others} |"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEAD, *map(line, rows)])
 
 
 def rehearse(groups: Sequence[str]) -> list[str]:
@@ -513,8 +511,7 @@ def main() -> None:
     begin = time.perf_counter()
 
     if args.backend == "emulated":
-        for line in rehearse(args.only):
-            print(line)
+        print("\n".join(rehearse(args.only)))
         print("The emulator says nothing about speed: no GPU was timed.")
         return
     if not torch.cuda.is_available():
@@ -555,28 +552,42 @@ def main() -> None:
     report["bandwidth"] = peak
     rows: list[Row] = []
     late: list[str] = []
+    failed: dict[str, str] = {}
+
+    def write() -> None:
+        report["rows"] = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        report["not_run_for_time"], report["failed"] = late, failed
+        report["seconds"] = time.perf_counter() - begin
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report, indent=1))
+
     warpgroups = capability == "90"
     for case in Cases("cuda", torch.ops.cora, False, warpgroups).all(args.only):
+        name = f"{case.group} {case.name}"
         if case.group not in args.only:
             continue
         if time.perf_counter() - begin > args.seconds:
-            late.append(f"{case.group} {case.name}")
+            late.append(name)
             continue
-        rows.append(measure(case, peak))
+        try:
+            rows.append(measure(case, peak))
+            print(line(rows[-1]), flush=True)
+        except RuntimeError as error:  # the other cases are still worth their time
+            failed[name] = str(error)
+            print(f"FAILED {name}: {error}", flush=True)
         torch.cuda.empty_cache()
-    report["rows"] = [{**asdict(row), "ratio": row.ratio} for row in rows]
-    report["not_run_for_time"] = late
+        write()
     if "svd" in args.only:
         report["svd"] = time_factors()
-    report["seconds"] = time.perf_counter() - begin
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report, indent=1))
+    write()
     print(
         f"{report['device']}, torch {report['torch']}, {peak / 1e12:.2f} TB/s, {report['seconds']:.0f} s"
     )
     print(table(rows))
     if late:
         print("not run for lack of time:", "; ".join(late))
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
