@@ -8,7 +8,7 @@
 
 namespace cora::cuda {
 
-constexpr int kApiVersion = 3;
+constexpr int kApiVersion = 4;
 
 /// Matrix x seen as [rows, cols] with scale and zero_point [q_rows, groups]; q_rows is 1 or rows.
 struct QuantizeShape {
@@ -50,9 +50,9 @@ struct Plan {
   int32_t method;
   int32_t tokens, out_height, out_width;
   int32_t tile, stages, tiles, workers, t_splits;
-  bool fused, staged;
+  bool fused, staged, early;
   int32_t staged_channels;
-  int64_t x_at, ranges_at, x_scale_at, x_zero_at, t_at, partial_at, tickets_at, tickets_bytes, bytes;
+  int64_t x_at, ranges_at, x_scale_at, x_zero_at, t_at, partial_at, tickets_at, bytes;
 };
 
 /// Every function returns null, or a static text that says what failed. All work is put on `stream`; none waits.

@@ -65,15 +65,21 @@ struct Dequantize {
     return pack2<T>(f, f);
   }
 
-  /// The zero-point of a row as fma's addend. Half ends at 65504: a zero-point far beyond the codes is brought to
-  /// 32768, and the scale takes the rest; what the codes then still add is below Half's precision of the weight.
-  static CORA_DEVICE uint32_t zero(float& scale, float zero_point, int h) {
-    if (kHalf && (zero_point > 32768.0f || zero_point < -32768.0f)) {
-      const float limit = zero_point > 0 ? 32768.0f : -32768.0f;
-      scale *= (zero_point > 0 ? zero_point : -zero_point) * (1.0f / 32768.0f);
-      zero_point = limit;
-    }
-    const float c = -(base(h) + zero_point);
+  /// Half ends at 65504: a zero-point far beyond the codes is brought to 32768, and the scale takes the rest; what the
+  /// codes then still add is below Half's precision of the weight.
+  static constexpr float kFarthest = 32768.0f;
+  static CORA_DEVICE bool is_far(float zero_point) {
+    return kHalf && (zero_point > kFarthest || zero_point < -kFarthest);
+  }
+  static CORA_DEVICE void bring_near(float& scale, float& zero_point) {
+    if (!is_far(zero_point)) return;
+    const float limit = zero_point > 0 ? kFarthest : -kFarthest;
+    scale *= (zero_point > 0 ? zero_point : -zero_point) * (1.0f / kFarthest);
+    zero_point = limit;
+  }
+  /// The zero-point of a row, not far, as fma's addend.
+  static CORA_DEVICE uint32_t zero(float zero_point, int h) {
+    const float c = -base(h) - zero_point;
     return pack2<T>(c, c);
   }
 
@@ -124,8 +130,7 @@ CORA_DEVICE uint32_t subtract_bytes(uint32_t codes, uint32_t zero) {
 template <typename T>
 CORA_DEVICE void adapter_operand(const Codes<8>& codes, int step, uint32_t (&out)[4]) {
   const float zero_float[2] = {128.0f, 128.0f};
-  float one = 1.0f;
-  const uint32_t zero[2] = {Dequantize<T, 8>::zero(one, 128.0f, 0), Dequantize<T, 8>::zero(one, 128.0f, 1)};
+  const uint32_t zero[2] = {Dequantize<T, 8>::zero(128.0f, 0), Dequantize<T, 8>::zero(128.0f, 1)};
   Dequantize<T, 8>::operand(codes, step, zero, zero_float, out);
 }
 
@@ -142,11 +147,32 @@ struct RowParameters {
       zero[h] = static_cast<uint32_t>(C::kBits == 8 ? near & 0xff : near) * 0x01010101u;
       return near - static_cast<int>(q.y);
     } else {
+      using Codec = Dequantize<typename C::T, C::kBits>;
       scale[h] = q.x;
       zero_float[h] = q.y;
-      zero[h] = Dequantize<typename C::T, C::kBits>::zero(scale[h], q.y, h);
+      Codec::bring_near(scale[h], zero_float[h]);
+      zero[h] = Codec::zero(zero_float[h], h);
       scale16[h] = pack2<typename C::T>(scale[h], scale[h]);
       return 0;
+    }
+  }
+
+  /// Both rows, 16-bit x. Far zero-points are rare: one vote of the warp instead of a choice for each.
+  CORA_DEVICE void set_both(float2 low, float2 high) {
+    using Codec = Dequantize<typename C::T, C::kBits>;
+    const float2 q[2] = {low, high};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      scale[h] = q[h].x;
+      zero_float[h] = q[h].y;
+    }
+    if (Codec::kHalf && warp_any(Codec::is_far(low.y) || Codec::is_far(high.y)))
+#pragma unroll
+      for (int h = 0; h < 2; ++h) Codec::bring_near(scale[h], zero_float[h]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      zero[h] = Codec::zero(zero_float[h], h);
+      scale16[h] = pack2<typename C::T>(scale[h], scale[h]);
     }
   }
 

@@ -14,6 +14,7 @@
 //           The adapter: `fused` computes t in the same loop from the same stages (the four warps along N share the
 //           work: rank tile w % tiles, each its own share of the inputs); otherwise t comes in as partial sums of an
 //           earlier pass. Then B t is ceil(r / 16) more steps on the same accumulators, before they are stored.
+//           Few tokens of 16-bit x: see multiply_by_stream (gemm_stream.cuh).
 //           Tiles of warpgroups (sm_90a, 8-bit x): see multiply_by_warpgroups.
 //           stream-K: where tiles of y do not fill the card evenly, blocks of threads share the stages of all tiles
 //           evenly, whole tiles or parts. Who computes a part leaves its accumulators in `partial`; the last to arrive
@@ -21,7 +22,7 @@
 // Cost:     W once per kBlockM tokens, x once per kBlockN channels; see docs/cuda.md for bytes and occupancy.
 #pragma once
 
-#include "cuda/gemm_tile.cuh"
+#include "cuda/gemm_stream.cuh"
 
 namespace cora::cuda {
 
@@ -197,10 +198,25 @@ CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>&
 
 // --- After the loop --------------------------------------------------------------------------------------------------
 
-/// Stages begin .. end - 1 of a tile of y.
+/// Stages begin .. end - 1 of a tile of y; whether it is the last of its block of threads.
 struct Piece {
   int tile, begin, end;
+  bool last;
 };
+
+/// The piece of number `round` of this block of threads. The block is reread: a piece is found again after the loop over
+/// K rather than kept in registers around it.
+CORA_DEVICE Piece piece_of(const Shares& shares, int round) {
+  const int worker = reread_block_index();
+  if (shares.each == 0) {
+    const int split = worker % shares.splits;
+    const auto stage = [&](int i) { return shares.stages * i / shares.splits; };  // splits are few
+    return {worker / shares.splits, stage(split), stage(split + 1), true};
+  }
+  const int first = shares.begin(worker), after = shares.begin(worker + 1), tile = first / shares.stages + round;
+  const int begin = tile * shares.stages, end = begin + shares.stages;
+  return {tile, round == 0 ? first - begin : 0, (after < end ? after : end) - begin, after <= end};
+}
 
 /// A part of the sum of a tile: accumulators meet in global memory. Whether this block came last, has the sums of all
 /// parts now, and goes on.
@@ -248,7 +264,7 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
   for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
 #pragma unroll
   for (int i = 0; i < C::kAccT; ++i) acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] = 0;
-#pragma unroll 1
+#pragma unroll (C::kParts < 16 ? 16 / C::kParts : 1)  // several loads under way
   for (int worker = first; worker <= last; ++worker) {
     const Acc* const part = partial(worker);
 #pragma unroll
@@ -292,6 +308,7 @@ CORA_DEVICE void add_adapter(const Block<C>& block,
               acc_t[j / C::kRankCols][0][j % C::kRankCols][e];
     block_sync();
   }
+#pragma unroll 1
   for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
     const int token = i / (ranks / 2), first_rank = i % (ranks / 2) * 2, m = first_token + token;
     float v[2];
@@ -306,7 +323,7 @@ CORA_DEVICE void add_adapter(const Block<C>& block,
         if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
         t = static_cast<float>(sum);
       } else if (m < p.m) {
-#pragma unroll 8  // several loads under way
+#pragma unroll 16  // several loads under way
         for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
       }
       v[e] = t * p.adapter_scale[r];
@@ -318,6 +335,7 @@ CORA_DEVICE void add_adapter(const Block<C>& block,
       store(shared + token * pitch + first_rank * 2, pack2<T>(v[0], v[1]));
   }
   block_sync();
+#pragma unroll (C::kStream && C::kCols <= 2 ? 4 : 1)
   for (int tile = 0; tile < p.rank_tiles; ++tile) {
     Codes<8> b[C::kRows];
 #pragma unroll
@@ -384,6 +402,7 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
                     e.out_strides.channel == 1 && e.out_strides.pixel % 8 == 0 && e.out_strides.row % 8 == 0 &&
                     e.out_strides.item % 8 == 0 && reinterpret_cast<uintptr_t>(e.out) % 16 == 0 && p.n % 8 == 0;
   if (wide) {
+#pragma unroll 1
     for (int i = tid; i < tokens * (C::kBlockN / 8); i += C::kThreads) {
       const int token = i / (C::kBlockN / 8), n = i % (C::kBlockN / 8) * 8;
       if (n >= channels) continue;
@@ -405,6 +424,7 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
   }
   // Neighbouring threads take neighbouring elements of y: channels, or pixels if those are adjacent.
   const bool by_channel = e.out_strides.channel == 1;
+#pragma unroll 1
   for (int i = tid; i < C::kBlockM * C::kBlockN; i += C::kThreads) {
     const int token = by_channel ? i / C::kBlockN : i % C::kBlockM, n = by_channel ? i % C::kBlockN : i / C::kBlockM;
     if (token >= tokens || n >= channels) continue;
@@ -416,29 +436,25 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
 
 // --- The kernel ----------------------------------------------------------------------------------------------------
 
+/// Whether it was the block's last piece.
 template <typename C>
-CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
+CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   using Acc = typename Block<C>::Acc;
-  const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
-  const int first_panel = piece.tile % n_blocks * C::kPanels;
-  const int first_token = piece.tile / n_blocks * C::kBlockM;
   const bool fused = C::kFuses && p.fused;
   const int fused_tiles = fused ? p.rank_tiles : 0;
   const int stage_bytes = C::kAdapterAt + C::kTilesK * fused_tiles * 1024;
+  Piece piece = piece_of(p.shares, round);
   const int begin = piece.begin * C::kTilesK;
   const int end = piece.end == p.shares.stages ? p.walk.blocks() : piece.end * C::kTilesK;
   const bool segmented = C::kGrouped && p.grouped;
 
-  Block<C> block(p, first_panel, first_token, end);
-  const int lane = block.lane, group = block.group, quad = block.quad;
-  const int warp_n = block.warp_n, warp_m = block.warp_m;
-  char* const shared = block.shared;
+  Block<C> block(p, piece.tile, end);
   const auto panel_of = [&](int i) { return block.panel_of(i); };
   const auto token_of = [&](int j, int e) { return block.token_of(j, e); };
 
 #pragma unroll 1
   for (int s = 0; s < C::kAhead; ++s) {
-    if (begin + s * C::kTilesK < end) block.copy_stage(begin + s * C::kTilesK, shared + s * stage_bytes);
+    if (begin + s * C::kTilesK < end) block.fill_stage(begin + s * C::kTilesK, block.shared + s * stage_bytes);
     async_commit();
   }
 
@@ -453,7 +469,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
 #pragma unroll
     for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) left_over |= rows[i].set(h, block.qparams_of(0, warp_n * C::kRows + i, h), p.bits);
+      for (int h = 0; h < 2; ++h) left_over |= rows[i].set(h, block.qparams_of(0, block.warp_n * C::kRows + i, h), p.bits);
     if constexpr (C::kInt8) {
 #pragma unroll
       for (int mask = 1; mask < 32; mask *= 2) left_over |= shuffle_xor(left_over, mask);
@@ -471,11 +487,11 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
       for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float2 q = block.qparams_of(segment, warp_n * C::kRows + i, h);
+          const float2 q = block.qparams_of(segment, block.warp_n * C::kRows + i, h);
           RowParameters<C> row;
           scale[i][h] = q.x;
           left_over[i][h] = row.set(h, q, p.bits);
-          const int64_t at = (static_cast<int64_t>(segment) * p.panels + panel_of(i)) * kTileRows + group + 8 * h;
+          const int64_t at = (static_cast<int64_t>(segment) * p.panels + panel_of(i)) * kTileRows + block.group + 8 * h;
           sums[i][h] = panel_of(i) < p.panels ? load<int32_t>(p.sums + at) : 0;
         }
 #pragma unroll
@@ -487,7 +503,7 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int32_t zero_x = p.x_zero[block.item_of(token_of(j, e))];
-          const int32_t sum = shuffle(part, 4 * (2 * quad + e)) - zero_x * count;  // of x - zero_x
+          const int32_t sum = shuffle(part, 4 * (2 * block.quad + e)) - zero_x * count;  // of x - zero_x
 #pragma unroll
           for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
@@ -507,15 +523,20 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   // --- The loop over K ---
   if constexpr (C::kWarpgroup)
     multiply_by_warpgroups<C>(block, rows[0], begin, end, stage_bytes, fused_tiles, sum_x, acc, acc_t, x_sum);
+  else if constexpr (C::kStream)
+    multiply_by_stream<C>(block, rows[0], begin, end, segmented, acc);
   else
     multiply_by_warps<C>(block, rows, begin, end, stage_bytes, fused_tiles, segmented, sum_x, acc, acc_t, x_sum,
                          end_segment);
   async_wait<0>();
   block_sync();  // from here on the ring is free
+  piece = piece_of(p.shares, round);
+  block.find(piece.tile);
+  if (p.early) wait_for_launch_before();
 
   if (p.t_out == nullptr && (piece.begin > 0 || piece.end < p.shares.stages) &&
       !add_up_parts<C>(block, piece, acc, x_sum, acc_t))
-    return;
+    return piece.last;
 
   if constexpr (C::kInt8) {
     if (!segmented) end_segment(0);
@@ -531,12 +552,12 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
       for (int j = 0; j < C::kCols; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int m = first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + group + 8 * (e / 2);
+          const int m = block.first_token + token_of(j, e % 2), r = panel_of(i) * kTileRows + block.group + 8 * (e / 2);
           if (m < p.m && panel_of(i) < p.panels)
             store(t_out + static_cast<int64_t>(m) * ranks + r,
                   C::kInt8 ? total[i][j][e] : static_cast<float>(acc[i][j][e]));
         }
-    return;
+    return true;
   }
 
   // --- Scale ---
@@ -556,42 +577,29 @@ CORA_DEVICE void compute(const GemmArgs& p, const Piece& piece) {
   if (p.rank_tiles > 0) add_adapter<C>(block, acc_t, y);
 
   // --- Through shared memory, so that whole lines of y are written ---
-  float* const out = reinterpret_cast<float*>(shared);
+  float* const out = reinterpret_cast<float*>(block.shared);
 #pragma unroll
   for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
     for (int j = 0; j < C::kCols; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        out[token_of(j, e % 2) * C::kOutPitch + (warp_n * C::kRows + i) * kTileRows + group + 8 * (e / 2)] = y[i][j][e];
+        out[token_of(j, e % 2) * C::kOutPitch + (block.warp_n * C::kRows + i) * kTileRows + block.group + 8 * (e / 2)] = y[i][j][e];
   block_sync();
-  store_tile<C>(p, out, first_panel, first_token);
+  store_tile<C>(p, out, block.first_panel, block.first_token);
+  return piece.last;
 }
 
 template <typename C>
-CORA_GLOBAL(C::kThreads, 1) gemm_kernel(const GemmArgs p) {
-  const Shares& shares = p.shares;
-  const int worker = static_cast<int>(blockIdx.x);
-  Piece piece;
-  int left = 0;  // stages of this block after the piece
-  if (shares.each == 0) {
-    const int split = worker % shares.splits;
-    const auto stage = [&](int i) { return static_cast<int>(static_cast<int64_t>(shares.stages) * i / shares.splits); };
-    piece = {worker / shares.splits, stage(split), stage(split + 1)};
-  } else {
-    const int first = shares.begin(worker), tile = first / shares.stages, begin = first - tile * shares.stages;
-    const int end = begin + shares.begin(worker + 1) - first;
-    piece = {tile, begin, end < shares.stages ? end : shares.stages};
-    left = end - piece.end;
+CORA_GLOBAL(C::kThreads, C::kResident) gemm_kernel(const GemmArgs p) {
+  if (p.t_out != nullptr) {
+    let_next_launch_begin();
+    for (int i = static_cast<int>(blockIdx.x) * C::kThreads + reread_thread_index(); i < p.ticket_count;
+         i += p.shares.workers * C::kThreads)
+      p.tickets[i] = 0;
   }
 #pragma unroll 1
-  for (;;) {
-    compute<C>(p, piece);
-    if (left == 0) return;
-    block_sync();  // shared memory is the next tile's
-    piece = {piece.tile + 1, 0, left < shares.stages ? left : shares.stages};
-    left -= piece.end;
-  }
+  for (int round = 0; !compute<C>(p, round); ++round) block_sync();  // shared memory is the next tile's
 }
 
 }  // namespace cora::cuda

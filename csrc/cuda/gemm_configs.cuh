@@ -8,19 +8,21 @@ namespace cora::cuda {
 struct TileShape {
   int block_n, block_m;
   int stage_tiles;   // of K, in a stage
-  int stage_bytes;   // with weights of 4 bits
+  int stage_bytes;   // that a stage brings, with weights of 4 bits
   int partials;      // numbers a block leaves of a part of a tile
-  int resident;      // blocks that fit a multiprocessor by their registers
+  int resident;      // blocks that share a multiprocessor
   bool fuses;        // an adapter's t may come from the same pass
 };
 
 //                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
 template <typename T, int kBits>
-using Decode8 = Config<T, kBits, 8, 1, 1, 1, 2, 4>;  // 8 warps stream 16 channels each; one column tile of x
+using Decode8 = Config<T, kBits, 8, 1, 1, 1, 4, kBits == 8 ? 2 : 4>;  // a warp 16 channels, one column tile of x
 template <typename T, int kBits>
-using Decode16 = Config<T, kBits, 8, 1, 1, 2, 2, 4>;
+using Decode16 = Config<T, kBits, 8, 1, 1, 2, 4, kBits == 8 ? 2 : 3>;
 template <typename T, int kBits>
-using Middle64 = Config<T, kBits, 4, 2, 2, 4, 1, 4>;
+using Decode32 = Config<T, kBits, 16, 1, 1, 4, 2, kBits == 8 ? 2 : 3>;  // x through the caches half as often
+template <typename T, int kBits>
+using Decode64 = Config<T, kBits, kBits == 8 ? 8 : 16, 1, 1, 8, 2, 2>;
 template <typename T, int kBits>
 using Large128 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 3 : 4>;  // 64 accumulators a lane, 64 more when an adapter is fused
 template <typename T, int kBits>
@@ -30,20 +32,26 @@ using Large8 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 2 : 3, false>;
 template <typename T, int kBits>
 using Warpgroups8 = Config<T, kBits, 8, 1, 1, 16, 1, 4, false, true>;  // sm_90a
 
-enum Tile16 : int { kDecode8 = 0, kDecode16, kMiddle64, kLarge128 };
+enum Tile16 : int { kDecode8 = 0, kDecode16, kDecode32, kDecode64, kLarge128 };
 enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups8 };
 
 template <typename C>
 constexpr TileShape shape_of() {
-  return {C::kBlockN, C::kBlockM, C::kTilesK, C::kAdapterAt, C::kPartials, C::kBlockM <= 16 ? 2 : 1, C::kFuses};
+  return {C::kBlockN, C::kBlockM, C::kTilesK, C::kAdapterAt, C::kPartials, C::kResident, C::kFuses};
 }
-inline TileShape tile16_shape(int tile) {
+/// container: bits that a code takes in a tile.
+template <int kBits>
+TileShape tile16_shape_of(int tile) {
   switch (tile) {
-    case kDecode8: return shape_of<Decode8<Half, 4>>();
-    case kDecode16: return shape_of<Decode16<Half, 4>>();
-    case kMiddle64: return shape_of<Middle64<Half, 4>>();
-    default: return shape_of<Large128<Half, 4>>();
+    case kDecode8: return shape_of<Decode8<Half, kBits>>();
+    case kDecode16: return shape_of<Decode16<Half, kBits>>();
+    case kDecode32: return shape_of<Decode32<Half, kBits>>();
+    case kDecode64: return shape_of<Decode64<Half, kBits>>();
+    default: return shape_of<Large128<Half, kBits>>();
   }
+}
+inline TileShape tile16_shape(int tile, int container) {
+  return container == 8 ? tile16_shape_of<8>(tile) : tile16_shape_of<4>(tile);
 }
 inline TileShape tile8_shape(int tile) {
   switch (tile) {
@@ -55,9 +63,9 @@ inline TileShape tile8_shape(int tile) {
 
 template <typename C>
 const char* launch_gemm(const GemmArgs& args, void* stream) {
-  return launch(gemm_kernel<C>, Dim3{static_cast<unsigned>(args.shares.workers), 1, 1}, C::kThreads,
-                static_cast<size_t>(C::shared_bytes(args.t_out != nullptr ? 0 : args.rank_tiles, args.fused)), stream,
-                args);
+  return launch_when(args.early, gemm_kernel<C>, Dim3{static_cast<unsigned>(args.shares.workers), 1, 1}, C::kThreads,
+                     static_cast<size_t>(C::shared_bytes(args.t_out != nullptr ? 0 : args.rank_tiles, args.fused)),
+                     stream, args);
 }
 
 /// Calls launch_gemm with the shape Shape<T, container>.
@@ -76,7 +84,8 @@ const char* dispatch16(int container, int tile, const GemmArgs& args, void* stre
   switch (tile) {
     case kDecode8: return with_container<Decode8, T>(container, args, stream);
     case kDecode16: return with_container<Decode16, T>(container, args, stream);
-    case kMiddle64: return with_container<Middle64, T>(container, args, stream);
+    case kDecode32: return with_container<Decode32, T>(container, args, stream);
+    case kDecode64: return with_container<Decode64, T>(container, args, stream);
     default: return with_container<Large128, T>(container, args, stream);
   }
 }

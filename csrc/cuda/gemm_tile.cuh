@@ -37,6 +37,7 @@ struct GemmArgs {
   int32_t height, width;           // of x: taps outside read zeros
   int32_t stride[2], padding[2], dilation[2], kernel_w;
   int32_t channels;  // of a pixel of x
+  bool contiguous;   // input i of the walk is channel i of the pixel
   FastDivide pixels, out_w, run, taps_w, segment_blocks;
   Walk walk;
   int32_t m, n, panels;
@@ -56,6 +57,8 @@ struct GemmArgs {
   void* partial;           // [workers][2][kParts][threads], float or int32
   unsigned* tickets;       // [tiles of y], zero before the launch
   float* t_out;            // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
+  int32_t ticket_count;    // ... and it clears these many tickets
+  bool early;              // launched while the pass before it runs: wait_for_launch_before before reading its results
   Epilogue epilogue;
 };
 
@@ -63,7 +66,8 @@ struct GemmArgs {
 
 /// kWarpsN x kWarpsM warps, each kRows tiles of 16 channels x kCols of 8 tokens; kDepth: 128-byte pieces of an x row
 /// a stage; kGrouped: the weight has scale groups (8-bit x pays registers for it, 16-bit x nothing); kWarpgroup: by
-/// warpgroup instructions.
+/// warpgroup instructions. 16-bit x with one warp along M (kStream): a tile of the weight is wanted by one warp alone,
+/// which copies it (multiply_by_stream).
 template <typename T_, int kBits_, int kWarpsN_, int kWarpsM_, int kRows_, int kCols_, int kDepth_, int kStages_,
           bool kGrouped_ = true, bool kWarpgroup_ = false>
 struct Config {
@@ -72,12 +76,16 @@ struct Config {
   static constexpr int kBits = kBits_, kWarpsN = kWarpsN_, kWarpsM = kWarpsM_, kRows = kRows_, kCols = kCols_;
   static constexpr int kDepth = kDepth_, kStages = kStages_;
   static constexpr bool kWarpgroup = kWarpgroup_;
+  static constexpr bool kStream = !kInt8 && kWarpsM == 1;
   static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsM == 1 && kRows == 1 && kCols == 16));
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
   static constexpr int kPanels = kBlockN / kTileRows;
   static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
+  /// Blocks that share a multiprocessor, for which the compiler is to find registers.
+  static constexpr int kResident = !kStream ? 1 : 512 / kThreads;
+  static_assert(!kStream || (kRows == 1 && kTilesK % 2 == 0 && kTilesK <= 4));
   /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
   static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
   /// Whether an adapter may be fused: not where few tokens of 16-bit x leave the call bound by bytes (see plan).
@@ -85,7 +93,7 @@ struct Config {
   /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
   static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kFuses ? kCols : 1;
   /// Scale groups of 16-bit x: with few tokens the sums of a tile are scaled, else its weights, whichever are fewer.
-  static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 < kRows * 16;
+  static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 <= kRows * 16;
   /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
   static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0;
   static constexpr int kAccT = kFuses ? kRankParts * kRankCols * 4 : 0;
@@ -133,17 +141,12 @@ struct Block {
   const char* row[kLoadRows];
   int row_y[kLoadRows], row_x[kLoadRows];
 
-  CORA_DEVICE Block(const GemmArgs& args, int panel, int token, int end)
-      : p(args), shared(shared_memory()), first_panel(panel), first_token(token), end_block(end) {
-    tid = reread_thread_index();
-    lane = tid % 32;
-    group = lane / 4;
-    quad = lane % 4;
-    warp_n = tid / 32 % C::kWarpsN;
-    warp_m = tid / 32 / C::kWarpsN;
+  CORA_DEVICE Block(const GemmArgs& args, int tile_of_y, int end)
+      : p(args), shared(shared_memory()), end_block(end) {
+    find(tile_of_y);
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
-      const int m = first_token + tid / 8 + i * (C::kThreads / 8);
+      const int m = first_token + tid / 8 % C::kBlockM + i * (C::kThreads / 8);
       const uint32_t item = quotient(static_cast<uint32_t>(m), p.pixels);
       const uint32_t pixel = static_cast<uint32_t>(m) - item * p.pixels.divisor;
       const uint32_t y = quotient(pixel, p.out_w), x = pixel - y * p.out_w.divisor;
@@ -152,6 +155,19 @@ struct Block {
       row[i] = p.x + static_cast<int64_t>(item) * p.x_item + row_y[i] * p.x_row + row_x[i] * p.x_pixel;
       if (m >= p.m) row_y[i] = -(1 << 24);  // outside whatever the tap
     }
+  }
+
+  /// Again after the loop over K, so that it does not keep all this in registers.
+  CORA_DEVICE void find(int tile_of_y) {
+    const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
+    first_panel = tile_of_y % n_blocks * C::kPanels;
+    first_token = tile_of_y / n_blocks * C::kBlockM;
+    tid = reread_thread_index();
+    lane = tid % 32;
+    group = lane / 4;
+    quad = lane % 4;
+    warp_n = tid / 32 % C::kWarpsN;
+    warp_m = tid / 32 / C::kWarpsN;
   }
 
   /// The panel of this warp's row tile i; the token, within the block, of this lane's accumulators e of column tile j.
@@ -170,6 +186,68 @@ struct Block {
     if (panel >= p.panels) return float2{0.0f, 0.0f};
     return load<float2>(p.qparams + (segment * static_cast<int64_t>(p.panels) + panel) * kTileRows + group + 8 * h);
   }
+
+  /// kStream: copies x of tiles `block` .. of K to a stage.
+  CORA_DEVICE void copy_inputs(int block, char* stage) {
+    constexpr int kRowsOnce = C::kThreads / 8;                   // that all threads copy at a time, of the stage's pieces
+    constexpr int kCopies = C::kDepth * C::kBlockM / kRowsOnce;  // of a thread
+    const int chunk = tid % 8, first_row = tid / 8 % C::kBlockM;
+    char* const to = stage + tid / 8 * 128 + chunk_of<C>(first_row, chunk) * 16;
+    if (p.contiguous) {
+      const int first = (block + tid / 8 / C::kBlockM) * kTileInputs + chunk * C::kChunkInputs;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        const int piece = i * kRowsOnce / C::kBlockM, k = first + piece * kTileInputs;
+        const int r = i % kLoadRows;
+        const bool inside = static_cast<unsigned>(row_y[r]) < static_cast<unsigned>(p.height) &&
+                            static_cast<unsigned>(row_x[r]) < static_cast<unsigned>(p.width);
+        async_copy16(to + i * kRowsOnce * 128, row[r] + int64_t{k} * 2, inside && k < p.channels && k < end_block * kTileInputs);
+      }
+      return;
+    }
+#pragma unroll (kLoadRows)  // registers for no more
+    for (int i = 0; i < kCopies; ++i) {
+      const int r = i % kLoadRows;
+      const int kb = block + tid / 8 / C::kBlockM + i * kRowsOnce / C::kBlockM;
+      const int segment = static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks));
+      const auto k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs +
+                                           chunk * C::kChunkInputs);
+      const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
+      const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
+      const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
+      const bool valid = kb < end_block && tap < p.walk.taps && channel < p.walk.segment_channels &&
+                         static_cast<unsigned>(row_y[r] + dy) < static_cast<unsigned>(p.height) &&
+                         static_cast<unsigned>(row_x[r] + dx) < static_cast<unsigned>(p.width);
+      const int64_t offset = dy * p.x_row + dx * p.x_pixel +
+                             static_cast<int64_t>(segment * p.walk.segment_channels + channel) * 2;
+      async_copy16(to + i * kRowsOnce * 128, row[r] + offset, valid);
+    }
+  }
+
+  /// kStream: a warp copies its own tiles `block` .. of the weight to a stage, and their scales: of every tile, or, if
+  /// scale groups hold an even number of them, of every other. Beyond K the last tile again: x is zero there, but scales
+  /// must be numbers.
+  CORA_DEVICE void copy_own_weights(int block, char* stage) {
+    const int panel = panel_of(0);
+    if (panel >= p.panels) return;
+    constexpr int kChunks = C::kTileBytes / 16;  // of a tile
+    char* const to = stage + C::kWeightAt + warp_n * C::kTileBytes;
+    const auto within = [&](int kb) { return static_cast<uint32_t>(kb < end_block ? kb : end_block - 1); };
+#pragma unroll
+    for (int i = 0; i < C::kTilesK * kChunks / 32; ++i) {
+      const int tile = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
+      const uint8_t* const from = p.w + uint64_t{static_cast<uint32_t>(panel)} * C::kTileBytes + chunk * 16;
+      async_copy16(to + tile * (C::kPanels * C::kTileBytes) + chunk * 16,
+                   from + uint64_t{within(block + tile)} * static_cast<uint32_t>(p.panels * C::kTileBytes));
+    }
+    const int tile = lane / 8 * (scales_by_tiles() ? 1 : 2);
+    if (p.grouped && tile < C::kTilesK) {
+      const uint32_t segment = quotient(within(block + tile), p.segment_blocks);
+      const float2* const q = p.qparams + uint64_t{segment * p.panels + panel} * kTileRows + lane % 8 * 2;
+      async_copy16(stage + C::kScaleAt + (tile * C::kBlockN + warp_n * kTileRows + lane % 8 * 2) * 8, q);
+    }
+  }
+  CORA_DEVICE bool scales_by_tiles() const { return p.walk.blocks_per_segment % 2 != 0; }
 
   /// Copies tiles `block` .. of K to a stage.
   CORA_DEVICE void copy_stage(int block, char* stage) {
@@ -228,6 +306,15 @@ struct Block {
     }
   }
 
+  CORA_DEVICE void fill_stage(int block, char* stage) {
+    if constexpr (C::kStream) {
+      copy_own_weights(block, stage);
+      copy_inputs(block, stage);
+    } else {
+      copy_stage(block, stage);
+    }
+  }
+
   /// Waits for stage `stage` of the ring, which holds tiles k .. of K, and sets the copy of the tiles kAhead stages
   /// later going: to the place that was read last, or by warpgroups the time before.
   CORA_DEVICE const char* next_stage(int k, int stage, int stage_bytes) {
@@ -236,7 +323,7 @@ struct Block {
     block_sync();
     const int free = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
     const int ahead = k + C::kAhead * C::kTilesK;
-    if (ahead < end_block) copy_stage(ahead, shared + free * stage_bytes);
+    if (ahead < end_block) fill_stage(ahead, shared + free * stage_bytes);
     async_commit();
     return shared + stage * stage_bytes;
   }

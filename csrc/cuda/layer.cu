@@ -1,7 +1,7 @@
 // Host side of a layer call: choice of kernel, tile and sharing, the workspace, the launches in order:
 //   8-bit x:  range of x (dynamic), its scale and zero-point, its codes inside a border
 //   16-bit x: a channels-last, aligned copy where x is not
-//   then t = x A^T where it is not fused, zero tickets where tiles are shared, and the GEMM.
+//   then t = x A^T where it is not fused, which clears the tickets where tiles are shared, and the GEMM.
 #include "cuda/layer.cuh"
 
 #include "cuda/gemm_configs.cuh"
@@ -15,7 +15,15 @@ namespace cora::cuda {
 namespace {
 
 constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr int64_t kMergeTokens = 256;
+constexpr int64_t kMergeTokens = 129;
+constexpr int kThreads = 256;
+
+/// No part of a tile has arrived yet.
+CORA_GLOBAL(kThreads, 1) clear_tickets_kernel(unsigned* const tickets, const int count) {
+  let_next_launch_begin();
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (i < count) tickets[i] = 0;
+}
 
 int64_t reach(const LayerShape& s, int d) { return static_cast<int64_t>(s.dilation[d]) * (s.kernel[d] - 1) + 1; }
 
@@ -32,11 +40,14 @@ int64_t tiles_of(const TileShape& tile, int64_t n, int64_t m) {
   return (n + tile.block_n - 1) / tile.block_n * ((m + tile.block_m - 1) / tile.block_m);
 }
 
-/// How many ways to split K where each part has a place of its own: enough blocks for the card, at least four stages
-/// each, and few parts: every block of the next pass reads them all.
-int split_count(int64_t tiles, int stages, int places, int block_m) {
-  int64_t splits = places / tiles, most = block_m <= 16 ? 16 : 8;
-  if (splits > stages / 4) splits = stages / 4;
+/// Fewer stages than this are not worth a block of threads.
+int least_stages(const TileShape& tile) { return tile.stage_tiles >= 4 ? 1 : 4; }
+
+/// How many ways to split K where each part has a place of its own: enough blocks for the card, and few parts: every
+/// block of the next pass reads them all.
+int split_count(const TileShape& tile, int64_t tiles, int stages, int places) {
+  int64_t splits = places / tiles, most = tile.block_m <= 16 ? 16 : 8;
+  if (splits > stages / least_stages(tile)) splits = stages / least_stages(tile);
   if (splits > most) splits = most;
   return splits < 1 ? 1 : static_cast<int>(splits);
 }
@@ -48,16 +59,16 @@ struct Sharing {
 };
 
 /// Blocks of threads for the tiles of y: one each, or, if that is sooner done, as many as the card holds at once. In
-/// stages of a tile: rounds of whole tiles, or an even share, at least four, and what parts cost: a block writes two at
-/// most, and reads those of one tile. A part is taken for a stage of waiting, and its bytes for a quarter of a stage's,
-/// as they stay in the second-level cache: estimates, not timed yet.
+/// stages of a tile: rounds of whole tiles, or an even share, and what parts cost: a block writes two at most, and reads
+/// those of one tile. A part is taken for two tiles of waiting (of K; at most a stage), and its bytes for a quarter of a
+/// stage's, as they stay in the second-level cache.
 Sharing share(const TileShape& tile, int64_t n, int64_t tokens, int64_t tiles_k, int multiprocessors) {
   const int64_t tiles = tiles_of(tile, n, tokens), places = int64_t{multiprocessors} * tile.resident;
   const auto stages = static_cast<int>((tiles_k + tile.stage_tiles - 1) / tile.stage_tiles);
-  const int64_t all = tiles * stages, workers = all / 4 < places ? all / 4 : places;
+  const int64_t all = tiles * stages, most = all / least_stages(tile), workers = most < places ? most : places;
   const double whole = static_cast<double>((tiles + places - 1) / places) * stages;
   if (all > kInt32Max || workers < 1 || workers == tiles) return {tiles, stages, static_cast<int>(tiles), whole};
-  const double part = 1 + 4.0 * tile.partials / (4.0 * tile.stage_bytes);
+  const double part = (tile.stage_tiles > 2 ? 2.0 / tile.stage_tiles : 1) + 4.0 * tile.partials / (4.0 * tile.stage_bytes);
   const double parts = 3 + static_cast<double>(workers) / static_cast<double>(tiles);
   const double shared = static_cast<double>(all) / static_cast<double>(workers) + part * parts;
   if (shared < whole) return {tiles, stages, static_cast<int>(workers), shared};
@@ -65,7 +76,16 @@ Sharing share(const TileShape& tile, int64_t n, int64_t tokens, int64_t tiles_k,
 }
 
 int tile16_for(int64_t tokens) {
-  return tokens <= 8 ? kDecode8 : tokens <= 16 ? kDecode16 : tokens <= 64 ? kMiddle64 : kLarge128;
+  return tokens <= 8 ? kDecode8 : tokens <= 16 ? kDecode16 : tokens <= 32 ? kDecode32 : tokens <= 128 ? kDecode64 : kLarge128;
+}
+
+/// Whether the library holds code of its own for the device's sm_90: that alone knows early launches.
+bool has_early_launches([[maybe_unused]] const Device& device) {
+#if defined(CORA_WARPGROUPS)
+  return device.major == 9;
+#else
+  return false;
+#endif
 }
 
 /// Whether to use warpgroup instructions: not before they have been timed on a GPU, unless the environment says so.
@@ -102,7 +122,8 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   if (const char* error = query(&device)) return error;
   const Walk w = walk_of(s);
   const Parts parts = parts_of(s);
-  const auto shape = [&](int tile) { return integer ? tile8_shape(tile) : tile16_shape(tile); };
+  const int container = container_bits(s.bits);
+  const auto shape = [&](int tile) { return integer ? tile8_shape(tile) : tile16_shape(tile, container); };
   const auto sharing_of = [&](int tile) { return share(shape(tile), s.n, tokens, w.blocks(), device.multiprocessors); };
   p.tile = integer ? kSmall8 : tile16_for(tokens);
   Sharing sharing = sharing_of(p.tile);
@@ -125,12 +146,14 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   // Fused: each block of channels computes t again (16 ranks: 1/8 more work), which is cheaper than another pass over
   // the windows of x; but decoding is bound by bytes.
   // As many tiles of A as the stages have room for in the 99 KiB of shared memory that every GPU has.
-  const bool wide = container_bits(s.bits) == 8;
+  const bool wide = container == 8;
   const int most_tiles = integer ? (wide && p.tile == kSmall8 ? 1 : 4) : (wide ? 4 : 2);
   p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && tile.fuses;
-  p.t_splits = s.rank == 0 || p.fused ? 0
-               : integer              ? 1
-                                      : split_count(tiles_of(tile, s.rank, tokens), p.stages, places, tile.block_m);
+  p.t_splits = s.rank == 0 || p.fused ? 0 : 1;
+  if (p.t_splits > 0 && !integer) {
+    const TileShape a_tile = tile16_shape(p.tile, 8);
+    p.t_splits = split_count(a_tile, tiles_of(a_tile, s.rank, tokens), p.stages, device.multiprocessors * a_tile.resident);
+  }
 
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -155,9 +178,9 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   if (p.t_splits > 0) p.t_at = take(int64_t{p.t_splits} * tokens * parts.rank_tiles * 16 * 4);
   if (p.workers != p.tiles) {
     p.partial_at = take(2 * int64_t{p.workers} * tile.partials * 4);
-    p.tickets_bytes = sharing.tiles * 4;
-    p.tickets_at = take(p.tickets_bytes);
+    p.tickets_at = take(sharing.tiles * 4);
   }
+  p.early = has_early_launches(device) && (p.t_splits > 0 || p.workers != p.tiles);
   p.bytes = at;
   *out = p;
   return nullptr;
@@ -196,9 +219,11 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
     g.dilation[d] = s.dilation[d];
   }
   g.kernel_w = s.kernel[1];
+  g.channels = s.channels;
   g.pixels = fast_divide(static_cast<int64_t>(plan.out_height) * plan.out_width);
   g.out_w = fast_divide(plan.out_width);
   g.walk = walk_of(s);
+  g.contiguous = g.walk.taps == 1 && (g.walk.segments == 1 || g.walk.segment_channels % kTileInputs == 0);
   g.run = fast_divide(g.walk.run);
   g.taps_w = fast_divide(s.kernel[1]);
   g.segment_blocks = fast_divide(g.walk.blocks_per_segment);
@@ -214,18 +239,26 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
                                 : gemm_bfloat16(container, plan.tile, args, stream);
   };
 
+  // The GEMM proper begins while the launch before it runs, which it waits for before it takes t or a ticket.
+  const bool shared = plan.workers != plan.tiles;
+  g.tickets = shared ? reinterpret_cast<unsigned*>(workspace + plan.tickets_at) : nullptr;
   if (plan.t_splits > 0) {
     GemmArgs t = g;
+    t.ticket_count = shared ? plan.tiles : 0;
     t.n = s.rank;
     t.panels = parts.rank_tiles;
     t.w = prepared + parts.a_tiles;
     t.qparams = reinterpret_cast<const float2*>(prepared + parts.a_qparams);
     t.sums = integers(parts.a_sums);
     t.bits = 8;
-    const TileShape tile = integer ? tile8_shape(plan.tile) : tile16_shape(plan.tile);
+    const TileShape tile = integer ? tile8_shape(plan.tile) : tile16_shape(plan.tile, 8);
     t.shares = split_tiles(tiles_of(tile, s.rank, plan.tokens), plan.stages, plan.t_splits);
     t.t_out = reinterpret_cast<float*>(workspace + plan.t_at);
     if (const char* error = launch_gemm(8, t)) return error;
+  } else if (shared) {
+    const Dim3 grid{static_cast<unsigned>((plan.tiles + kThreads - 1) / kThreads), 1, 1};
+    if (const char* error = launch(clear_tickets_kernel, grid, kThreads, 0, stream, g.tickets, int{plan.tiles}))
+      return error;
   }
 
   g.n = s.n;
@@ -244,14 +277,10 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.fused = plan.fused;
   g.t = plan.t_splits > 0 ? reinterpret_cast<const float*>(workspace + plan.t_at) : nullptr;
   g.t_splits = plan.t_splits;
-  g.shares = plan.workers == plan.tiles ? split_tiles(plan.tiles, plan.stages, 1)
-                                        : share_tiles(plan.tiles, plan.stages, plan.workers);
+  g.shares = shared ? share_tiles(plan.tiles, plan.stages, plan.workers) : split_tiles(plan.tiles, plan.stages, 1);
+  g.partial = shared ? workspace + plan.partial_at : nullptr;
+  g.early = plan.early;
   g.epilogue = epilogue;
-  if (plan.workers != plan.tiles) {
-    g.partial = workspace + plan.partial_at;
-    g.tickets = reinterpret_cast<unsigned*>(workspace + plan.tickets_at);
-    if (const char* error = fill_zero(g.tickets, static_cast<size_t>(plan.tickets_bytes), stream)) return error;
-  }
   return launch_gemm(container_bits(s.bits), g);
 }
 

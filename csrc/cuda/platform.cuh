@@ -47,6 +47,11 @@ CORA_DEVICE int reread_thread_index() {
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
   return index;
 }
+CORA_DEVICE int reread_block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
 CORA_DEVICE void block_sync() { __syncthreads(); }
 template <typename V>
 CORA_DEVICE V shuffle_xor(V value, int mask) {
@@ -56,8 +61,23 @@ template <typename V>
 CORA_DEVICE V shuffle(V value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+/// Whether any lane says so.
+CORA_DEVICE bool warp_any(bool value) { return __any_sync(0xffffffffu, value) != 0; }
 /// Makes this thread's writes visible to the whole device before its later ones.
 CORA_DEVICE void device_fence() { __threadfence(); }
+
+// Two launches in a row of which the second may begin before the first has ended (sm_90). In the first: from here on,
+// once every block has come so far. In the second: until the first has ended and what it wrote is there.
+CORA_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+CORA_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 CORA_DEVICE unsigned atomic_add(unsigned* p, unsigned value) { return atomicAdd(p, value); }
 
 // --- Memory -----------------------------------------------------------------------------------------------
@@ -291,9 +311,10 @@ inline cudaError_t raise_shared_limit(const void* kernel) {
   return error;
 }
 
+/// early: the launch may begin before the one before it has ended, which lets it (let_next_launch_begin).
 template <typename... Params, typename... Args>
-const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void* stream,
-                   Args&&... args) {
+const char* launch_when(bool early, void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes,
+                        void* stream, Args&&... args) {
   if (shared_bytes > 48 * 1024)
     if (const char* error = error_text(raise_shared_limit(reinterpret_cast<const void*>(kernel)))) return error;
   cudaLaunchConfig_t config{};
@@ -301,7 +322,17 @@ const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t sha
   config.blockDim = Dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
   return error_text(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...));
+}
+template <typename... Params, typename... Args>
+const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void* stream,
+                   Args&&... args) {
+  return launch_when(false, kernel, grid, threads, shared_bytes, stream, std::forward<Args>(args)...);
 }
 
 inline const char* fill_zero(void* p, size_t bytes, void* stream) {

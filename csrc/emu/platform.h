@@ -38,6 +38,7 @@ using Dim3 = emu::Dim3;
 
 inline char* shared_memory() { return emu::shared_memory(); }
 inline int reread_thread_index() { return static_cast<int>(threadIdx.x); }
+inline int reread_block_index() { return static_cast<int>(blockIdx.x); }
 inline void block_sync(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emu::block_barrier(file, line);
 }
@@ -83,7 +84,14 @@ template <typename V>
 V shuffle(V value, int lane) {
   return detail::shuffle_from(value, lane);
 }
+inline bool warp_any(bool value) {
+  int any = value;
+  for (int mask = 1; mask < 32; mask *= 2) any |= shuffle_xor(any, mask);
+  return any != 0;
+}
 inline void device_fence() {}
+inline void let_next_launch_begin() {}  // launches run one after the other
+inline void wait_for_launch_before() {}
 inline unsigned atomic_add(unsigned* p, unsigned value) {
   emu::check_global(p, sizeof *p, "atomic");
   const unsigned before = *p;
@@ -350,6 +358,11 @@ template <typename... Params, typename... Args>
 const char* launch(void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void*, Args&&... args) {
   const bool ok = emu::launch(grid, {static_cast<unsigned>(threads)}, shared_bytes, [&] { kernel(args...); });
   return ok ? nullptr : emu::error();
+}
+template <typename... Params, typename... Args>
+const char* launch_when(bool, void (*kernel)(Params...), Dim3 grid, int threads, size_t shared_bytes, void* stream,
+                        Args&&... args) {
+  return launch(kernel, grid, threads, shared_bytes, stream, std::forward<Args>(args)...);
 }
 inline const char* fill_zero(void* p, size_t bytes, void*) {
   std::memset(p, 0, bytes);
