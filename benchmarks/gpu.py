@@ -149,6 +149,7 @@ class Cases:
             channels,
             *(tuple(p) for p in pairs),
             b=w["adapter"][1],
+            bias=False,
         )
         return prepared, geometry
 

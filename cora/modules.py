@@ -275,6 +275,7 @@ class QuantLayer(nn.Module):
             dilation,
             groups,
             self.adapter_b,
+            self.bias is not None,
         )
 
     def _kernel_geometry(self) -> _KernelGeometry | None:

@@ -362,6 +362,120 @@ def test_conv_scale_groups(backend: Backend, groups: int, mode: str) -> None:
     check_conv(backend, geometry, dtype, scale_groups=groups, **options)
 
 
+# --- Many pixels of 16-bit inputs: the merged weight and torch's convolution --------------------------
+
+
+@dataclass
+class Merged:
+    """Calls an op, and sees that it went through the merged weight, by tiles."""
+
+    backend: Backend
+
+    def __call__(self, *args: Any) -> Tensor:
+        emulated = self.backend.emulator
+        if emulated is not None:
+            emulated.forget_sites()
+        result = self.backend(*args)
+        if emulated is not None:
+            sites = emulated.sites("barrier")
+            assert sites and all(s.startswith("merge.cu") for s in sites)
+        return result
+
+    def many(self, geometry: tuple[Any, ...], size: int = 24) -> tuple[Any, ...]:
+        """So many pixels that merging pays on the emulated GPU of one multiprocessor; more on a real one."""
+        _, channels, _, _, *rest = geometry
+        batch = 2 if self.backend.emulator is not None else size**2 // 11
+        return (batch, channels, size, size, *rest)
+
+
+@pytest.fixture
+def merged(backend: Backend) -> Iterator[Merged]:
+    with backend.emulator.device(8, 1) if backend.emulator is not None else nullcontext():
+        yield Merged(backend)
+
+
+@HALVES
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_merged_convolution_bits(merged: Merged, bits: int, dtype: torch.dtype) -> None:
+    """Both memory formats of x: the weight is channels-last for either."""
+    check_conv(merged, merged.many(ALIGNED["3x3"]), dtype, bits, rank=20)
+
+
+@pytest.mark.parametrize("rank", [0, 3, 40])
+@pytest.mark.parametrize("channels", [3, 18, 20, 24, 72])
+def test_merged_convolution_ragged_channels(merged: Merged, channels: int, rank: int) -> None:
+    """Taps padded to 16 channels, and rows of filters that no vector of four fits."""
+    geometry = (1, channels, 9, 9, 150, 1, (3, 3), (1, 1), (1, 1), (1, 1))
+    check_conv(merged, merged.many(geometry), torch.float16, rank=rank)
+
+
+@pytest.mark.parametrize("rank", [0, 20])
+@pytest.mark.parametrize("groups", [2, 3, 6])
+def test_merged_convolution_scale_groups(merged: Merged, groups: int, rank: int) -> None:
+    geometry = (1, 48, 9, 9, 40, 1, (3, 3), (1, 1), (1, 1), (1, 1))
+    check_conv(merged, merged.many(geometry), torch.float16, scale_groups=groups, rank=rank)
+
+
+@pytest.mark.parametrize("name", ["strided", "dilated", "wide", "1x1"])
+def test_merged_convolution_windows(merged: Merged, name: str) -> None:
+    check_conv(merged, merged.many(ALIGNED[name], 40), torch.float16, rank=20)
+
+
+@pytest.mark.parametrize("channels", [40, 36])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("epilogue", ["", "relu", "add", "add relu", "codes"])
+def test_merged_convolution_epilogues(
+    merged: Merged, epilogue: str, bias: bool, channels: int
+) -> None:
+    """Finished in place, elsewhere, or not at all."""
+    geometry = merged.many((1, 32, 9, 9, channels, 1, (3, 3), (1, 1), (1, 1), (1, 1)))
+    batch, c, h, w, n, _, *window = geometry
+    item = layer(n, c * 9, 4, rank=5)
+    o = {**item.options, "bias": item.options["bias"] if bias else None}
+    parts = (o["a"], o["b"], o["adapter_scale"], o["bias"])
+    prepared = merged.backend("prepare_layer", *item.args(), c, *window, 1, *parts)
+    known = ops.layer_geometry(item.weight, item.scale, 4, c, *window, 1, o["b"], bias)
+    x = torch.randn(batch, c, h, w).half()
+    added = torch.randn(batch, n, h, w).half() if "add" in epilogue else None
+    low = 0.0 if "relu" in epilogue else -float("inf")
+    codes = (0.1, 90) if epilogue == "codes" else (None, 0)
+    want = reference.conv2d_lowrank(x.double(), *item.args(), *window, 1, **o)
+    want = (want if added is None else want + added.double()).clamp(min=low)
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        laid, more = (
+            None if t is None else t.to(memory_format=memory_format) for t in (x, added)
+        )
+        got = merged(
+            "run_layer", laid, prepared, known, None, 0, 0, 0,
+            more, 1.0, 0, 0, low, float("inf"), *codes, 1 if epilogue == "codes" else 0,
+        )  # fmt: skip
+        if epilogue == "codes":
+            wanted = (want / 0.1).round().add(90).clamp(0, 255)
+            assert (got[:, :, 1:-1, 1:-1].double() - wanted).abs().max() <= 1
+        else:
+            assert got.is_contiguous(memory_format=memory_format)
+            assert error(got, want) <= 1e-3
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("relu", [True, False])
+def test_merged_linear_epilogues(backend: Backend, relu: bool, bias: bool) -> None:
+    item = layer(40, 72, 4, rank=20)
+    o = {**item.options, "bias": item.options["bias"] if bias else None}
+    window: tuple[Any, ...] = ([], [], [], [], 1)
+    parts = (o["a"], o["b"], o["adapter_scale"], o["bias"])
+    prepared = backend("prepare_layer", *item.args(), 72, *window, *parts)
+    geometry = ops.layer_geometry(item.weight, item.scale, 4, 72, b=o["b"], bias=bias)
+    x = torch.randn(260, 72).half()
+    low = 0.0 if relu else -float("inf")
+    want = reference.linear_lowrank(x.double(), *item.args(), **o).clamp(min=low)
+    got = backend(
+        "run_layer", x, prepared, geometry, None, 0, 0, 0,
+        None, 1.0, 0, 0, low, float("inf"), None, 0, 0,
+    )  # fmt: skip
+    assert error(got, want) <= 1e-3
+
+
 # --- Many rows of 8-bit inputs: large tiles, warpgroup instructions (sm_90a) --------------------------
 
 
@@ -703,6 +817,23 @@ def test_pooling_in_plain_torch() -> None:
     assert torch.allclose(mean, torch.ops.cora.mean_codes(x, 0.1, 3, 1), rtol=1e-6)
 
 
+# --- Prepared layers are the same bytes each time --------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [torch.int8, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("n,channels,rank", [(24, 20, 5), (24, 20, 0), (5, 16, 1)])
+def test_prepared_layers_are_whole(
+    backend: Backend, n: int, channels: int, rank: int, bits: int, adapter: torch.dtype
+) -> None:
+    """Every byte is written: backend() calls twice, into memory of different garbage."""
+    item = layer(n, channels * 9, bits, rank=rank, adapter=adapter)
+    o = item.options
+    names = ("a", "b", "adapter_scale", "bias")
+    window = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    backend("prepare_layer", *item.args(), channels, *window, *(o.get(name) for name in names))
+
+
 # --- The door ------------------------------------------------------------------------------------
 
 
@@ -730,7 +861,7 @@ def test_checks_of_cuda_only() -> None:
     rest = (None, 0, 0, 0, None, 1.0, 0, 0, 0.0, 6.0, None, 0, 0)
     with pytest.raises(RuntimeError, match="layer must have shape"):
         e.run_layer.default(x, prepared[:-1], geometry, *rest)
-    with pytest.raises(RuntimeError, match="geometry must have 8 or 16"):
+    with pytest.raises(RuntimeError, match="geometry must have 9 or 17"):
         e.run_layer.default(x, prepared, geometry[:2], *rest)
     with pytest.raises(RuntimeError, match="codes must be <= 3"):
         e.pack_bits.default(torch.full((2, 5), 7, dtype=torch.uint8), 2)

@@ -109,7 +109,7 @@ def _(
 
 
 _ADAPTER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 4}
-_TAIL = 7  # numbers of a geometry that do not change the output's shape
+_TAIL = 8  # numbers of a geometry that do not change the output's shape
 
 
 def layer_geometry(
@@ -123,18 +123,20 @@ def layer_geometry(
     dilation: Pair = 1,
     groups: int = 1,
     b: Tensor | None = None,
+    bias: bool = True,
 ) -> list[int]:
     """What :func:`run_layer` must know of a layer besides its prepared tensor, which it does not
-    read on the host; arguments as in :func:`prepare_layer`.
+    read on the host; arguments as in :func:`prepare_layer`. A bias of False promises that the layer
+    has none, which may spare a pass over the result.
 
     Returns:
         [N] of a linear layer, [N, *kernel_size, *stride, *padding, *dilation] of a convolution, and
-        then channels, groups, bits, the two sizes of scale, the rank and a code of the adapter's dtype.
+        then channels, groups, bits, the two sizes of scale, the rank, a code of the adapter's dtype and bias.
     """
     linear = kernel_size == ()
     pairs = () if linear else (kernel_size, stride, padding, dilation)
     rank, dtype = (0, torch.int8) if b is None else (b.shape[1], b.dtype)
-    tail = [channels, groups, bits, *scale.shape, rank, _ADAPTER_TYPES[dtype]]
+    tail = [channels, groups, bits, *scale.shape, rank, _ADAPTER_TYPES[dtype], int(bias)]
     return [codes.shape[0], *(v for value in pairs for v in pair(value)), *tail]
 
 

@@ -24,11 +24,16 @@ const char* check_device() {
 
 }  // namespace
 
-}  // namespace cora::cuda
-
-extern "C" __attribute__((visibility("default"))) const cora::cuda::Api* cora_cuda_get_api() {
-  using namespace cora::cuda;
+const Api& library_api() {
   static const Api api = {kApiVersion, check_device, fake_quantize, quantize_parts, fake_quantize_backward, pack,
                           unpack, dequantize, prepare, plan, run, values_bytes, values, finish, fill_border, merge};
-  return &api;
+  return api;
 }
+
+}  // namespace cora::cuda
+
+#if !defined(CORA_EMULATED)
+extern "C" __attribute__((visibility("default"))) const cora::cuda::Api* cora_cuda_get_api() {
+  return &cora::cuda::library_api();
+}
+#endif

@@ -82,14 +82,20 @@ struct Api {
   /// quantized and dequantized if x_bits > 0 or x is codes; workspace: values_bytes(x, channels).
   int64_t (*values_bytes)(const Input& x, int channels);
   const char* (*values)(const Input& x, int channels, float* out, uint8_t* workspace, void* stream);
-  /// epilogue of y [items, height, width, channels] by strides, computed elsewhere.
+  /// epilogue of y [items, height, width, channels] by strides, computed elsewhere, plus bias (or null), which is
+  /// 16-byte aligned. epilogue.out may be y.
   const char* (*finish)(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
-                        const Epilogue& epilogue, void* stream);
+                        const float* bias, const Epilogue& epilogue, void* stream);
   /// The border of codes [items, height, width, channels], channels-last, `halo` pixels wide (sizes include it).
   const char* (*fill_border)(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
                              void* stream);
-  /// The weight with its adapter merged in, [n, channels / groups, kernel], as `type`.
-  const char* (*merge)(const LayerShape& shape, const uint8_t* prepared, void* out, int type, void* stream);
+  /// The weight with its adapter merged in, [n, channels / groups, kernel] (channels last: merges_by_tiles), and the
+  /// bias (unless null) as `type`.
+  const char* (*merge)(const LayerShape& shape, const uint8_t* prepared, void* out, void* bias, int type, void* stream);
 };
+
+/// What libcora_cuda.so hands out; the emulated ops are built with it, and call it by this name, which no other library
+/// of the process can give another meaning.
+const Api& library_api();
 
 }  // namespace cora::cuda

@@ -58,6 +58,11 @@ inline bool is_tiled(const LayerShape& s) {
          (s.rank == 0 || (s.adapter == kInt8 && s.rank <= kMaxRank));
 }
 
+/// Whether the layer's weight is merged by tiles: fast, and a filter lies channels-last then. Else it is contiguous.
+inline bool merges_by_tiles(const LayerShape& s, int type) {
+  return is_tiled(s) && columns_of(s) > 0 && (type == kFloat16 || type == kBfloat16);
+}
+
 inline Walk walk_of(const LayerShape& s) {
   Walk w{};
   w.taps = taps_of(s);
@@ -103,12 +108,22 @@ inline int32_t rank_tiles_of(int32_t rank) {
 
 inline int element_bytes(int32_t type) { return type == kFloat32 ? 4 : type == kFloat16 || type == kBfloat16 ? 2 : 1; }
 
-inline Parts parts_of(const LayerShape& s) {
+/// Bytes after a part that belong to none.
+struct Gaps {
+  int64_t begin[9], end[9];
+  int32_t count;
+};
+
+inline Parts parts_of(const LayerShape& s, Gaps* gaps = nullptr) {
   Parts p{};
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
     const int64_t begin = at;
     at = round_up(at + bytes, 256);
+    if (gaps != nullptr && begin + bytes != at) {
+      gaps->begin[gaps->count] = begin + bytes;
+      gaps->end[gaps->count++] = at;
+    }
     return begin;
   };
   if (is_tiled(s)) {

@@ -1,13 +1,17 @@
-// What:     W = scale * (code - zero) + B diag(s) A as a 16-bit matrix [n, k], for products of many rows: torch's own
-//           matrix product then runs at full speed, and the adapter costs nothing there.
-// Inputs:   parts of a prepared layer (layout.h) of one tap.
+// What:     W = scale * (code - zero) + B diag(s) A as 16-bit numbers [n, kernel height, kernel width, channels], the
+//           memory of a matrix or of a channels-last filter, for calls of many rows or pixels: torch's own operators then
+//           run at full speed, and the adapter costs nothing there.
+// Inputs:   parts of a prepared layer (layout.h). The tiles' inputs go [segment][tap][channel], so 16 neighbours of them
+//           are 16 channels of a tap: 32 bytes of the result.
 // Numerics: B's codes are exact in tf32, s A is rounded to it; sums float32; one rounding to the result.
 // Method:   a warp owns a tile, 16 rows x 64 inputs. A's tiles of the block's inputs become tf32 in shared memory,
 //           [rank][column], columns in the order in which a lane's accumulators meet its codes:
 //             accumulators 2t, 2t + 1 of column tile 2 j + hi  <->  codes (j, h, 2 hi + 0..1)   (layout.h)
-//           so each lane writes four neighbouring numbers.
+//           so each lane writes four neighbouring numbers (one by one where the channels are no multiple of four).
+//           All it reads of its tile is under way before A is waited for: a small layer takes one latency of the memory.
 // Cost:     bits / 8 B in and 2 B out a weight, 2 r products; bound by the writes up to rank 64 or so.
 #include "cuda/dequantize.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/prepare.cuh"
 
 namespace cora::cuda {
@@ -22,8 +26,9 @@ struct MergeArgs {
   Walk walk;
   Parts parts;
   const uint8_t* prepared;
-  int32_t n, k;
-  uint16_t* out;
+  FastDivide run;
+  int32_t n, channels;
+  uint16_t *out, *bias;  // bias: null if not wanted
 };
 
 template <typename T, int kBits>
@@ -33,6 +38,20 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
   const int rank_tiles = p.parts.rank_tiles;
   uint32_t* const a = reinterpret_cast<uint32_t*>(shared_memory());
   const float* const adapter_scale = reinterpret_cast<const float*>(p.prepared + p.parts.adapter_scale);
+  const int segment = block / p.walk.blocks_per_segment;
+
+  // Warps beyond the last panel read its tile, and write nothing.
+  const int64_t tile_panel = panel < p.parts.panels ? panel : p.parts.panels - 1;
+  Codes<kBits> codes;
+  codes.read(reinterpret_cast<const char*>(p.prepared + p.parts.tiles) +
+                 (static_cast<int64_t>(block) * p.parts.panels + tile_panel) * (128 * kBits), lane);
+  float2 q[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    q[h] = load<float2>(reinterpret_cast<const float2*>(p.prepared + p.parts.qparams) +
+                        (segment * static_cast<int64_t>(p.parts.panels) + tile_panel) * kTileRows + group + 8 * h);
+  const uint8_t* const b_tiles = p.prepared + p.parts.b_tiles + tile_panel * rank_tiles * 256 + lane * 8;
+  uint2 next_b = rank_tiles > 0 ? load<uint2>(b_tiles) : uint2{0, 0};
 
   for (int i = tid; i < rank_tiles * 32; i += kThreads) {
     const int tile = i / 32, l = i % 32;
@@ -54,12 +73,19 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
     }
   }
   block_sync();
+  if (block == 0 && p.bias != nullptr) {
+    const int row = static_cast<int>(blockIdx.y) * (kWarps * kTileRows) + tid;
+    if (tid < kWarps * kTileRows && row < p.n) {
+      const float bias = reinterpret_cast<const float*>(p.prepared + p.parts.bias)[row];
+      p.bias[row] = static_cast<uint16_t>(pack2<T>(bias, bias));
+    }
+  }
   if (panel >= p.parts.panels) return;
 
   float acc[1][8][4] = {};
   for (int tile = 0; tile < rank_tiles; ++tile) {
-    const uint2 b = load<uint2>(p.prepared + p.parts.b_tiles +
-                                (static_cast<int64_t>(panel) * rank_tiles + tile) * 256 + lane * 8);
+    const uint2 b = next_b;
+    if (tile + 1 < rank_tiles) next_b = load<uint2>(b_tiles + (tile + 1) * 256);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {  // ranks 4t + 2 step, + 1 are inputs t and t + 4 of the instruction
       uint32_t w[1][4], x[8][2];
@@ -77,30 +103,37 @@ CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
     }
   }
 
-  const int segment = block / p.walk.blocks_per_segment;
-  const int first = (block - segment * p.walk.blocks_per_segment) * kTileInputs;
-  Codes<kBits> codes;
-  codes.read(reinterpret_cast<const char*>(p.prepared + p.parts.tiles) +
-                 (static_cast<int64_t>(block) * p.parts.panels + panel) * (128 * kBits), lane);
+  const int64_t filter = static_cast<int64_t>(p.walk.taps) * p.channels;
+  const int left = p.walk.segment_channels - 4 * quad;  // of a run, from the lane's first channel on
+  const bool whole = p.channels % 4 == 0;
+  uint16_t* const out = p.out + static_cast<int64_t>(segment) * p.walk.segment_channels + 4 * quad;
+  const int first = (block - segment * p.walk.blocks_per_segment) * kTileInputs;  // within the segment
+  int tap = static_cast<int>(quotient(static_cast<uint32_t>(first), p.run)), channel = first - tap * p.walk.run;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int row = panel * kTileRows + group + 8 * h;
-    const float2 q = load<float2>(reinterpret_cast<const float2*>(p.prepared + p.parts.qparams) +
-                                  static_cast<int64_t>(segment) * p.parts.panels * kTileRows + row);
+  for (int j = 0; j < 4; ++j) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int column = first + 16 * j + 4 * quad;  // within the segment
-      if (row >= p.n || column >= p.walk.segment_channels) continue;
+    for (int h = 0; h < 2; ++h) {
+      const int row = panel * kTileRows + group + 8 * h;
+      if (row >= p.n || tap >= p.walk.taps || channel >= left) continue;
       const uint32_t bytes = codes.bytes(j, h);
       float v[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float code = static_cast<float>(bytes >> (8 * (i / 2 + 2 * (i % 2))) & 0xff);
-        v[i] = q.x * (code - q.y) + acc[0][2 * j + i / 2][2 * h + i % 2];
+        v[i] = q[h].x * (code - q[h].y) + acc[0][2 * j + i / 2][2 * h + i % 2];
       }
-      store(p.out + static_cast<int64_t>(row) * p.k + segment * p.walk.segment_channels + column,
-            uint2{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])});
+      const uint2 packed{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])};
+      uint16_t* const to = out + (row * filter + static_cast<int64_t>(tap) * p.channels + channel);
+      if (whole) {
+        store(to, packed);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (channel + i < left) store(to + i, static_cast<uint16_t>((i / 2 ? packed.y : packed.x) >> (16 * (i % 2))));
+      }
     }
+    channel += kRunAlign;
+    if (channel == p.walk.run) channel = 0, ++tap;
   }
 }
 
@@ -119,12 +152,10 @@ const char* launch_merge(int container, const MergeArgs& args, void* stream) {
 
 }  // namespace
 
-bool merges_by_tiles(const LayerShape& s, int type) {
-  return is_tiled(s) && taps_of(s) == 1 && s.channels / s.q_groups % 4 == 0 && type != kFloat32;
-}
-
-const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* out, int type, void* stream) {
-  const MergeArgs args{walk_of(s), parts_of(s), prepared, s.n, s.channels, static_cast<uint16_t*>(out)};
+const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* out, void* bias, int type, void* stream) {
+  const Walk walk = walk_of(s);
+  const MergeArgs args{walk, parts_of(s), prepared, fast_divide(walk.run), s.n, s.channels, static_cast<uint16_t*>(out),
+                       static_cast<uint16_t*>(bias)};
   return type == kFloat16 ? launch_merge<Half>(container_bits(s.bits), args, stream)
                           : launch_merge<Bfloat16>(container_bits(s.bits), args, stream);
 }

@@ -138,9 +138,16 @@ CORA_GLOBAL(kThreads, 1) a_sums_kernel(const LayerShape s, const int ranks, cons
   }
 }
 
+/// Zeros between the parts: the same layer is the same bytes.
+CORA_DEVICE void clear_gaps(const Gaps& gaps, uint8_t* prepared) {
+  for (int gap = 0; gap < gaps.count; ++gap)
+    for (int64_t i = gaps.begin[gap] + thread_index(); i < gaps.end[gap]; i += thread_count()) prepared[i] = 0;
+}
+
 CORA_GLOBAL(kThreads, 1) b_tile_kernel(const LayerShape s, const int panels, const int rank_tiles,
                                        const int8_t* __restrict__ b, const float* __restrict__ bias,
-                                       uint8_t* __restrict__ tiles, float* __restrict__ out_bias) {
+                                       uint8_t* __restrict__ tiles, float* __restrict__ out_bias, const Gaps gaps,
+                                       uint8_t* prepared) {
   const int64_t total = static_cast<int64_t>(panels) * rank_tiles * 32;
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
     const int lane = static_cast<int>(i % 32), tile = static_cast<int>(i / 32 % rank_tiles);
@@ -159,6 +166,7 @@ CORA_GLOBAL(kThreads, 1) b_tile_kernel(const LayerShape s, const int panels, con
   }
   for (int64_t i = thread_index(); i < static_cast<int64_t>(panels) * kTileRows; i += thread_count())
     out_bias[i] = bias != nullptr && i < s.n ? bias[i] : 0.0f;
+  clear_gaps(gaps, prepared);
 }
 
 // --- Back to a matrix -------------------------------------------------------------------------------------------
@@ -190,7 +198,10 @@ CORA_DEVICE float adapter_element(const void* p, int64_t i, int type) {
 
 CORA_GLOBAL(kThreads, 1) merge_kernel(const LayerShape s, const Walk w, const Parts p, const bool tiled,
                                       const uint8_t* __restrict__ prepared, const int64_t k, const int64_t row_stride,
-                                      void* __restrict__ out, const int type) {
+                                      void* __restrict__ out, void* __restrict__ bias, const int type) {
+  if (bias != nullptr)
+    for (int64_t i = thread_index(); i < s.n; i += thread_count())
+      write_element(bias, i, type, reinterpret_cast<const float*>(prepared + p.bias)[i]);
   const float* const adapter_scale = reinterpret_cast<const float*>(prepared + p.adapter_scale);
   for (int64_t i = thread_index(); i < s.n * k; i += thread_count()) {
     const int64_t row = i / k, column = i % k;
@@ -225,21 +236,24 @@ CORA_GLOBAL(kThreads, 1) merge_kernel(const LayerShape s, const Walk w, const Pa
 }
 
 /// bias of a layer that is not tiled: zeros if there is none.
-CORA_GLOBAL(kThreads, 1) bias_kernel(const float* __restrict__ bias, const int64_t n, float* __restrict__ out) {
+CORA_GLOBAL(kThreads, 1) bias_kernel(const float* __restrict__ bias, const int64_t n, float* __restrict__ out,
+                                     const Gaps gaps, uint8_t* prepared) {
   for (int64_t i = thread_index(); i < n; i += thread_count()) out[i] = bias == nullptr ? 0.0f : bias[i];
+  clear_gaps(gaps, prepared);
 }
 
 }  // namespace
 
 const char* prepare(const LayerShape& s, const LayerParameters& in, uint8_t* prepared, void* stream) {
-  const Parts p = parts_of(s);
+  Gaps gaps{};
+  const Parts p = parts_of(s, &gaps);
   const int64_t k = columns_of(s), bytes = row_bytes(k, s.bits);
   const char* error = nullptr;
   const auto then = [&](const char* result) {
     if (error == nullptr) error = result;
   };
   const auto at = [&](int64_t offset) { return prepared + offset; };
-  if (s.n == 0) return nullptr;
+  if (s.n == 0) return p.bytes == 0 ? nullptr : fill_zero(prepared, static_cast<size_t>(p.bytes), stream);
   if (!is_tiled(s)) {
     const auto copy = [&](int64_t to, const void* from, int64_t count) {
       if (count > 0) then(copy_bytes(at(to), from, static_cast<size_t>(count), stream));
@@ -250,9 +264,12 @@ const char* prepare(const LayerShape& s, const LayerParameters& in, uint8_t* pre
     copy(p.sums, in.zero_point, q);
     copy(p.a_tiles, in.a, ranks * k * element_bytes(s.adapter));
     copy(p.b_tiles, in.b, static_cast<int64_t>(s.n) * s.rank * element_bytes(s.adapter));
-    if (s.adapter == kInt8) copy(p.adapter_scale, in.adapter_scale, ranks * 4);
+    if (s.adapter == kInt8)
+      copy(p.adapter_scale, in.adapter_scale, ranks * 4);
+    else if (ranks > 0)
+      then(fill_zero(at(p.adapter_scale), static_cast<size_t>(ranks * 4), stream));
     then(launch(bias_kernel, Dim3{grid_for(s.n, kThreads), 1, 1}, kThreads, 0, stream, in.bias, int64_t{s.n},
-                reinterpret_cast<float*>(at(p.bias))));
+                reinterpret_cast<float*>(at(p.bias)), gaps, prepared));
     return error;
   }
   const Walk w = walk_of(s);
@@ -273,18 +290,18 @@ const char* prepare(const LayerShape& s, const LayerParameters& in, uint8_t* pre
   }
   then(launch(b_tile_kernel, grid(rows * (p.rank_tiles > 0 ? p.rank_tiles : 1)), kThreads, 0, stream, s, p.panels,
               p.rank_tiles, static_cast<const int8_t*>(in.b), in.bias, at(p.b_tiles),
-              reinterpret_cast<float*>(at(p.bias))));
+              reinterpret_cast<float*>(at(p.bias)), gaps, prepared));
   return error;
 }
 
-const char* merge(const LayerShape& s, const uint8_t* prepared, void* out, int type, void* stream) {
+const char* merge(const LayerShape& s, const uint8_t* prepared, void* out, void* bias, int type, void* stream) {
   const int64_t k = columns_of(s);
-  if (s.n * k == 0) return nullptr;
-  if (merges_by_tiles(s, type)) return merge_by_tiles(s, prepared, out, type, stream);
+  if (s.n == 0) return nullptr;
+  if (merges_by_tiles(s, type)) return merge_by_tiles(s, prepared, out, bias, type, stream);
   const bool tiled = is_tiled(s);
   return launch(merge_kernel, Dim3{grid_for(s.n * k, kThreads), 1, 1}, kThreads, 0, stream, s,
                 tiled ? walk_of(s) : Walk{1, 1, 1, 1, 1}, parts_of(s), tiled, prepared, k, row_bytes(k, s.bits), out,
-                type);
+                bias, type);
 }
 
 }  // namespace cora::cuda

@@ -118,13 +118,72 @@ CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const Order order, const f
   }
 }
 
-CORA_GLOBAL(kThreads, 1) finish_kernel(const void* __restrict__ y, const int type, const PixelStrides s,
-                                       const int64_t total, const Order order, const Epilogue e) {
+// y may be where the result goes: an element is read before it is written, by the same thread.
+CORA_GLOBAL(kThreads, 1) finish_kernel(const void* y, const int type, const PixelStrides s, const int64_t total,
+                                       const Order order, const float* __restrict__ bias, const Epilogue e) {
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
     const Place place = place_of(i, order);
-    finish_element(e, read_element(y, offset_of(place, s), type), offset_of(place, e.out_strides),
-                   e.add == nullptr ? 0 : offset_of(place, e.add_strides));
+    const float value = read_element(y, offset_of(place, s), type) + (bias == nullptr ? 0.0f : bias[place.channel]);
+    finish_element(e, value, offset_of(place, e.out_strides), e.add == nullptr ? 0 : offset_of(place, e.add_strides));
   }
+}
+
+/// 16 bytes of 16-bit numbers, or 32 of float32, as eight floats and back.
+CORA_DEVICE void read8(const void* p, int64_t i, int type, float (&v)[8]) {
+  if (type == kFloat32) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 f = load<float4>(static_cast<const float*>(p) + i + 4 * half);
+      v[4 * half] = f.x, v[4 * half + 1] = f.y, v[4 * half + 2] = f.z, v[4 * half + 3] = f.w;
+    }
+  } else {
+    const uint4 u = load<uint4>(static_cast<const uint16_t*>(p) + i);
+    const uint32_t pair[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      const uint16_t bits = static_cast<uint16_t>(pair[c / 2] >> (16 * (c % 2)));
+      v[c] = type == kFloat16 ? widen<Half>(bits) : widen<Bfloat16>(bits);
+    }
+  }
+}
+CORA_DEVICE void write8(void* p, int64_t i, int type, const float (&v)[8]) {
+  if (type == kFloat32) {
+    store(static_cast<float*>(p) + i, float4{v[0], v[1], v[2], v[3]});
+    store(static_cast<float*>(p) + i + 4, float4{v[4], v[5], v[6], v[7]});
+  } else {
+    store(static_cast<uint16_t*>(p) + i, pack8(v, type));
+  }
+}
+
+/// The same where y, add and the result are floats that lie alike, channels last and dense: eight a thread.
+CORA_GLOBAL(kThreads, 1) finish_dense_kernel(const void* y, const int type, const int64_t total, const Divide channels,
+                                             const float* __restrict__ bias, const Epilogue e) {
+  for (int64_t i = thread_index() * 8; i < total; i += thread_count() * 8) {
+    float v[8], more[8];
+    read8(y, i, type, v);
+    if (bias != nullptr) {
+      read8(bias, i - quotient(i, channels) * channels.divisor, kFloat32, more);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) v[c] += more[c];
+    }
+    if (e.add != nullptr) {
+      read8(e.add, i, e.add_type, more);
+#pragma unroll
+      for (int c = 0; c < 8; ++c) v[c] += more[c];
+    }
+#pragma unroll
+    for (int c = 0; c < 8; ++c) {
+      v[c] = v[c] < e.low ? e.low : v[c];
+      v[c] = v[c] > e.high ? e.high : v[c];
+    }
+    write8(e.out, i, e.out_type, v);
+  }
+}
+
+/// Whether `p` can be read and written by read8 and write8 with channels last and dense.
+bool dense(const void* p, const PixelStrides& s, int height, int width, int channels) {
+  return s.channel == 1 && s.pixel == channels && s.row == static_cast<int64_t>(width) * channels &&
+         s.item == static_cast<int64_t>(height) * width * channels && reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
 CORA_GLOBAL(kThreads, 1) border_kernel(uint8_t* __restrict__ codes, const int items, const int height, const int width,
@@ -250,11 +309,16 @@ const char* values(const Input& x, int channels, float* out, uint8_t* workspace,
 }
 
 const char* finish(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
-                   const Epilogue& epilogue, void* stream) {
+                   const float* bias, const Epilogue& epilogue, void* stream) {
   const int64_t total = static_cast<int64_t>(items) * height * width * channels;
   if (total == 0) return nullptr;
+  const auto lies = [&](const void* p, const PixelStrides& s) { return dense(p, s, height, width, channels); };
+  if (channels % 8 == 0 && epilogue.out_type != kUint8 && lies(y, strides) && lies(epilogue.out, epilogue.out_strides) &&
+      (epilogue.add == nullptr || (epilogue.add_type != kUint8 && lies(epilogue.add, epilogue.add_strides))))
+    return launch(finish_dense_kernel, Dim3{grid_for(total / 8, kThreads), 1, 1}, kThreads, 0, stream, y, type, total,
+                  divide_by(channels, total), bias, epilogue);
   return launch(finish_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, y, type, strides, total,
-                order_of(epilogue.out_strides.channel == 1, items, height, width, channels), epilogue);
+                order_of(epilogue.out_strides.channel == 1, items, height, width, channels), bias, epilogue);
 }
 
 const char* fill_border(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,

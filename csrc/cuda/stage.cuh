@@ -15,7 +15,7 @@ const char* stage_input(const LayerShape& shape, const Input& x, const Plan& pla
 int64_t values_bytes(const Input& x, int channels);
 const char* values(const Input& x, int channels, float* out, uint8_t* workspace, void* stream);
 const char* finish(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
-                   const Epilogue& epilogue, void* stream);
+                   const float* bias, const Epilogue& epilogue, void* stream);
 const char* fill_border(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
                         void* stream);
 

@@ -34,7 +34,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 // Saves the callee-saved registers on the running stack, its top in *from, and continues on `to`. ucontext would
 // do, but makes two system calls a switch.
 asm(R"(
-.text
+.pushsection .text
 .type cora_emu_switch, @function
 cora_emu_switch:
   pushq %rbp
@@ -53,6 +53,7 @@ cora_emu_switch:
   popq %rbp
   ret
 .size cora_emu_switch, .-cora_emu_switch
+.popsection
 )");
 extern "C" void cora_emu_switch(void** from, void* to);
 
@@ -412,7 +413,11 @@ void warpgroup_wait(int groups_left, const char* file, int line) {
 }
 
 void allocated(void* p, size_t bytes) {
-  if (bytes > 0) std::memset(p, 0xff, bytes);
+  // 0x7f81 .. 0x7fff with either sign is a NaN in 16 bits of either kind, and two of them in 32.
+  static unsigned count = 0;
+  const uint8_t pattern[2] = {static_cast<uint8_t>(0x81 + count % 127), static_cast<uint8_t>(count % 2 ? 0x7f : 0xff)};
+  ++count;
+  for (size_t i = 0; i < bytes; ++i) static_cast<uint8_t*>(p)[i] = pattern[i % 2];
   if (!state.buffers.empty()) state.buffers.emplace_back(static_cast<const char*>(p), bytes);
 }
 

@@ -61,7 +61,8 @@ void warpgroup_wait(int groups_left, const char* file, int line);
 /// multiprocessors, so that small cases share tiles as large ones do on a GPU.
 extern int device_major, multiprocessors;
 
-/// A buffer the door made for a call: filled with NaN, and registered if buffers are.
+/// A buffer the door made for a call: filled with NaN, each time of other bytes, so that what a kernel leaves unwritten
+/// differs between two calls; and registered if buffers are.
 void allocated(void* p, size_t bytes);
 
 /// Fails unless [p, p + bytes) lies in a registered buffer (none registered: everything is fine).

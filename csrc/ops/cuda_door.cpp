@@ -4,7 +4,6 @@
 #include <dlfcn.h>
 #else
 #include "emu/emulator.h"
-extern "C" const cora::cuda::Api* cora_cuda_get_api();
 #endif
 
 #include <mutex>
@@ -15,7 +14,7 @@ namespace cora {
 
 #if defined(CORA_EMULATED)
 
-const cuda::Api& cuda_api(const char*) { return *cora_cuda_get_api(); }
+const cuda::Api& cuda_api(const char*) { return cuda::library_api(); }
 void* current_stream(const char*, const Tensor&) { return nullptr; }
 
 CudaCall::CudaCall(const char* op, const Tensor&) : api(cuda_api(op)), stream(nullptr), op_(op) {}

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 
 namespace cora {
 
@@ -17,15 +18,6 @@ template <size_t kStack, typename... Args>
 Tensor call_aten(const char* name, const Args&... args) {
   std::array<StableIValue, kStack> stack{stable::detail::from(args)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  return stable::detail::to<Tensor>(stack[0]);
-}
-
-/// `count` float32 numbers at a byte of the prepared layer.
-Tensor floats_in(const Tensor& prepared, int64_t at, int64_t count) {
-  Tensor bytes = prepared;
-  const Tensor part = stable::narrow(bytes, 0, at, count * 4);
-  std::array<StableIValue, 2> stack{stable::detail::from(part), stable::detail::from(ScalarType::Float)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::view", "dtype", stack.data(), TORCH_ABI_VERSION));
   return stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -100,9 +92,9 @@ cuda::Input quantizer_of(const RunArgs& args, bool codes) {
   return in;
 }
 
-/// `w` is check_run's, `in` quantizer_of(args, ..).
-Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, cuda::Input in, const Tensor& x_in,
-           const Tensor& prepared) {
+/// `w` is check_run's, `in` quantizer_of(args, ..). has_bias: false where the layer is known to have none.
+Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, const Window& w, cuda::Input in,
+           const Tensor& x_in, const Tensor& prepared) {
   const char* op = args.op;
   const bool codes = x_in.scalar_type() == ScalarType::Byte, linear = w.linear;
   check_same_device(op, "layer", prepared, x_in);
@@ -119,17 +111,23 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, 
   in.width = static_cast<int32_t>(w.size[1]);
   cuda::Plan plan{};
   call.check(call.api.plan(shape, in, &plan));
+  const bool merge = plan.method == cuda::kMerge;
 
   // The result: channels-last if x is, or if one of them is codes.
   const ScalarType type = args.out_scale ? ScalarType::Byte : codes ? ScalarType::Float : x.scalar_type();
   const bool channels_last = !linear && (codes || args.out_scale || (!x.is_contiguous() && is_channels_last(x)));
   const std::vector<int64_t> out_shape = output_shape(x, w, shape.n, args.out_halo);
-  Tensor out = allocate(x, out_shape, type, channels_last);
-  if (out.numel() == 0) return out;
   cuda::Epilogue e{};
-  e.out_strides = strides_of(out, linear);
-  e.out = static_cast<char*>(out.mutable_data_ptr()) +
-          args.out_halo * (e.out_strides.row + e.out_strides.pixel) * cuda::element_bytes(element_type(type));
+  Tensor out;
+  const auto write_to = [&](const Tensor& t) {
+    out = t;
+    e.out_strides = strides_of(out, linear);
+    e.out = static_cast<char*>(out.mutable_data_ptr()) +
+            args.out_halo * (e.out_strides.row + e.out_strides.pixel) * cuda::element_bytes(element_type(type));
+  };
+  const bool empty = std::find(out_shape.begin(), out_shape.end(), 0) != out_shape.end();
+  if (!merge || args.out_scale || empty) write_to(allocate(x, out_shape, type, channels_last));
+  if (empty) return out;
   e.out_type = element_type(type);
   e.low = static_cast<float>(args.low);
   e.high = static_cast<float>(args.high);
@@ -154,7 +152,7 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, 
     e.add_zero = static_cast<int32_t>(args.add_zero_point);
   }
 
-  if (plan.method != cuda::kMerge) {
+  if (!merge) {
     Tensor workspace = allocate(x, {plan.bytes}, ScalarType::Byte);
     call.check(call.api.run(shape, data<uint8_t>(prepared), in, plan, e, mutable_data<uint8_t>(workspace), call.stream));
     return out;
@@ -173,21 +171,32 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, const Window& w, 
   const ScalarType compute = values.scalar_type();
   const std::vector<int64_t> matrix{shape.n, cuda::columns_of(shape)};
   const std::vector<int64_t> filter{shape.n, shape.channels / shape.groups, shape.kernel[0], shape.kernel[1]};
-  Tensor weight = allocate(x, linear ? matrix : filter, compute);
-  call.check(call.api.merge(shape, data<uint8_t>(prepared), weight.mutable_data_ptr(), element_type(compute), call.stream));
-  const cuda::Parts parts = cuda::parts_of(shape);
-  // The bias lies in the prepared layer as float32.
-  Tensor bias = to_dtype(floats_in(prepared, parts.bias, shape.n), compute);
+  const int compute_type = element_type(compute);
+  Tensor weight = linear ? allocate(x, matrix, compute)
+                         : allocate(x, filter, compute, cuda::merges_by_tiles(shape, compute_type));
+  // A product adds the bias on the way; a convolution of cuDNN would take another pass over y for it, which is ours.
+  OptTensor bias;
+  if (linear && has_bias) bias = allocate(x, {shape.n}, compute);
+  call.check(call.api.merge(shape, data<uint8_t>(prepared), weight.mutable_data_ptr(),
+                            bias ? bias->mutable_data_ptr() : nullptr, compute_type, call.stream));
   const auto pair = [](const int32_t (&v)[2]) { return std::vector<int64_t>{v[0], v[1]}; };
-  const Tensor y = linear ? call_aten<3>("aten::linear", values, weight, OptTensor(bias))
-                          : call_aten<9>("aten::convolution", values, weight, OptTensor(bias), pair(shape.stride),
-                                         pair(shape.padding), pair(shape.dilation), false, std::vector<int64_t>{0, 0},
-                                         int64_t{shape.groups});
-  const Tensor y_dense = linear ? as_contiguous(y) : y;
-  // Not `compute`: under torch.autocast the operator returns another type.
-  const int y_type = element_type(y_dense.scalar_type());
-  call.check(call.api.finish(y_dense.const_data_ptr(), y_type, strides_of(y_dense, linear), in.items,
-                             linear ? 1 : plan.out_height, linear ? 1 : plan.out_width, shape.n, e, call.stream));
+  Tensor y = linear ? call_aten<3>("aten::linear", values, weight, bias)
+                    : call_aten<9>("aten::convolution", values, weight, bias, pair(shape.stride), pair(shape.padding),
+                                   pair(shape.dilation), false, std::vector<int64_t>{0, 0}, int64_t{shape.groups});
+  if (linear) y = as_contiguous(y);
+  // y is the result where it lies as that should, finished in place where anything is left to do. Its type may not be
+  // `compute`: under torch.autocast the operator returns another.
+  const bool add_bias = !linear && has_bias;
+  if (out.defined() || y.scalar_type() != type || !(channels_last ? is_channels_last(y) : y.is_contiguous())) {
+    if (!out.defined()) write_to(allocate(x, out_shape, type, channels_last));
+  } else {
+    write_to(y);
+    if (!add_bias && e.add == nullptr && std::isinf(args.low) && std::isinf(args.high)) return y;
+  }
+  const auto* biases = reinterpret_cast<const float*>(data<uint8_t>(prepared) + cuda::parts_of(shape).bias);
+  call.check(call.api.finish(y.const_data_ptr(), element_type(y.scalar_type()), strides_of(y, linear), in.items,
+                             linear ? 1 : plan.out_height, linear ? 1 : plan.out_width, shape.n,
+                             add_bias ? biases : nullptr, e, call.stream));
   return out;
 }
 
@@ -206,15 +215,15 @@ Tensor prepare_layer_cuda(Tensor codes, Tensor scale, Tensor zero_point, int64_t
 
 /// geometry: [n], or [n, kernel, stride, padding, dilation] with two numbers each; then what only the CPU's prepared
 /// layer tells by itself (a GPU's cannot be read without waiting for it): channels, groups, bits, the two sizes of scale,
-/// rank, element type of the adapter.
+/// rank, element type of the adapter, whether there may be a bias.
 Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std::optional<double> x_scale,
                       int64_t x_zero_point, int64_t x_bits, int64_t x_halo, OptTensor add, double add_scale,
                       int64_t add_zero_point, int64_t add_halo, double clamp_min, double clamp_max,
                       std::optional<double> out_scale, int64_t out_zero_point, int64_t out_halo) {
   const char* op = "run_layer";
-  CORA_CHECK(op, geometry.size() == 8 || geometry.size() == 16, "geometry must have 8 or 16 elements on CUDA, got ",
+  CORA_CHECK(op, geometry.size() == 9 || geometry.size() == 17, "geometry must have 9 or 17 elements on CUDA, got ",
              geometry.size());
-  const bool linear = geometry.size() == 8;
+  const bool linear = geometry.size() == 9;
   const auto pair = [&](size_t at) {
     return linear ? std::vector<int64_t>{} : std::vector<int64_t>{geometry[at], geometry[at + 1]};
   };
@@ -224,7 +233,7 @@ Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std
                      add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
   const Window window = check_run(x, layer_window, geometry[0], args);
   const cuda::LayerShape shape = make_shape(op, window, geometry[0], rest[2], rest[3], rest[4], rest[5], rest[6]);
-  return run(args, shape, window, quantizer_of(args, x.scalar_type() == ScalarType::Byte), x, layer);
+  return run(args, shape, rest[7] != 0, window, quantizer_of(args, x.scalar_type() == ScalarType::Byte), x, layer);
 }
 
 /// Prepared for this call only; the quantizer's tensors stay on the device.
@@ -245,7 +254,7 @@ Tensor run_once(const LayerArgs& layer, const Window& layer_window, const Tensor
     in.zero_point = data<int32_t>(*x_zero_point);
   }
   const cuda::LayerShape shape = shape_of(layer, window);
-  return run(args, shape, window, in, x, prepare(layer, shape));
+  return run(args, shape, layer.bias.has_value(), window, in, x, prepare(layer, shape));
 }
 
 Tensor linear_lowrank_cuda(Tensor x, Tensor weight, Tensor scale, Tensor zero_point, int64_t bits, OptTensor a,

@@ -111,7 +111,8 @@ Tensor quantize_activation_cuda(Tensor x, double scale, int64_t zero_point, int6
                                     static_cast<int>(shape[3]), size(1), static_cast<int>(halo),
                                     static_cast<int>(zero_point), call.stream));
   call.check(call.api.finish(source.const_data_ptr(), element_type(x.scalar_type()), from, size(0), size(2),
-                             image ? size(3) : static_cast<int>(x.numel()), size(1), e, call.stream));
+                             image ? size(3) : static_cast<int>(x.numel()), size(1), nullptr, e,
+                             call.stream));
   return out;
 }
 
