@@ -32,7 +32,7 @@ struct MergeArgs {
 };
 
 template <typename T, int kBits>
-CORA_GLOBAL(kThreads, 1) merge_tiles_kernel(const MergeArgs p) {
+CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, group = lane / 4, quad = lane % 4;
   const int block = static_cast<int>(blockIdx.x), panel = static_cast<int>(blockIdx.y) * kWarps + tid / 32;
   const int rank_tiles = p.parts.rank_tiles;
