@@ -32,6 +32,7 @@ CASES: tuple[Case, ...] = (
     lambda b: check_linear(b, 1, 24, 2048, rank=20),  # K split
     lambda b: check_linear(b, 17, 40, 512, rank=20, groups=4),
     lambda b: check_linear(b, 100, 136, 192, rank=16),  # fused adapter
+    lambda b: check_linear(b, 256, 136, 72, rank=20),  # merged
     lambda b: check_conv(b, ALIGNED["3x3"], torch.float16, formats=LAST, rank=20),
     lambda b: check_conv(b, ALIGNED["3x3"], torch.float32, formats=LAST, rank=20, x_bits=8),
     lambda b: check_linear(b, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8),
@@ -82,6 +83,21 @@ def test_the_order_of_execution_is_drawn(passed: Emulator) -> None:
             return len({failure(passed, seed) is None for seed in SEEDS}) == 2
 
     assert any(mixed(site) for site in passed.sites("barrier"))
+
+
+@pytest.mark.parametrize("channels", [18, 20, 48])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_merged_filters_stay_within_their_tensors(bits: int, channels: int) -> None:
+    emulated = emulator()
+    item = layer(45, channels * 9, bits, rank=20, bias=False)
+    x = torch.randn(2, channels, 24, 24).half()
+    window = ((3, 3), (1, 1), (1, 1), (1, 1), 1)
+    args = [x, *item.args(), *window, *operands(item)]
+    with emulated.device(8, 1):
+        emulated.forget_sites()
+        with emulated.guarded([a for a in args[1:] if isinstance(a, torch.Tensor)]):
+            emulated.ops.conv2d_lowrank.default(*args)
+    assert all(site.startswith("merge.cu") for site in emulated.sites("barrier"))
 
 
 @pytest.mark.parametrize("x_bits", [0, 8])

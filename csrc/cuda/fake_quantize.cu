@@ -39,9 +39,9 @@ CORA_DEVICE Code quantize(float x, float scale, float zero_point, float top) {
   return quantize_ratio(divide(x, scale), zero_point, top);
 }
 
-/// v / scale, of which only the rounding to an integer is right: by one reciprocal for all, where the compiler would take
-/// one each and a branch. The steps are those of a division in its usual range, where they round correctly: the
-/// reciprocal to an ulp, and the remainder's share added. Where |v| is too small for that, the quotient is far below 1/2.
+/// v / scale, of which only the rounding to an integer counts: by one reciprocal for all, where the compiler takes one
+/// each and a branch. The steps are those of a division in its usual range, and round correctly there: the reciprocal,
+/// and the remainder's share added. Where |v| is too small for that, the quotient is far below 1/2.
 template <int kVector>
 CORA_DEVICE void divide_all(const float (&v)[kVector], float scale, float (&ratio)[kVector]) {
   constexpr float kLeast = 1.0f / (1 << 30) / (1 << 30), kMost = 1.0f * (1 << 30) * (1 << 30);

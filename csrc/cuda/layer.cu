@@ -88,15 +88,17 @@ bool has_early_launches([[maybe_unused]] const Device& device) {
 #endif
 }
 
-/// Whether torch's convolution on the merged weight is sooner done than the fused kernel, for 16-bit x. Rates are those of
-/// a multiprocessor at 1.8 GHz, taken from an H200: large tiles, cuDNN's best, and memory. Few pixels leave both far below
-/// their rates, and the merge's launch is dearer than all they need.
+/// Whether torch's convolution on the merged weight is sooner done than the fused kernel, for 16-bit x. Rates are those
+/// of a multiprocessor of an H200: the tile of 128 x 128, cuDNN's kernels, and memory. torch's way takes a launch for
+/// the weight and, for bias or clamp, another that reads and writes y.
 bool merges_convolution(const LayerShape& s, int64_t tokens, int multiprocessors) {
-  constexpr double kFusedOps = 0.9e12, kTorchOps = 3.2e12, kBytes = 30e9, kLaunch = 3e-6;
-  const double columns = static_cast<double>(walk_of(s).blocks()) * kTileInputs, rows = static_cast<double>(s.n);
-  const double ops = 2.0 * static_cast<double>(tokens) * columns * rows / multiprocessors;
-  const double weight = columns * rows * (2 + container_bits(s.bits) / 8.0) / multiprocessors;
-  return ops / kTorchOps + weight / kBytes + kLaunch < ops / kFusedOps;
+  constexpr double kFusedOps = 0.9e12, kTorchOps = 3.2e12, kBytes = 30e9, kLaunches = 4e-6;
+  const double inputs = static_cast<double>(walk_of(s).blocks()) * kTileInputs;
+  const double weights = static_cast<double>(columns_of(s)) * s.n, pixels = static_cast<double>(tokens);
+  const double fused = 2 * pixels * inputs * static_cast<double>(round_up(s.n, 128)) / kFusedOps;
+  const double bytes = weights * (2 + container_bits(s.bits) / 8.0) + 4 * pixels * s.n;
+  const double torch = 2 * pixels * weights / kTorchOps + bytes / kBytes;
+  return torch / multiprocessors + kLaunches < fused / multiprocessors;
 }
 
 /// Whether to use warpgroup instructions: not before they have been timed on a GPU, unless the environment says so.

@@ -1,14 +1,14 @@
-// What:     W = scale * (code - zero) + B diag(s) A as 16-bit numbers [n, kernel height, kernel width, channels], the
-//           memory of a matrix or of a channels-last filter, for calls of many rows or pixels: torch's own operators then
-//           run at full speed, and the adapter costs nothing there.
-// Inputs:   parts of a prepared layer (layout.h). The tiles' inputs go [segment][tap][channel], so 16 neighbours of them
-//           are 16 channels of a tap: 32 bytes of the result.
+// What:     W = scale * (code - zero) + B diag(s) A as 16-bit numbers [n, kernel height, kernel width, channels], as a
+//           matrix or a channels-last filter lies, for calls of many rows or pixels: torch's own operators then run at
+//           full speed, and the adapter costs nothing there.
+// Inputs:   parts of a prepared layer (layout.h). The tiles' inputs go [segment][tap][channel], so 16 neighbours are 16
+//           channels of a tap: 32 bytes of the result.
 // Numerics: B's codes are exact in tf32, s A is rounded to it; sums float32; one rounding to the result.
 // Method:   a warp owns a tile, 16 rows x 64 inputs. A's tiles of the block's inputs become tf32 in shared memory,
 //           [rank][column], columns in the order in which a lane's accumulators meet its codes:
 //             accumulators 2t, 2t + 1 of column tile 2 j + hi  <->  codes (j, h, 2 hi + 0..1)   (layout.h)
 //           so each lane writes four neighbouring numbers (one by one where the channels are no multiple of four).
-//           All it reads of its tile is under way before A is waited for: a small layer takes one latency of the memory.
+//           All it reads of its tile is under way before A is waited for: a small layer takes one latency of memory.
 // Cost:     bits / 8 B in and 2 B out a weight, 2 r products; bound by the writes up to rank 64 or so.
 #include "cuda/dequantize.cuh"
 #include "cuda/elements.cuh"
@@ -152,7 +152,8 @@ const char* launch_merge(int container, const MergeArgs& args, void* stream) {
 
 }  // namespace
 
-const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* out, void* bias, int type, void* stream) {
+const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* out, void* bias, int type,
+                           void* stream) {
   const Walk walk = walk_of(s);
   const MergeArgs args{walk, parts_of(s), prepared, fast_divide(walk.run), s.n, s.channels, static_cast<uint16_t*>(out),
                        static_cast<uint16_t*>(bias)};

@@ -312,9 +312,11 @@ const char* finish(const void* y, int type, PixelStrides strides, int items, int
                    const float* bias, const Epilogue& epilogue, void* stream) {
   const int64_t total = static_cast<int64_t>(items) * height * width * channels;
   if (total == 0) return nullptr;
-  const auto lies = [&](const void* p, const PixelStrides& s) { return dense(p, s, height, width, channels); };
-  if (channels % 8 == 0 && epilogue.out_type != kUint8 && lies(y, strides) && lies(epilogue.out, epilogue.out_strides) &&
-      (epilogue.add == nullptr || (epilogue.add_type != kUint8 && lies(epilogue.add, epilogue.add_strides))))
+  const auto lies = [&](const void* p, int of, const PixelStrides& s) {
+    return of != kUint8 && dense(p, s, height, width, channels);
+  };
+  if (channels % 8 == 0 && lies(y, type, strides) && lies(epilogue.out, epilogue.out_type, epilogue.out_strides) &&
+      (epilogue.add == nullptr || lies(epilogue.add, epilogue.add_type, epilogue.add_strides)))
     return launch(finish_dense_kernel, Dim3{grid_for(total / 8, kThreads), 1, 1}, kThreads, 0, stream, y, type, total,
                   divide_by(channels, total), bias, epilogue);
   return launch(finish_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, y, type, strides, total,
