@@ -31,7 +31,8 @@ struct MergeArgs {
   uint16_t *out, *bias;  // bias: null if not wanted
 };
 
-template <typename T, int kBits>
+/// kWhole: all rows of the result begin at a multiple of four.
+template <typename T, int kBits, bool kWhole>
 CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, group = lane / 4, quad = lane % 4;
   const int block = static_cast<int>(blockIdx.x), panel = static_cast<int>(blockIdx.y) * kWarps + tid / 32;
@@ -103,50 +104,62 @@ CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
     }
   }
 
-  const int64_t filter = static_cast<int64_t>(p.walk.taps) * p.channels;
-  const int left = p.walk.segment_channels - 4 * quad;  // of a run, from the lane's first channel on
-  const bool whole = p.channels % 4 == 0;
-  uint16_t* const out = p.out + static_cast<int64_t>(segment) * p.walk.segment_channels + 4 * quad;
   const int first = (block - segment * p.walk.blocks_per_segment) * kTileInputs;  // within the segment
   int tap = static_cast<int>(quotient(static_cast<uint32_t>(first), p.run)), channel = first - tap * p.walk.run;
+  int at = tap * p.channels + channel;  // within a filter, less what the segment and the lane add
+  const int left = p.walk.segment_channels - 4 * quad;  // of a run, from the lane's first channel on
+  const int row = panel * kTileRows + group;
+  uint16_t* const out = p.out + static_cast<int64_t>(row) * p.walk.taps * p.channels +
+                        segment * p.walk.segment_channels + 4 * quad;
+  uint16_t* const outs[2] = {out, out + static_cast<int64_t>(8) * p.walk.taps * p.channels};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
+    if (tap < p.walk.taps && channel < left)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = panel * kTileRows + group + 8 * h;
-      if (row >= p.n || tap >= p.walk.taps || channel >= left) continue;
-      const uint32_t bytes = codes.bytes(j, h);
-      float v[4];
+      for (int h = 0; h < 2; ++h) {
+        if (row + 8 * h >= p.n) continue;
+        const uint32_t bytes = codes.bytes(j, h);  // of inputs 0, 2, 1, 3
+        float v[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float code = static_cast<float>(bytes >> (8 * (i / 2 + 2 * (i % 2))) & 0xff);
-        v[i] = q[h].x * (code - q[h].y) + acc[0][2 * j + i / 2][2 * h + i % 2];
+        for (int i = 0; i < 4; ++i) {
+          // A byte below 2^23 is that and the code: cheaper than a conversion.
+          const uint32_t selector = 0x7440u + static_cast<uint32_t>(i / 2 + 2 * (i % 2));
+          const float code = bits_to_float(byte_permute(bytes, 0x4b000000u, selector)) - 8388608.0f;
+          v[i] = fused_multiply_add(q[h].x, code - q[h].y, acc[0][2 * j + i / 2][2 * h + i % 2]);
+        }
+        const uint2 packed{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])};
+        if constexpr (kWhole) {
+          // One number: of a pair of words nvcc makes two stores in places.
+          store(outs[h] + at, packed.x | static_cast<uint64_t>(packed.y) << 32);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (channel + i < left)
+              store(outs[h] + at + i, static_cast<uint16_t>((i / 2 ? packed.y : packed.x) >> (16 * (i % 2))));
+        }
       }
-      const uint2 packed{pack2<T>(v[0], v[1]), pack2<T>(v[2], v[3])};
-      uint16_t* const to = out + (row * filter + static_cast<int64_t>(tap) * p.channels + channel);
-      if (whole) {
-        store(to, packed);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (channel + i < left) store(to + i, static_cast<uint16_t>((i / 2 ? packed.y : packed.x) >> (16 * (i % 2))));
-      }
-    }
     channel += kRunAlign;
-    if (channel == p.walk.run) channel = 0, ++tap;
+    at += kRunAlign;
+    if (channel == p.walk.run) channel = 0, at += p.channels - p.walk.run, ++tap;
   }
 }
 
-template <typename T>
-const char* launch_merge(int container, const MergeArgs& args, void* stream) {
+template <typename T, int kBits>
+const char* launch_merge(const MergeArgs& args, void* stream) {
   const Dim3 grid{static_cast<unsigned>(args.walk.blocks()),
                   static_cast<unsigned>((args.parts.panels + kWarps - 1) / kWarps), 1};
   const size_t bytes = static_cast<size_t>(args.parts.rank_tiles) * 16 * kPitch * sizeof(float);
+  return launch(args.channels % 4 == 0 ? merge_tiles_kernel<T, kBits, true> : merge_tiles_kernel<T, kBits, false>, grid,
+                kThreads, bytes, stream, args);
+}
+
+template <typename T>
+const char* merge_container(int container, const MergeArgs& args, void* stream) {
   switch (container) {
-    case 2: return launch(merge_tiles_kernel<T, 2>, grid, kThreads, bytes, stream, args);
-    case 3: return launch(merge_tiles_kernel<T, 3>, grid, kThreads, bytes, stream, args);
-    case 4: return launch(merge_tiles_kernel<T, 4>, grid, kThreads, bytes, stream, args);
-    default: return launch(merge_tiles_kernel<T, 8>, grid, kThreads, bytes, stream, args);
+    case 2: return launch_merge<T, 2>(args, stream);
+    case 3: return launch_merge<T, 3>(args, stream);
+    case 4: return launch_merge<T, 4>(args, stream);
+    default: return launch_merge<T, 8>(args, stream);
   }
 }
 
@@ -157,8 +170,8 @@ const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* o
   const Walk walk = walk_of(s);
   const MergeArgs args{walk, parts_of(s), prepared, fast_divide(walk.run), s.n, s.channels, static_cast<uint16_t*>(out),
                        static_cast<uint16_t*>(bias)};
-  return type == kFloat16 ? launch_merge<Half>(container_bits(s.bits), args, stream)
-                          : launch_merge<Bfloat16>(container_bits(s.bits), args, stream);
+  return type == kFloat16 ? merge_container<Half>(container_bits(s.bits), args, stream)
+                          : merge_container<Bfloat16>(container_bits(s.bits), args, stream);
 }
 
 }  // namespace cora::cuda
