@@ -25,40 +25,15 @@ struct Code {
   bool inside;
 };
 
-CORA_DEVICE Code quantize_ratio(float ratio, float zero_point, float top) {
+CORA_DEVICE Code quantize(float x, float scale, float zero_point, float top) {
   Code c;
-  c.ratio = ratio;
+  c.ratio = divide(x, scale);
   c.rounded = rintf(c.ratio);
   const float v = c.rounded + zero_point;
   c.inside = v >= 0.0f && v <= top;
   c.q = v > 0.0f ? v : 0.0f;
   c.q = c.q < top ? c.q : top;
   return c;
-}
-CORA_DEVICE Code quantize(float x, float scale, float zero_point, float top) {
-  return quantize_ratio(divide(x, scale), zero_point, top);
-}
-
-/// v / scale, of which only the rounding to an integer counts: by one reciprocal for all, where the compiler takes one
-/// each and a branch. The steps are those of a division in its usual range, and round correctly there: the reciprocal,
-/// and the remainder's share added. Where |v| is too small for that, the quotient is far below 1/2.
-template <int kVector>
-CORA_DEVICE void divide_all(const float (&v)[kVector], float scale, float (&ratio)[kVector]) {
-  constexpr float kLeast = 1.0f / (1 << 30) / (1 << 30), kMost = 1.0f * (1 << 30) * (1 << 30);
-  float most = 0.0f;  // a NaN counts for nothing, and stays one
-#pragma unroll
-  for (int e = 0; e < kVector; ++e) most = fmaxf(most, fabsf(v[e]));
-  if (scale >= kLeast && scale <= kMost && most <= kMost) {
-    const float guess = divide(1.0f, scale);
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) {
-      const float quotient = v[e] * guess;
-      ratio[e] = fused_multiply_add(fused_multiply_add(-scale, quotient, v[e]), guess, quotient);
-    }
-  } else {
-#pragma unroll
-    for (int e = 0; e < kVector; ++e) ratio[e] = divide(v[e], scale);
-  }
 }
 
 /// x as runs of elements that share a scale: run i takes scale i % scales.
@@ -127,13 +102,12 @@ CORA_GLOBAL(kThreads, 1) forward_kernel(const void* __restrict__ x, const int ty
   for (int64_t i = thread_index() * kVector; i < total; i += thread_count() * kVector) {
     const int64_t q = scale_of(quotient(i, by_length), r);
     const float s = scale[q], zp = static_cast<float>(zero_point[q]);
-    float v[kVector], ratio[kVector], y[kVector], rest[kVector];
+    float v[kVector], y[kVector], rest[kVector];
     read(x, i, type, v);
-    divide_all(v, s, ratio);
     uint32_t packed = 0;
 #pragma unroll
     for (int e = 0; e < kVector; ++e) {
-      const Code c = quantize_ratio(ratio[e], zp, top);
+      const Code c = quantize(v[e], s, zp, top);
       y[e] = s * (c.q - zp);
       rest[e] = v[e] - y[e];
       packed |= static_cast<uint32_t>(c.q) << (8 * e);
