@@ -135,7 +135,7 @@ def test_linear_splits_k(backend: Backend, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(
     "m,n,x_bits,multiprocessors",
-    [(1, 650, 0, 2), (40, 520, 0, 2), (100, 520, 0, 3), (20, 520, 8, 3), (128, 520, 8, 3)],
+    [(1, 650, 0, 2), (40, 520, 0, 2), (100, 520, 0, 4), (20, 520, 8, 3), (128, 520, 8, 3)],
 )
 def test_blocks_share_tiles(
     backend: Backend, m: int, n: int, x_bits: int, multiprocessors: int

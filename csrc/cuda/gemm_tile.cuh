@@ -234,8 +234,9 @@ struct Block {
     char* const to = stage + C::kWeightAt + warp_n * C::kTileBytes;
     const auto within = [&](int kb) { return static_cast<uint32_t>(kb < end_block ? kb : end_block - 1); };
 #pragma unroll
-    for (int i = 0; i < C::kTilesK * kChunks / 32; ++i) {
+    for (int i = 0; i < (C::kTilesK * kChunks + 31) / 32; ++i) {
       const int tile = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
+      if (C::kTilesK * kChunks % 32 != 0 && tile >= C::kTilesK) break;
       const uint8_t* const from = p.w + uint64_t{static_cast<uint32_t>(panel)} * C::kTileBytes + chunk * 16;
       async_copy16(to + tile * (C::kPanels * C::kTileBytes) + chunk * 16,
                    from + uint64_t{within(block + tile)} * static_cast<uint32_t>(p.panels * C::kTileBytes));
