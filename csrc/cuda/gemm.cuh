@@ -15,7 +15,7 @@
 //           work: rank tile w % tiles, each its own share of the inputs); otherwise t comes in as partial sums of an
 //           earlier pass. Then B t is ceil(r / 16) more steps on the same accumulators, before they are stored.
 //           Few tokens of 16-bit x: see multiply_by_stream (gemm_stream.cuh).
-//           Tiles of warpgroups (sm_90a, 8-bit x): see multiply_by_warpgroups.
+//           Tiles of warpgroups (sm_90a, 8-bit x): gemm_warpgroups.cuh.
 //           stream-K: where tiles of y do not fill the card evenly, blocks of threads share the stages of all tiles
 //           evenly, whole tiles or parts. Who computes a part leaves its accumulators in `partial`; the last to arrive
 //           at a tile adds them up in order. Nobody waits for anybody.
@@ -34,7 +34,7 @@ template <typename C, typename EndSegment>
 CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::kRows], int begin, int end,
                                    int stage_bytes, int fused_tiles, bool segmented, bool sum_x,
                                    typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4],
-                                   typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4],
+                                   typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4],
                                    int32_t (&x_sum)[C::kCols], const EndSegment& end_segment) {
   using T = typename C::T;
   constexpr int kSteps = C::kInt8 ? 2 : 4;  // mma steps of a tile along K
@@ -83,12 +83,12 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
             uint32_t a[1][4];
             if constexpr (C::kInt8) {
               block.adapter_bytes(rank_codes, step, a);
-              mma8(acc_t[0], a, x);
+              mma8(acc_t, a, x);
             } else {
               Codes<8> step_codes;
               step_codes.read_step(rank_tile, lane, step);
               adapter_operand<T>(step_codes, step, a[0]);
-              mma16<T>(acc_t[0], a, x);
+              mma16<T>(acc_t, a, x);
             }
           }
         }
@@ -124,78 +124,6 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
   }
 }
 
-/// Hopper's own instructions: weights from registers as ever, 64 channels a warpgroup; x from shared memory, whose rows
-/// lie as the instructions want them (chunk_of is the 128-byte swizzle). They run on while the next weights are
-/// dequantized: two sets of weight registers, one instruction left under way. A stage is overwritten two rounds after it
-/// was read, when every warp has waited for its instructions.
-/// t of a fused adapter: by the warps' own tensor-core instructions meanwhile; a warp takes rank tile warp % tiles and
-/// its share of the tokens, which fills 16 rows where a warpgroup would have to fill 64.
-template <typename C>
-CORA_DEVICE void multiply_by_warpgroups(Block<C>& block, const RowParameters<C>& row, int begin, int end,
-                                        int stage_bytes, int fused_tiles, bool sum_x, int32_t (&acc)[1][C::kCols][4],
-                                        int32_t (&acc_t)[C::kRankParts][1][C::kRankCols][4],
-                                        int32_t (&x_sum)[C::kCols]) {
-  const int lane = block.lane, warp = block.warp_n;
-  const int rank_tile = warp & (fused_tiles - 1), rank_token = (warp - rank_tile) * 16;  // of 1, 2 or 4; 128 tokens
-  uint32_t w[2][4];
-  int stage = 0;
-  for (int k = begin; k < end; k += C::kTilesK) {
-    const char* const from = block.next_stage(k, stage, stage_bytes);
-    // No branch between these: the assembler would have each instruction wait for the one before. Tiles beyond the end
-    // of K hold zeros for x, and anything for the weights.
-#pragma unroll
-    for (int tile = 0; tile < C::kTilesK; ++tile) {
-      Codes<C::kBits> codes;
-      codes.read(from + C::kWeightAt + (tile * C::kPanels + warp) * C::kTileBytes, lane);
-#pragma unroll
-      for (int step = 0; step < 2; ++step) {
-        warpgroup_wait<1>();  // the instruction before the last: its weights were in w[step]
-        row.operand(codes, step, false, w[step]);
-#pragma unroll
-        for (int r = 0; r < 4; ++r) w[step][r] = byte_permute(w[step][r], 0, 0x3120u);  // to the order of x in memory
-        warpgroup_mma8(acc, w[step], from + tile / 2 * C::kPieceBytes + (tile % 2 * 2 + step) * 32);
-      }
-    }
-    if (fused_tiles > 0)
-#pragma unroll
-      for (int tile = 0; tile < C::kTilesK; ++tile) {
-        if (k + tile >= end) break;
-        Codes<8> rank_codes;
-        rank_codes.read(from + C::kAdapterAt + (tile * fused_tiles + rank_tile) * 1024, lane);
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          uint32_t a[1][4];
-          block.adapter_bytes(rank_codes, step, a);
-#pragma unroll
-          for (int part = 0; part < C::kRankParts; ++part)
-            if (part < fused_tiles) {
-              uint32_t x[2][2];
-              block.read_pair(from, tile, step, rank_token + part * 16, x);
-              mma8(acc_t[part], a, x);
-            }
-        }
-      }
-    if (sum_x)
-#pragma unroll
-      for (int tile = 0; tile < C::kTilesK; ++tile)
-#pragma unroll
-        for (int step = 0; step < 2; ++step)
-#pragma unroll
-          for (int j = 0; j < C::kCols; j += 2) {
-            uint32_t x[2][2];
-            block.read_pair(from, tile, step, j * 8, x);
-            x_sum[j] = add_bytes(x[0], x_sum[j]);
-            x_sum[j + 1] = add_bytes(x[1], x_sum[j + 1]);
-          }
-    stage = stage == C::kStages - 1 ? 0 : stage + 1;
-  }
-  warpgroup_wait<0>();
-#pragma unroll
-  for (int j = 0; j < C::kCols; ++j)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) warpgroup_settle(acc[0][j][e]);
-}
-
 // --- After the loop --------------------------------------------------------------------------------------------------
 
 /// Stages begin .. end - 1 of a tile of y; whether it is the last of its block of threads.
@@ -222,8 +150,8 @@ CORA_DEVICE Piece piece_of(const Shares& shares, int round) {
 /// parts now, and goes on.
 template <typename C>
 CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
-                              typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4], int32_t (&x_sum)[C::kCols],
-                              typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4]) {
+                              typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4], int32_t (&x_sum)[C::kXSums],
+                              typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4]) {
   using Acc = typename Block<C>::Acc;
   const GemmArgs& p = block.p;
   const bool fused = C::kFuses && p.fused;
@@ -244,7 +172,7 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
 #pragma unroll
     for (int i = 0; i < C::kAccT; ++i)
       store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
-            acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4]);
+            acc_t[0][i / 4][i % 4]);
   block_sync();
   unsigned* const ticket = reinterpret_cast<unsigned*>(block.shared);
   if (block.tid == 0) {
@@ -263,7 +191,7 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
 #pragma unroll
   for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
 #pragma unroll
-  for (int i = 0; i < C::kAccT; ++i) acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] = 0;
+  for (int i = 0; i < C::kAccT; ++i) acc_t[0][i / 4][i % 4] = 0;
 #pragma unroll (C::kParts < 16 ? 16 / C::kParts : 1)  // several loads under way
   for (int worker = first; worker <= last; ++worker) {
     const Acc* const part = partial(worker);
@@ -276,65 +204,20 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
     if (fused)
 #pragma unroll
       for (int i = 0; i < C::kAccT; ++i)
-        acc_t[i / (C::kRankCols * 4)][0][i / 4 % C::kRankCols][i % 4] +=
+        acc_t[0][i / 4][i % 4] +=
             load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
   }
   return true;
 }
 
-/// y += B t: t to shared memory, from the fused sums or an earlier pass, then ceil(r / 16) more steps.
+/// y += B t, of t as add_adapter leaves it in shared memory; then that is free.
 template <typename C>
-CORA_DEVICE void add_adapter(const Block<C>& block,
-                             const typename Block<C>::Acc (&acc_t)[C::kRankParts][1][C::kRankCols][4],
-                             float (&y)[C::kRows][C::kCols][4]) {
+CORA_DEVICE void multiply_by_b(const Block<C>& block, float (&y)[C::kRows][C::kCols][4]) {
   using T = typename C::T;
-  using Acc = typename Block<C>::Acc;
   const GemmArgs& p = block.p;
+  const int lane = block.lane, group = block.group, quad = block.quad, warp_m = block.warp_m;
+  const int pitch = C::t_pitch(p.rank_tiles);
   char* const shared = block.shared;
-  const int lane = block.lane, group = block.group, quad = block.quad;
-  const int warp_n = block.warp_n, warp_m = block.warp_m, first_token = block.first_token;
-  const bool fused = C::kFuses && p.fused;
-  const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
-  Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
-  if (fused) {
-    const int part = C::kWarpgroup ? warp_n & (p.rank_tiles - 1) : warp_n;
-    const int first = C::kWarpgroup ? (warp_n - part) * 16 : warp_m * C::kCols * 8;
-#pragma unroll
-    for (int j = 0; j < C::kRankParts * C::kRankCols; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (!C::kWarpgroup || j < 2 * p.rank_tiles)
-          parts[(part * C::kBlockM + first + j * 8 + quad * 2 + e % 2) * 16 + group + 8 * (e / 2)] =
-              acc_t[j / C::kRankCols][0][j % C::kRankCols][e];
-    block_sync();
-  }
-#pragma unroll 1
-  for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
-    const int token = i / (ranks / 2), first_rank = i % (ranks / 2) * 2, m = first_token + token;
-    float v[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int r = first_rank + e;
-      float t = 0.0f;
-      if (fused) {
-        Acc sum = 0;
-        for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles)
-          sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
-        if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
-        t = static_cast<float>(sum);
-      } else if (m < p.m) {
-#pragma unroll 16  // several loads under way
-        for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
-      }
-      v[e] = t * p.adapter_scale[r];
-      if constexpr (C::kInt8) v[e] *= p.x_scale[block.item_of(token)];
-    }
-    if constexpr (C::kInt8)
-      store(shared + token * pitch + first_rank * 4, uint2{round_tf32(v[0]), round_tf32(v[1])});
-    else
-      store(shared + token * pitch + first_rank * 2, pack2<T>(v[0], v[1]));
-  }
-  block_sync();
 #pragma unroll (C::kStream && C::kCols <= 2 ? 4 : 1)
   for (int tile = 0; tile < p.rank_tiles; ++tile) {
     Codes<8> b[C::kRows];
@@ -382,6 +265,56 @@ CORA_DEVICE void add_adapter(const Block<C>& block,
     }
   }
   block_sync();
+}
+
+/// y += B t: t to shared memory, from the fused sums or an earlier pass, then ceil(r / 16) more steps.
+template <typename C>
+CORA_DEVICE void add_adapter(const Block<C>& block,
+                             const typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4],
+                             float (&y)[C::kRows][C::kCols][4]) {
+  using T = typename C::T;
+  using Acc = typename Block<C>::Acc;
+  const GemmArgs& p = block.p;
+  char* const shared = block.shared;
+  const int group = block.group, quad = block.quad, warp_n = block.warp_n, first_token = block.first_token;
+  const bool fused = C::kFuses && p.fused;
+  const int pitch = C::t_pitch(p.rank_tiles), ranks = p.rank_tiles * 16;
+  Acc* const parts = reinterpret_cast<Acc*>(shared + C::kBlockM * pitch);  // [t_parts][token][16]
+  if (fused) {
+#pragma unroll
+    for (int j = 0; j < C::kRankCols; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        parts[(warp_n * C::kBlockM + block.token_of(j, e % 2)) * 16 + group + 8 * (e / 2)] = acc_t[0][j][e];
+    block_sync();
+  }
+  for (int i = block.tid; i < C::kBlockM * ranks / 2; i += C::kThreads) {
+    const int token = i / (ranks / 2), first_rank = i % (ranks / 2) * 2, m = first_token + token;
+    float v[2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int r = first_rank + e;
+      float t = 0.0f;
+      if (fused) {
+        Acc sum = 0;
+        for (int s = r / 16; s < C::t_parts(p.rank_tiles); s += p.rank_tiles)
+          sum += parts[(s * C::kBlockM + token) * 16 + r % 16];
+        if constexpr (C::kInt8) sum -= p.x_zero[block.item_of(token)] * p.a_sums[r];
+        t = static_cast<float>(sum);
+      } else if (m < p.m) {
+#pragma unroll 16  // several loads under way
+        for (int s = 0; s < p.t_splits; ++s) t += p.t[(static_cast<int64_t>(s) * p.m + m) * ranks + r];
+      }
+      v[e] = t * p.adapter_scale[r];
+      if constexpr (C::kInt8) v[e] *= p.x_scale[block.item_of(token)];
+    }
+    if constexpr (C::kInt8)
+      store(shared + token * pitch + first_rank * 4, uint2{round_tf32(v[0]), round_tf32(v[1])});
+    else
+      store(shared + token * pitch + first_rank * 2, pack2<T>(v[0], v[1]));
+  }
+  block_sync();
+  multiply_by_b<C>(block, y);
 }
 
 // --- Storing -------------------------------------------------------------------------------------------------------
@@ -459,7 +392,7 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   }
 
   Acc acc[C::kRows][C::kCols][4] = {};
-  Acc acc_t[C::kRankParts][1][C::kRankCols][4] = {};  // fused: this warp's rank tile over its share of K, or of tokens
+  Acc acc_t[1][C::kRankCols][4] = {};         // fused: this warp's rank tile over its share of K
   float total[C::kRows][C::kCols][4] = {};    // Int8: the scaled sums of the segments so far
   int32_t x_sum[C::kCols] = {};               // Int8: sum of x over the segment; this lane's part of token `group`
   RowParameters<C> rows[C::kRows];
@@ -521,9 +454,7 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   };
 
   // --- The loop over K ---
-  if constexpr (C::kWarpgroup)
-    multiply_by_warpgroups<C>(block, rows[0], begin, end, stage_bytes, fused_tiles, sum_x, acc, acc_t, x_sum);
-  else if constexpr (C::kStream)
+  if constexpr (C::kStream)
     multiply_by_stream<C>(block, rows[0], begin, end, segmented, acc);
   else
     multiply_by_warps<C>(block, rows, begin, end, stage_bytes, fused_tiles, segmented, sum_x, acc, acc_t, x_sum,
@@ -590,6 +521,10 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   return piece.last;
 }
 
+/// By warpgroup instructions: gemm_warpgroups.cuh.
+template <typename C>
+CORA_DEVICE bool compute_by_warpgroups(const GemmArgs& p, int round);
+
 template <typename C>
 CORA_GLOBAL(C::kThreads, C::kResident) gemm_kernel(const GemmArgs p) {
   if (p.t_out != nullptr) {
@@ -598,8 +533,15 @@ CORA_GLOBAL(C::kThreads, C::kResident) gemm_kernel(const GemmArgs p) {
          i += p.shares.workers * C::kThreads)
       p.tickets[i] = 0;
   }
+  bool last = false;
 #pragma unroll 1
-  for (int round = 0; !compute<C>(p, round); ++round) block_sync();  // shared memory is the next tile's
+  for (int round = 0; !last; ++round) {
+    if (round > 0) block_sync();  // shared memory is the next tile's
+    if constexpr (C::kWarpgroup)
+      last = compute_by_warpgroups<C>(p, round);
+    else
+      last = compute<C>(p, round);
+  }
 }
 
 }  // namespace cora::cuda

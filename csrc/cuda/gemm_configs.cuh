@@ -1,7 +1,7 @@
 // The compiled tile shapes, and how a call gets to one. One file per type of x instantiates them (gemm_*.cu).
 #pragma once
 
-#include "cuda/gemm.cuh"
+#include "cuda/gemm_warpgroups.cuh"
 
 namespace cora::cuda {
 
@@ -30,10 +30,16 @@ using Small8 = Config<T, kBits, 4, 2, 2, 2, 1, 4>;
 template <typename T, int kBits>
 using Large8 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 2 : 3, false>;
 template <typename T, int kBits>
-using Warpgroups8 = Config<T, kBits, 8, 1, 1, 16, 1, 4, false, true>;  // sm_90a
+using Warpgroups64 = Config<T, kBits, 8, 1, 1, 8, 1, 4, false, true>;  // sm_90a: 128 channels x so many tokens
+template <typename T, int kBits>
+using Warpgroups128 = Config<T, kBits, 8, 1, 1, 16, 1, 4, false, true>;
+template <typename T, int kBits>
+using Warpgroups192 = Config<T, kBits, 8, 1, 1, 24, 1, 4, false, true>;
+template <typename T, int kBits>
+using WarpgroupsNarrow = Config<T, kBits, 4, 2, 1, 16, 1, 4, false, true>;  // 64 channels x 256 tokens
 
 enum Tile16 : int { kDecode8 = 0, kDecode16, kDecode32, kDecode64, kLarge128 };
-enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups8 };
+enum Tile8 : int { kSmall8 = 0, kLarge8, kWarpgroups64, kWarpgroups128, kWarpgroups192, kWarpgroupsNarrow };
 
 template <typename C>
 constexpr TileShape shape_of() {
@@ -57,7 +63,10 @@ inline TileShape tile8_shape(int tile) {
   switch (tile) {
     case kSmall8: return shape_of<Small8<Int8, 4>>();
     case kLarge8: return shape_of<Large8<Int8, 4>>();
-    default: return shape_of<Warpgroups8<Int8, 4>>();
+    case kWarpgroups64: return shape_of<Warpgroups64<Int8, 4>>();
+    case kWarpgroups128: return shape_of<Warpgroups128<Int8, 4>>();
+    case kWarpgroups192: return shape_of<Warpgroups192<Int8, 4>>();
+    default: return shape_of<WarpgroupsNarrow<Int8, 4>>();
   }
 }
 
@@ -93,6 +102,6 @@ const char* dispatch16(int container, int tile, const GemmArgs& args, void* stre
 const char* gemm_half(int container, int tile, const GemmArgs& args, void* stream);
 const char* gemm_bfloat16(int container, int tile, const GemmArgs& args, void* stream);
 const char* gemm_int8(int container, int tile, const GemmArgs& args, void* stream);
-const char* gemm_warpgroups(int container, const GemmArgs& args, void* stream);
+const char* gemm_warpgroups(int container, int tile, const GemmArgs& args, void* stream);
 
 }  // namespace cora::cuda

@@ -77,26 +77,28 @@ struct Config {
   static constexpr int kDepth = kDepth_, kStages = kStages_;
   static constexpr bool kWarpgroup = kWarpgroup_;
   static constexpr bool kStream = !kInt8 && kWarpsM == 1;
-  static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsM == 1 && kRows == 1 && kCols == 16));
+  static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsN * kWarpsM == 8 && kRows == 1 && kDepth == 1));
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
   static constexpr int kPanels = kBlockN / kTileRows;
   static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
   /// Blocks that share a multiprocessor, for which the compiler is to find registers.
-  static constexpr int kResident = !kStream ? 1 : 512 / kThreads;
+  static constexpr int kResident = kStream ? 512 / kThreads : kWarpgroup && kCols <= 8 ? 2 : 1;
   static_assert(!kStream || (kRows == 1 && kTilesK % 2 == 0 && kTilesK <= 4));
   /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
   static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
   /// Whether an adapter may be fused: not where few tokens of 16-bit x leave the call bound by bytes (see plan).
   static constexpr bool kFuses = kInt8 || kBlockM >= 128;
-  /// A fused adapter's accumulators of a warp: kRankParts x 1 x kRankCols tiles.
-  static constexpr int kRankParts = kWarpgroup ? 4 : 1, kRankCols = kWarpgroup ? 2 : kFuses ? kCols : 1;
+  /// A fused adapter's accumulators of a warp: kRankCols tiles. Warpgroups: a warp takes a quarter of the tokens, and
+  /// one of two rank tiles, or half of the inputs.
+  static constexpr int kRankCols = !kFuses ? 1 : kWarpgroup ? kBlockM / 32 : kCols;
   /// Scale groups of 16-bit x: with few tokens the sums of a tile are scaled, else its weights, whichever are fewer.
   static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 <= kRows * 16;
   /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
-  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kCols : 0;
-  static constexpr int kAccT = kFuses ? kRankParts * kRankCols * 4 : 0;
+  static constexpr int kXSums = kWarpgroup ? kBlockM * 8 / kThreads : kCols;
+  static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kXSums : 0;
+  static constexpr int kAccT = kFuses ? kRankCols * 4 : 0;
   static constexpr int kParts = kAcc + kSums + kAccT, kPartials = kParts * kThreads;
   static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
   static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
@@ -109,7 +111,7 @@ struct Config {
   // After the loop the ring becomes t (float32 parts, then the operand) and then the tile of y.
   static constexpr int kOutPitch = kBlockN + 4;  // floats
   static int shared_bytes(int rank_tiles, bool fused) {
-    const int ring = kStages * stage_bytes(fused ? rank_tiles : 0);
+    const int ring = kStages * stage_bytes(fused ? rank_tiles : 0) + (kWarpgroup ? 32 : 0);  // a flag a warp
     const int parts = fused ? t_parts(rank_tiles) * kBlockM * 16 * 4 : 0;
     const int t = rank_tiles == 0 ? 0 : kBlockM * t_pitch(rank_tiles) + parts;
     const int y = kBlockM * kOutPitch * 4;
@@ -118,7 +120,7 @@ struct Config {
   /// Bytes of a token's t: 16 more than needed, so that 8 tokens lie in different banks.
   CORA_HOST_DEVICE static int t_pitch(int rank_tiles) { return rank_tiles * 16 * (kInt8 ? 4 : 2) + 16; }
   /// Parts [token][16] that a fused t comes in: part i is of rank tile i % rank_tiles.
-  CORA_HOST_DEVICE static int t_parts(int rank_tiles) { return kWarpgroup ? rank_tiles : kWarpsN; }
+  CORA_HOST_DEVICE static int t_parts(int rank_tiles) { return kWarpgroup ? 2 : kWarpsN; }
 };
 
 /// Position of 16-byte chunk `chunk` (0..7) of a row of x in shared memory. 16-bit x is read as 8 bytes a lane, half a
@@ -317,10 +319,9 @@ struct Block {
   }
 
   /// Waits for stage `stage` of the ring, which holds tiles k .. of K, and sets the copy of the tiles kAhead stages
-  /// later going: to the place that was read last, or by warpgroups the time before.
+  /// later going, to the place that was read last.
   CORA_DEVICE const char* next_stage(int k, int stage, int stage_bytes) {
     async_wait<C::kAhead - 1>();
-    if constexpr (C::kWarpgroup) warpgroup_publish();
     block_sync();
     const int free = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
     const int ahead = k + C::kAhead * C::kTilesK;

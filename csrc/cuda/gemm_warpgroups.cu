@@ -4,8 +4,13 @@
 
 namespace cora::cuda {
 
-const char* gemm_warpgroups(int container, const GemmArgs& args, void* stream) {
-  return with_container<Warpgroups8, Int8>(container, args, stream);
+const char* gemm_warpgroups(int container, int tile, const GemmArgs& args, void* stream) {
+  switch (tile) {
+    case kWarpgroups64: return with_container<Warpgroups64, Int8>(container, args, stream);
+    case kWarpgroups128: return with_container<Warpgroups128, Int8>(container, args, stream);
+    case kWarpgroups192: return with_container<Warpgroups192, Int8>(container, args, stream);
+    default: return with_container<WarpgroupsNarrow, Int8>(container, args, stream);
+  }
 }
 
 }  // namespace cora::cuda

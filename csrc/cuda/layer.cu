@@ -7,8 +7,8 @@
 #include "cuda/gemm_configs.cuh"
 #include "cuda/stage.cuh"
 
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
 
 namespace cora::cuda {
 
@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kInt32Max = 0x7fffffff;
 constexpr int64_t kMergeTokens = 129;
+constexpr int kMostShared90 = 227 * 1024;
 constexpr int kThreads = 256;
 
 /// No part of a tile has arrived yet.
@@ -101,14 +102,51 @@ bool merges_convolution(const LayerShape& s, int64_t tokens, int multiprocessors
   return torch / multiprocessors + kLaunches < fused / multiprocessors;
 }
 
-/// Whether to use warpgroup instructions: not before they have been timed on a GPU, unless the environment says so.
-bool warpgroups([[maybe_unused]] const Device& device) {
+/// Whether to use warpgroup instructions: where there are any, unless CORA_WARPGROUPS=0 is in the environment. The number
+/// of a tile there (2 ..) wants that one, for timing.
+bool warpgroups([[maybe_unused]] const Device& device, [[maybe_unused]] int* wanted_tile) {
 #if defined(CORA_WARPGROUPS)
   const char* const wanted = std::getenv("CORA_WARPGROUPS");
-  return device.major == 9 && wanted != nullptr && std::strcmp(wanted, "1") == 0;
+  *wanted_tile = wanted != nullptr ? std::atoi(wanted) : 1;
+  return device.major == 9 && *wanted_tile != 0;
 #else
   return false;
 #endif
+}
+
+/// Cycles of a stage of an 8-bit tile whose block has its share of a multiprocessor, and of what comes before and after
+/// the stages: Small8 as timed on an H200, the others by their instructions.
+struct Cycles {
+  double stage, tile;
+};
+Cycles cycles_of(int tile) {
+  switch (tile) {
+    case kSmall8: return {2300, 4000};
+    case kWarpgroups64: return {1000, 8000};  // two blocks take turns
+    case kWarpgroups128: return {750, 6000};
+    case kWarpgroups192: return {1000, 8000};
+    default: return {900, 9000};
+  }
+}
+
+/// The tile by warpgroup instructions that is done first, or Small8.
+int best_warpgroups(const LayerShape& s, int64_t tokens, int64_t tiles_k, int multiprocessors, int rank_tiles) {
+  int best = kSmall8;
+  double least = 0;
+  for (int tile : {kSmall8, kWarpgroups64, kWarpgroups128, kWarpgroups192, kWarpgroupsNarrow}) {
+    const TileShape shape = tile8_shape(tile);
+    if (shape.block_m * (rank_tiles * 64 + 16) > kMostShared90) continue;  // t would not fit
+    const Sharing sharing = share(shape, s.n, tokens, tiles_k, multiprocessors);
+    const int64_t places = int64_t{multiprocessors} * shape.resident;
+    const Cycles cycles = cycles_of(tile);
+    const double time = sharing.time * cycles.stage +
+                        static_cast<double>((sharing.tiles + places - 1) / places) * cycles.tile;
+    if (tile == kSmall8 || time < least) {
+      least = time;
+      best = tile;
+    }
+  }
+  return best;
 }
 
 }  // namespace
@@ -146,13 +184,24 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   p.tile = integer ? kSmall8 : tile16_for(tokens);
   Sharing sharing = sharing_of(p.tile);
   // Scale groups of 8-bit x end inside the loop, each scaled where it ends: the small tile has room for that.
-  if (integer && s.q_groups == 1 && s.rank <= 160 && tokens > 32) {
-    const int large = warpgroups(device) ? kWarpgroups8 : kLarge8;
-    const Sharing by_large = sharing_of(large);
-    // Four times the products in a stage, and as many weights to dequantize: taken for 2.5 times the time.
-    if (2.5 * by_large.time < sharing.time) {
-      p.tile = large;
-      sharing = by_large;
+  if (integer && s.q_groups == 1 && tokens > 32) {
+    // Copies of a stage find rows of x by 32 bits.
+    const int64_t channels = round_up(s.channels, 16);
+    const int64_t pixels = (x.height + 2 * std::max(x.halo, s.padding[0])) * int64_t{x.width + 2 * std::max(x.halo, s.padding[1])};
+    const bool small_x = x.items * std::max(pixels * channels, x.type == kUint8 ? x.strides.item : 0) < int64_t{1} << 32;
+    int wanted = 0;
+    if (warpgroups(device, &wanted) && small_x) {
+      p.tile = wanted >= kWarpgroups64 && wanted <= kWarpgroupsNarrow
+                   ? wanted
+                   : best_warpgroups(s, tokens, w.blocks(), device.multiprocessors, parts.rank_tiles);
+      sharing = sharing_of(p.tile);
+    } else if (s.rank <= 160) {
+      const Sharing by_large = sharing_of(kLarge8);
+      // Four times the products in a stage, and as many weights to dequantize: taken for 2.5 times the time.
+      if (2.5 * by_large.time < sharing.time) {
+        p.tile = kLarge8;
+        sharing = by_large;
+      }
     }
   }
   if (sharing.tiles > kInt32Max) return "the layer's output has too many tiles";
@@ -160,17 +209,19 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   p.tiles = static_cast<int32_t>(sharing.tiles);
   p.workers = integer && s.q_groups > 1 ? p.tiles : sharing.workers;
   const TileShape tile = shape(p.tile);
-  const int places = device.multiprocessors * tile.resident;
   // Fused: each block of channels computes t again (16 ranks: 1/8 more work), which is cheaper than another pass over
   // the windows of x; but decoding is bound by bytes.
   // As many tiles of A as the stages have room for in the 99 KiB of shared memory that every GPU has.
   const bool wide = container == 8;
   const int most_tiles = integer ? (wide && p.tile == kSmall8 ? 1 : 4) : (wide ? 4 : 2);
   p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && tile.fuses;
+  // By warpgroups the work over again counts more, and the pass spreads over the card.
+  const bool by_warpgroups = integer && p.tile >= kWarpgroups64;
+  if (by_warpgroups) p.fused = p.fused && parts.rank_tiles <= 2 && s.n <= 4 * tile.block_n;
   p.t_splits = s.rank == 0 || p.fused ? 0 : 1;
-  if (p.t_splits > 0 && !integer) {
-    const TileShape a_tile = tile16_shape(p.tile, 8);
-    p.t_splits = split_count(a_tile, tiles_of(a_tile, s.rank, tokens), p.stages, device.multiprocessors * a_tile.resident);
+  if (p.t_splits > 0 && (by_warpgroups || !integer)) {
+    const TileShape t_tile = integer ? tile8_shape(kWarpgroupsNarrow) : tile16_shape(p.tile, 8);
+    p.t_splits = split_count(t_tile, tiles_of(t_tile, s.rank, tokens), p.stages, device.multiprocessors * t_tile.resident);
   }
 
   int64_t at = 0;
@@ -193,7 +244,7 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
     p.x_scale_at = take(count * 4);
     p.x_zero_at = take(count * 4);
   }
-  if (p.t_splits > 0) p.t_at = take(int64_t{p.t_splits} * tokens * parts.rank_tiles * 16 * 4);
+  if (p.t_splits > 0) p.t_at = take((by_warpgroups ? 1 : int64_t{p.t_splits}) * tokens * parts.rank_tiles * 16 * 4);
   if (p.workers != p.tiles) {
     p.partial_at = take(2 * int64_t{p.workers} * tile.partials * 4);
     p.tickets_at = take(sharing.tiles * 4);
@@ -251,8 +302,11 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.x_parameters = x.parameters == kDynamic ? x.items : 1;
   const auto floats = [&](int64_t offset) { return reinterpret_cast<const float*>(prepared + offset); };
   const auto integers = [&](int64_t offset) { return reinterpret_cast<const int32_t*>(prepared + offset); };
+  // t by warpgroups: few rows, many tokens, whatever the tile of y is; the blocks that share K add to zeros.
+  const bool by_warpgroups = integer && plan.tile >= kWarpgroups64;
+  const int t_tile = by_warpgroups ? kWarpgroupsNarrow : plan.tile;
   const auto launch_gemm = [&](int container, const GemmArgs& args) {
-    return integer                ? gemm_int8(container, plan.tile, args, stream)
+    return integer              ? gemm_int8(container, args.t_out != nullptr ? t_tile : plan.tile, args, stream)
            : x.type == kFloat16 ? gemm_half(container, plan.tile, args, stream)
                                 : gemm_bfloat16(container, plan.tile, args, stream);
   };
@@ -269,9 +323,13 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
     t.qparams = reinterpret_cast<const float2*>(prepared + parts.a_qparams);
     t.sums = integers(parts.a_sums);
     t.bits = 8;
-    const TileShape tile = integer ? tile8_shape(plan.tile) : tile16_shape(plan.tile, 8);
+    const TileShape tile = integer ? tile8_shape(t_tile) : tile16_shape(plan.tile, 8);
     t.shares = split_tiles(tiles_of(tile, s.rank, plan.tokens), plan.stages, plan.t_splits);
     t.t_out = reinterpret_cast<float*>(workspace + plan.t_at);
+    if (by_warpgroups) {
+      const auto bytes = static_cast<size_t>(plan.tokens) * static_cast<size_t>(parts.rank_tiles) * 16 * 4;
+      if (const char* error = fill_zero(t.t_out, bytes, stream)) return error;
+    }
     if (const char* error = launch_gemm(8, t)) return error;
   } else if (shared) {
     const Dim3 grid{static_cast<unsigned>((plan.tiles + kThreads - 1) / kThreads), 1, 1};

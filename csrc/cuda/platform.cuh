@@ -259,27 +259,52 @@ CORA_DEVICE uint32_t round_tf32(float value) {
 /// come after the next barrier.
 CORA_DEVICE void warpgroup_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-/// acc += a x: 64 rows (16 a warp, laid out as in mma8) x 32 bytes of K, with 128 columns. a: signed bytes. x: unsigned,
-/// in shared memory: a column is a row of 128 bytes, its 16-byte chunk c at c ^ (column % 8), eight columns begin at a
-/// multiple of 1024; `x` is the first column's place, plus 32 for each 32 of K. One group of work.
-CORA_DEVICE void warpgroup_mma8(int32_t (&acc)[1][16][4], const uint32_t (&a)[4], const void* x) {
+/// Before the first instruction of a group: registers that were written since are the operands.
+CORA_DEVICE void warpgroup_arrive() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/// The instructions since the last commit are one group of work.
+CORA_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+/// acc += a x: 64 rows (16 a warp, laid out as in mma8) x 32 bytes of K, with 8 kCols columns. a: signed bytes. x:
+/// unsigned, in shared memory: a column is a row of 128 bytes, its 16-byte chunk c at c ^ (column % 8), eight columns
+/// begin at a multiple of 1024; `x` is the first column's place, plus 32 for each 32 of K.
+template <int kCols>
+CORA_DEVICE void warpgroup_mma8(int32_t (&acc)[1][kCols][4], const uint32_t (&a)[4], const void* x) {
   // Address and distance of eight columns in units of 16 bytes; 128-byte swizzle.
   const uint64_t x_tile = (shared_address(x) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
                           uint64_t{1} << 62;
-  int32_t(&d)[16][4] = acc[0];
+  int32_t(&d)[kCols][4] = acc[0];
 #define CORA_ACC(j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
-  asm volatile(
-      "{\n .reg .pred accumulate;\n setp.eq.u32 accumulate, 0, 0;\n wgmma.fence.sync.aligned;\n"
-      " wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.u8 "
-      "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, "
-      "{%64,%65,%66,%67}, %68, accumulate;\n wgmma.commit_group.sync.aligned;\n}"
-      : CORA_ACC(0), CORA_ACC(1), CORA_ACC(2), CORA_ACC(3), CORA_ACC(4), CORA_ACC(5), CORA_ACC(6), CORA_ACC(7),
-        CORA_ACC(8), CORA_ACC(9), CORA_ACC(10), CORA_ACC(11), CORA_ACC(12), CORA_ACC(13), CORA_ACC(14), CORA_ACC(15)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x_tile)
-      : "memory");
+#define CORA_ACC8(j) \
+  CORA_ACC(j), CORA_ACC(j + 1), CORA_ACC(j + 2), CORA_ACC(j + 3), CORA_ACC(j + 4), CORA_ACC(j + 5), CORA_ACC(j + 6), \
+      CORA_ACC(j + 7)
+#define CORA_WGMMA(columns, registers, operands, ...)                                                    \
+  asm volatile("{\n .reg .pred accumulate;\n setp.eq.u32 accumulate, 0, 0;\n"                            \
+               " wgmma.mma_async.sync.aligned.m64n" columns "k32.s32.s8.u8 {" registers "}, " operands     \
+               ", accumulate;\n}"                                                                         \
+               : __VA_ARGS__                                                                              \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x_tile)                                  \
+               : "memory")
+#define CORA_R32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define CORA_R64 \
+  CORA_R32 "," "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define CORA_R96 \
+  CORA_R64 "," "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+  static_assert(kCols == 8 || kCols == 16 || kCols == 24);
+  if constexpr (kCols == 8)
+    CORA_WGMMA("64", CORA_R32, "{%32,%33,%34,%35}, %36", CORA_ACC8(0));
+  else if constexpr (kCols == 16)
+    CORA_WGMMA("128", CORA_R64, "{%64,%65,%66,%67}, %68", CORA_ACC8(0), CORA_ACC8(8));
+  else
+    CORA_WGMMA("192", CORA_R96, "{%96,%97,%98,%99}, %100", CORA_ACC8(0), CORA_ACC8(8), CORA_ACC8(16));
+#undef CORA_R32
+#undef CORA_R64
+#undef CORA_R96
+#undef CORA_WGMMA
+#undef CORA_ACC8
 #undef CORA_ACC
 }
 

@@ -106,8 +106,9 @@ struct Warp {
   const void* identity = nullptr;
   void* operands[kLanes];
   int arrived = 0;
-  std::vector<std::function<void()>> under_way;  // its parts of warpgroup instructions, oldest first; empty: done early
-  int issued = 0;                                // ... since the block began
+  // Its parts of warpgroup instructions, oldest group first; an empty function: done early. The last group is open.
+  std::vector<std::vector<std::function<void()>>> under_way{1};
+  int issued = 0;  // ... since the block began
 };
 
 /// A block under way.
@@ -167,7 +168,8 @@ void fiber_main() {
   if (!f.open.empty() || !f.groups.empty()) fail("a thread ends with cp.async copies it never waited for");
   const auto& warps = state.block->warps;
   const size_t warp = static_cast<size_t>(state.running / kLanes);
-  if (!warps[warp].under_way.empty()) fail("a warp ends with warpgroup instructions it never waited for");
+  if (warps[warp].under_way.size() > 1 || !warps[warp].under_way[0].empty())
+    fail("a warp ends with warpgroup instructions it never waited for");
   if (state.block->live == 1)
     for (size_t w = 0; w < warps.size(); ++w)
       if (warps[w].issued != warps[w / 4 * 4].issued) fail("warps of a warpgroup issued different instructions");
@@ -395,7 +397,14 @@ void warpgroup_issue(std::function<void()> work) {
     work();
     work = nullptr;
   }
-  warp.under_way.push_back(std::move(work));
+  warp.under_way.back().push_back(std::move(work));
+}
+
+void warpgroup_commit() {
+  static const char identity = 0;
+  warp_collective(&identity, nullptr, [](void* const*) {
+    state.block->warps[static_cast<size_t>(state.running / kLanes)].under_way.emplace_back();
+  });
 }
 
 void warpgroup_wait(int groups_left, const char* file, int line) {
@@ -405,8 +414,9 @@ void warpgroup_wait(int groups_left, const char* file, int line) {
   static const char identity = 0;
   warp_collective(&identity, &groups_left, [](void* const* lanes) {
     auto& work = state.block->warps[static_cast<size_t>(state.running / kLanes)].under_way;
-    while (static_cast<int>(work.size()) > *static_cast<const int*>(lanes[0])) {
-      if (work.front()) work.front()();
+    while (static_cast<int>(work.size()) - 1 > *static_cast<const int*>(lanes[0])) {
+      for (const auto& instruction : work.front())
+        if (instruction) instruction();
       work.erase(work.begin());
     }
   });

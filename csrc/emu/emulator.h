@@ -55,6 +55,7 @@ void async_wait(int groups_left, const char* file, int line);
 
 /// A warp's part of a warpgroup instruction, handed in by its last lane inside a warp_collective.
 void warpgroup_issue(std::function<void()> work);
+void warpgroup_commit();  // what was issued since is one group
 void warpgroup_wait(int groups_left, const char* file, int line);
 
 /// What the kernels find: compute capability 8 (99 KiB of shared memory a block) or 9 (227 KiB), and few

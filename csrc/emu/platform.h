@@ -301,6 +301,8 @@ void mma_tf32(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4], cons
   detail::mma(acc, a, b, detail::mma_tf32_work<kRows, kCols>);
 }
 inline void warpgroup_publish() {}
+inline void warpgroup_arrive() {}
+inline void warpgroup_commit() { emu::warpgroup_commit(); }
 
 namespace detail {
 
@@ -310,7 +312,8 @@ struct WarpgroupMma {
   const uint32_t* a;
   const char* x;
 };
-inline void warpgroup_mma8_work(void* const* lanes) {
+template <int kCols>
+void warpgroup_mma8_work(void* const* lanes) {
   std::array<WarpgroupMma, 32> warp;
   for (size_t i = 0; i < 32; ++i) warp[i] = *static_cast<const WarpgroupMma*>(lanes[i]);
   emu::warpgroup_issue([warp] {
@@ -319,7 +322,7 @@ inline void warpgroup_mma8_work(void* const* lanes) {
       for (size_t r = 0; r < 4; ++r)
         for (size_t e = 0; e < 4; ++e)
           a[lane / 4 + 8 * (r % 2)][lane % 4 * 4 + r / 2 * 16 + e] = static_cast<int8_t>(warp[lane].a[r] >> (8 * e));
-    for (size_t column = 0; column < 128; ++column) {
+    for (size_t column = 0; column < 8 * kCols; ++column) {
       uint8_t x[32];
       for (size_t k = 0; k < 32; ++k) {
         const auto linear = reinterpret_cast<uintptr_t>(warp[0].x) + column * 128 + k;
@@ -336,12 +339,13 @@ inline void warpgroup_mma8_work(void* const* lanes) {
 
 }  // namespace detail
 
-inline void warpgroup_mma8(int32_t (&acc)[1][16][4], const uint32_t (&a)[4], const void* x) {
+template <int kCols>
+void warpgroup_mma8(int32_t (&acc)[1][kCols][4], const uint32_t (&a)[4], const void* x) {
   if (reinterpret_cast<uintptr_t>(x) % 1024 % 32 != 0 || reinterpret_cast<uintptr_t>(x) % 1024 >= 128)
     emu::fail("warpgroup_mma8: columns of x do not begin at a multiple of 1024 bytes");
   static const char identity = 0;
   detail::WarpgroupMma m{&acc[0][0][0], a, static_cast<const char*>(x)};
-  emu::warp_collective(&identity, &m, detail::warpgroup_mma8_work);
+  emu::warp_collective(&identity, &m, detail::warpgroup_mma8_work<kCols>);
 }
 template <int kLeft>
 void warpgroup_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
