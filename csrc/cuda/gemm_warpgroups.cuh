@@ -29,7 +29,7 @@ struct StageCopies {
   // The chunk's tap and channel: where they are, and how far from one stage to the next.
   int channel, tap, tap_x, channel_step, tap_step, tap_x_step;
   int64_t offset, offset_step, next_tap, next_row;  // bytes
-  const uint8_t *weights, *adapter;
+  const uint8_t* weights;
   uint64_t weight_row;  // bytes of the tiles of 64 inputs
   int weight_chunks;    // ... that are ours to copy, 16 bytes each
 
@@ -64,7 +64,6 @@ struct StageCopies {
     weight_chunks = panels * (C::kTileBytes / 16);
     weight_row = static_cast<uint64_t>(p.panels) * C::kTileBytes;
     weights = p.w + begin * weight_row + static_cast<uint64_t>(first_panel) * C::kTileBytes + tid * 16;
-    adapter = p.a + static_cast<uint64_t>(begin) * p.rank_tiles * 1024 + tid * 16;
   }
 
   /// Copies the next stage; beyond the end of K nothing.
@@ -100,8 +99,7 @@ struct StageCopies {
     weights += C::kTilesK * weight_row;
     if constexpr (C::kFuses) {  // one or two rank tiles: a chunk a thread at most
       const int tiles = end_block - block < C::kTilesK ? end_block - block : C::kTilesK;
-      if (tid < tiles * fused_tiles * 64) async_copy16(stage + C::kAdapterAt + tid * 16, adapter);
-      adapter += C::kTilesK * fused_tiles * 1024;
+      if (tid < tiles * fused_tiles * 64) async_copy16(stage + C::kAdapterAt + tid * 16, p.a + static_cast<int64_t>(block) * fused_tiles * 1024 + tid * 16);
     }
     block += C::kTilesK;
   }
