@@ -84,7 +84,7 @@ struct Config {
   static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
   static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
   /// Blocks that share a multiprocessor, for which the compiler is to find registers.
-  static constexpr int kResident = kStream ? 512 / kThreads : kWarpgroup && kCols <= 8 ? 2 : 1;
+  static constexpr int kResident = kStream ? 512 / kThreads : kWarpgroup && kCols <= 8 && kBits < 8 ? 2 : 1;
   static_assert(!kStream || (kRows == 1 && kTilesK % 2 == 0 && kTilesK <= 4));
   /// Stages under way: one less than the ring has while one is read; warpgroups may still read the one before it.
   static constexpr int kAhead = kStages - (kWarpgroup ? 2 : 1);
