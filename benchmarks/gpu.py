@@ -153,9 +153,15 @@ class Cases:
         )
         return prepared, geometry
 
-    def run(self, x: Tensor, layer: tuple[Tensor, list[int]], *quantizer: Any) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        layer: tuple[Tensor, list[int]],
+        *quantizer: Any,
+        out: tuple[float | None, int, int] = (None, 0, 0),
+    ) -> Tensor:
         scale, zero, bits, halo = quantizer or (None, 0, 0, 0)
-        rest = (None, 1.0, 0, 0, float("-inf"), float("inf"), None, 0, 0)
+        rest = (None, 1.0, 0, 0, float("-inf"), float("inf"), *out)
         return self.ops.run_layer.default(x, *layer, scale, zero, bits, halo, *rest)
 
     def linear(
@@ -225,12 +231,15 @@ class Cases:
             batch, size, channels, rank = min(batch, 2), min(size, 7), channels // 8, rank // 4
         k = channels * 9
         window = ([3, 3], [1, 1], [1, 1], [1, 1])
+        # 8-bit layers hand each other codes inside a border; the sums' spread fills them.
+        quantizer = (0.03, 128, x_bits, 1) if x_bits else ()
+        out = (0.0028 * k**0.5, 128, 1) if x_bits else (None, 0, 0)
 
         def data(seed: int) -> tuple[dict[str, Any], Tensor]:
             generator = torch.Generator(self.device).manual_seed(seed)
             w = self.weight(channels, k, 4, rank, 1, generator)
             shape = (batch, channels, size, size)
-            if x_bits:  # codes inside a border, as layers hand them to each other
+            if x_bits:
                 x = torch.randint(
                     0, 256, shape, dtype=torch.uint8, generator=generator, device=self.device
                 )
@@ -247,23 +256,28 @@ class Cases:
             image = x[:, :, 1:-1, 1:-1].half() if x_bits else x
             image = image.contiguous(memory_format=torch.channels_last)
             plain = self.layer({**w, "adapter": (None, None, None)}, channels, window)
-            quantizer = (0.03, 128, x_bits, 1) if x_bits else ()
             others: dict[str, Callable[[], Any]] = {
                 "cudnn float16": lambda: F.conv2d(image, filters, padding=1),
-                "rank 0": lambda: self.run(x, plain, *quantizer),
+                "rank 0": lambda: self.run(x, plain, *quantizer, out=out),
             }
             if x_bits and self.warpgroups:
-                others[WITHOUT] = without_warpgroups(lambda: self.run(x, layer, *quantizer))
-            return lambda: self.run(x, layer, *quantizer), others
+                others[WITHOUT] = without_warpgroups(
+                    lambda: self.run(x, layer, *quantizer, out=out)
+                )
+            return lambda: self.run(x, layer, *quantizer, out=out), others
 
         def expected(seed: int) -> Tensor:
             w, x = data(seed)
             xf = 0.03 * (x[:, :, 1:-1, 1:-1].double() - 128) if x_bits else x.double()
-            return F.conv2d(xf, w["value"].double().reshape(channels, channels, 3, 3), padding=1)
+            y = F.conv2d(xf, w["value"].double().reshape(channels, channels, 3, 3), padding=1)
+            if not x_bits:
+                return y
+            codes = (y / out[0]).round().add(128).clamp(0, 255)
+            return F.pad(codes, (1, 1, 1, 1), value=128)
 
         pixels = batch * size * size * channels
         held = k * channels // 2 + rank * (k + channels)
-        moved = held + pixels * (1 + 4 if x_bits else 4)
+        moved = held + pixels * (2 if x_bits else 4)
         name = f"b{batch} {size}x{size}x{channels} 3x3 W4{f'A{x_bits}' if x_bits else ''} r{rank}"
         return Case(group, name, make, expected, moved, held + pixels, accept)
 

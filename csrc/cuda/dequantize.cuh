@@ -27,6 +27,20 @@ struct Codes {
       if constexpr (kBits == 3) word[2] = load<uint32_t>(tile + 256 + lane * 4);
     }
   }
+  /// The same by an address in shared memory.
+  CORA_DEVICE void read(uint32_t tile, int lane) {
+    if constexpr (kBits == 4) {
+      set(load_shared<uint4>(tile + lane * 16), 0);
+    } else if constexpr (kBits == 8) {
+      set(load_shared<uint4>(tile + lane * 16), 0);
+      set(load_shared<uint4>(tile + 512 + lane * 16), 4);
+    } else {
+      const uint2 low = load_shared<uint2>(tile + lane * 8);
+      word[0] = low.x;
+      word[1] = low.y;
+      if constexpr (kBits == 3) word[2] = load_shared<uint32_t>(tile + 256 + lane * 4);
+    }
+  }
   /// 8 bits: only the words of inputs 16j ..: registers for two, not eight.
   CORA_DEVICE void read_step(const char* tile, int lane, int j) {
     const uint2 v = load<uint2>(tile + j / 2 * 512 + lane * 16 + j % 2 * 8);

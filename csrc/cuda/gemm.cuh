@@ -137,11 +137,15 @@ struct Piece {
 CORA_DEVICE Piece piece_of(const Shares& shares, int round) {
   const int worker = reread_block_index();
   if (shares.each == 0) {
-    const int split = worker % shares.splits;
-    const auto stage = [&](int i) { return shares.stages * i / shares.splits; };  // splits are few
-    return {worker / shares.splits, stage(split), stage(split + 1), true};
+    const auto tile = static_cast<int>(quotient(static_cast<uint32_t>(worker), shares.by_splits));
+    const int split = worker - tile * shares.splits;
+    const auto stage = [&](int i) {  // splits are few
+      return static_cast<int>(quotient(static_cast<uint32_t>(shares.stages * i), shares.by_splits));
+    };
+    return {tile, stage(split), stage(split + 1), true};
   }
-  const int first = shares.begin(worker), after = shares.begin(worker + 1), tile = first / shares.stages + round;
+  const int first = shares.begin(worker), after = shares.begin(worker + 1);
+  const int tile = static_cast<int>(quotient(static_cast<uint32_t>(first), shares.by_stages)) + round;
   const int begin = tile * shares.stages, end = begin + shares.stages;
   return {tile, round == 0 ? first - begin : 0, (after < end ? after : end) - begin, after <= end};
 }
@@ -385,10 +389,12 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   const auto panel_of = [&](int i) { return block.panel_of(i); };
   const auto token_of = [&](int j, int e) { return block.token_of(j, e); };
 
+  if constexpr (!C::kStream) {
 #pragma unroll 1
-  for (int s = 0; s < C::kAhead; ++s) {
-    if (begin + s * C::kTilesK < end) block.fill_stage(begin + s * C::kTilesK, block.shared + s * stage_bytes);
-    async_commit();
+    for (int s = 0; s < C::kAhead; ++s) {
+      if (begin + s * C::kTilesK < end) block.copy_stage(begin + s * C::kTilesK, block.shared + s * stage_bytes);
+      async_commit();
+    }
   }
 
   Acc acc[C::kRows][C::kCols][4] = {};

@@ -32,9 +32,9 @@ using Large8 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 2 : 3, false>;
 template <typename T, int kBits>
 using Warpgroups64 = Config<T, kBits, 8, 1, 1, 8, 1, 4, false, true>;  // sm_90a: 128 channels x so many tokens
 template <typename T, int kBits>
-using Warpgroups128 = Config<T, kBits, 8, 1, 1, 16, 1, 4, false, true>;
+using Warpgroups128 = Config<T, kBits, 8, 1, 1, 16, 1, kBits == 8 ? 4 : 6, false, true>;
 template <typename T, int kBits>
-using Warpgroups192 = Config<T, kBits, 8, 1, 1, 24, 1, 4, false, true>;
+using Warpgroups192 = Config<T, kBits, 8, 1, 1, 24, 1, kBits == 8 ? 4 : 5, false, true>;
 template <typename T, int kBits>
 using WarpgroupsNarrow = Config<T, kBits, 4, 2, 1, 16, 1, 4, false, true>;  // 64 channels x 256 tokens
 

@@ -14,6 +14,7 @@ struct Int8 {};  // x as unsigned 8-bit codes
 struct Shares {
   int32_t stages;  // of a tile
   int32_t workers, splits, each, more;
+  FastDivide by_stages, by_splits;
 
   CORA_HOST_DEVICE int begin(int worker) const { return worker * each + (worker < more ? worker : more); }
   CORA_HOST_DEVICE int owner(int stage) const {
@@ -23,12 +24,12 @@ struct Shares {
 };
 
 inline Shares split_tiles(int64_t tiles, int stages, int splits) {
-  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0};
+  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0, fast_divide(stages), fast_divide(splits)};
 }
 /// workers <= tiles * stages < 2^31.
 inline Shares share_tiles(int64_t tiles, int stages, int workers) {
   const auto all = static_cast<int32_t>(tiles * stages);
-  return {stages, workers, 0, all / workers, all % workers};
+  return {stages, workers, 0, all / workers, all % workers, fast_divide(stages), fast_divide(1)};
 }
 
 struct GemmArgs {
@@ -39,6 +40,7 @@ struct GemmArgs {
   int32_t channels;  // of a pixel of x
   bool contiguous;   // input i of the walk is channel i of the pixel
   FastDivide pixels, out_w, run, taps_w, segment_blocks;
+  FastDivide n_blocks;  // tiles of y along the channels
   Walk walk;
   int32_t m, n, panels;
   const uint8_t *w, *a, *b;
@@ -161,9 +163,9 @@ struct Block {
 
   /// Again after the loop over K, so that it does not keep all this in registers.
   CORA_DEVICE void find(int tile_of_y) {
-    const int n_blocks = (p.panels + C::kPanels - 1) / C::kPanels;
-    first_panel = tile_of_y % n_blocks * C::kPanels;
-    first_token = tile_of_y / n_blocks * C::kBlockM;
+    const auto row_of_tiles = static_cast<int>(quotient(static_cast<uint32_t>(tile_of_y), p.n_blocks));
+    first_panel = (tile_of_y - row_of_tiles * static_cast<int>(p.n_blocks.divisor)) * C::kPanels;
+    first_token = row_of_tiles * C::kBlockM;
     tid = reread_thread_index();
     lane = tid % 32;
     group = lane / 4;
@@ -188,69 +190,6 @@ struct Block {
     if (panel >= p.panels) return float2{0.0f, 0.0f};
     return load<float2>(p.qparams + (segment * static_cast<int64_t>(p.panels) + panel) * kTileRows + group + 8 * h);
   }
-
-  /// kStream: copies x of tiles `block` .. of K to a stage.
-  CORA_DEVICE void copy_inputs(int block, char* stage) {
-    constexpr int kRowsOnce = C::kThreads / 8;                   // that all threads copy at a time, of the stage's pieces
-    constexpr int kCopies = C::kDepth * C::kBlockM / kRowsOnce;  // of a thread
-    const int chunk = tid % 8, first_row = tid / 8 % C::kBlockM;
-    char* const to = stage + tid / 8 * 128 + chunk_of<C>(first_row, chunk) * 16;
-    if (p.contiguous) {
-      const int first = (block + tid / 8 / C::kBlockM) * kTileInputs + chunk * C::kChunkInputs;
-#pragma unroll
-      for (int i = 0; i < kCopies; ++i) {
-        const int piece = i * kRowsOnce / C::kBlockM, k = first + piece * kTileInputs;
-        const int r = i % kLoadRows;
-        const bool inside = static_cast<unsigned>(row_y[r]) < static_cast<unsigned>(p.height) &&
-                            static_cast<unsigned>(row_x[r]) < static_cast<unsigned>(p.width);
-        async_copy16(to + i * kRowsOnce * 128, row[r] + int64_t{k} * 2, inside && k < p.channels && k < end_block * kTileInputs);
-      }
-      return;
-    }
-#pragma unroll (kLoadRows)  // registers for no more
-    for (int i = 0; i < kCopies; ++i) {
-      const int r = i % kLoadRows;
-      const int kb = block + tid / 8 / C::kBlockM + i * kRowsOnce / C::kBlockM;
-      const int segment = static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks));
-      const auto k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs +
-                                           chunk * C::kChunkInputs);
-      const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
-      const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
-      const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
-      const bool valid = kb < end_block && tap < p.walk.taps && channel < p.walk.segment_channels &&
-                         static_cast<unsigned>(row_y[r] + dy) < static_cast<unsigned>(p.height) &&
-                         static_cast<unsigned>(row_x[r] + dx) < static_cast<unsigned>(p.width);
-      const int64_t offset = dy * p.x_row + dx * p.x_pixel +
-                             static_cast<int64_t>(segment * p.walk.segment_channels + channel) * 2;
-      async_copy16(to + i * kRowsOnce * 128, row[r] + offset, valid);
-    }
-  }
-
-  /// kStream: a warp copies its own tiles `block` .. of the weight to a stage, and their scales: of every tile, or, if
-  /// scale groups hold an even number of them, of every other. Beyond K the last tile again: x is zero there, but scales
-  /// must be numbers.
-  CORA_DEVICE void copy_own_weights(int block, char* stage) {
-    const int panel = panel_of(0);
-    if (panel >= p.panels) return;
-    constexpr int kChunks = C::kTileBytes / 16;  // of a tile
-    char* const to = stage + C::kWeightAt + warp_n * C::kTileBytes;
-    const auto within = [&](int kb) { return static_cast<uint32_t>(kb < end_block ? kb : end_block - 1); };
-#pragma unroll
-    for (int i = 0; i < (C::kTilesK * kChunks + 31) / 32; ++i) {
-      const int tile = (lane + 32 * i) / kChunks, chunk = (lane + 32 * i) % kChunks;
-      if (C::kTilesK * kChunks % 32 != 0 && tile >= C::kTilesK) break;
-      const uint8_t* const from = p.w + uint64_t{static_cast<uint32_t>(panel)} * C::kTileBytes + chunk * 16;
-      async_copy16(to + tile * (C::kPanels * C::kTileBytes) + chunk * 16,
-                   from + uint64_t{within(block + tile)} * static_cast<uint32_t>(p.panels * C::kTileBytes));
-    }
-    const int tile = lane / 8 * (scales_by_tiles() ? 1 : 2);
-    if (p.grouped && tile < C::kTilesK) {
-      const uint32_t segment = quotient(within(block + tile), p.segment_blocks);
-      const float2* const q = p.qparams + uint64_t{segment * p.panels + panel} * kTileRows + lane % 8 * 2;
-      async_copy16(stage + C::kScaleAt + (tile * C::kBlockN + warp_n * kTileRows + lane % 8 * 2) * 8, q);
-    }
-  }
-  CORA_DEVICE bool scales_by_tiles() const { return p.walk.blocks_per_segment % 2 != 0; }
 
   /// Copies tiles `block` .. of K to a stage.
   CORA_DEVICE void copy_stage(int block, char* stage) {
@@ -309,15 +248,6 @@ struct Block {
     }
   }
 
-  CORA_DEVICE void fill_stage(int block, char* stage) {
-    if constexpr (C::kStream) {
-      copy_own_weights(block, stage);
-      copy_inputs(block, stage);
-    } else {
-      copy_stage(block, stage);
-    }
-  }
-
   /// Waits for stage `stage` of the ring, which holds tiles k .. of K, and sets the copy of the tiles kAhead stages
   /// later going, to the place that was read last.
   CORA_DEVICE const char* next_stage(int k, int stage, int stage_bytes) {
@@ -325,7 +255,7 @@ struct Block {
     block_sync();
     const int free = stage + C::kAhead - (stage + C::kAhead >= C::kStages ? C::kStages : 0);
     const int ahead = k + C::kAhead * C::kTilesK;
-    if (ahead < end_block) fill_stage(ahead, shared + free * stage_bytes);
+    if (ahead < end_block) copy_stage(ahead, shared + free * stage_bytes);
     async_commit();
     return shared + stage * stage_bytes;
   }

@@ -165,6 +165,19 @@ CORA_DEVICE void place_t(const Block<C>& block, const int32_t (&acc_t)[1][C::kRa
           parts[(first + j * 8 + block.quad * 2 + e % 2) * 16 + block.group + 8 * (e / 2)] = acc_t[0][j][e];
       block_sync();
     }
+  if (!fused) {
+    // All under way at once, where the operand will be.
+#pragma unroll 1
+    for (int tile = 0; tile < p.rank_tiles; ++tile)
+#pragma unroll 1
+      for (int token = block.tid / 4; token < C::kBlockM; token += C::kThreads / 4) {
+        const int m = block.first_token + token, rank = tile * 16 + block.tid % 4 * 4;
+        async_copy16(block.shared + token * pitch + rank * 4, p.t + static_cast<int64_t>(m < p.m ? m : 0) * ranks + rank);
+      }
+    async_commit();
+    async_wait<0>();
+    block_sync();
+  }
   // A thread takes two ranks of each rank tile, and every so many tokens. Loops as they stand: y needs the registers.
 #pragma unroll 1
   for (int rank = block.tid % 8 * 2; rank < ranks; rank += 16) {
@@ -172,16 +185,16 @@ CORA_DEVICE void place_t(const Block<C>& block, const int32_t (&acc_t)[1][C::kRa
     const uint2 a_sums = load<uint2>(p.a_sums + rank);
 #pragma unroll 1
     for (int token = block.tid / 8; token < C::kBlockM; token += C::kThreads / 8) {
-      const int item = block.item_of(token), m = block.first_token + token;
-      uint2 sum{0, 0};
+      const int item = block.item_of(token);
+      uint2 sum;
       if (fused) {
         sum = load<uint2>(parts + (rank / 16 * C::kBlockM + token) * 16 + rank % 16);
         if (p.rank_tiles == 1) {
           const uint2 other = load<uint2>(parts + (C::kBlockM + token) * 16 + rank);
           sum = uint2{sum.x + other.x, sum.y + other.y};
         }
-      } else if (m < p.m) {
-        sum = load<uint2>(p.t + static_cast<int64_t>(m) * ranks + rank);
+      } else {
+        sum = load<uint2>(block.shared + token * pitch + rank * 4);
       }
       const uint32_t zero = static_cast<uint32_t>(p.x_zero[item]);
       const float x_scale = p.x_scale[item];

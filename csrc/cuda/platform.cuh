@@ -97,12 +97,47 @@ CORA_DEVICE V load_other_blocks(const V* p) {
 }
 
 CORA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+/// Where the block's shared memory begins, as a number that stays in a register: the compiler finds the address anew at
+/// each use of shared_memory(), by three instructions.
+CORA_DEVICE uint32_t shared_begin() {
+  uint32_t at = shared_address(shared_memory());
+  asm volatile("" : "+r"(at));
+  return at;
+}
+/// From shared memory at such an address.
+template <typename V>
+CORA_DEVICE V load_shared(uint32_t at) {
+  static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
+  V v;
+  if constexpr (sizeof(V) == 16) {
+    uint32_t r[4];
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    __builtin_memcpy(&v, r, sizeof v);
+  } else if constexpr (sizeof(V) == 8) {
+    uint32_t r[2];
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "r"(at));
+    __builtin_memcpy(&v, r, sizeof v);
+  } else {
+    uint32_t r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(at));
+    __builtin_memcpy(&v, &r, sizeof v);
+  }
+  return v;
+}
 
 /// 16 bytes to shared memory, or zeros where `valid` is false; there after commit, wait and a barrier.
 CORA_DEVICE void async_copy16(void* shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
                : "memory");
+}
+CORA_DEVICE void async_copy16(uint32_t shared, const void* global, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+CORA_DEVICE void async_copy16(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 /// Without a hint that the bytes are read only once: ptxas 13.0 gives cp.async with a cache policy garbage registers.
 CORA_DEVICE void async_copy16(void* shared, const void* global) {

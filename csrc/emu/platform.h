@@ -129,6 +129,20 @@ inline void async_copy16(void* shared, const void* global, const char* file = __
                          int line = __builtin_LINE()) {
   emu::async_copy(shared, global, true, file, line);
 }
+// Addresses in shared memory: from its beginning on.
+inline uint32_t shared_begin() { return 0; }
+template <typename V>
+V load_shared(uint32_t at) {
+  return load<V>(emu::shared_memory() + at);
+}
+inline void async_copy16(uint32_t shared, const void* global, bool valid, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
+  emu::async_copy(emu::shared_memory() + shared, global, valid, file, line);
+}
+inline void async_copy16(uint32_t shared, const void* global, const char* file = __builtin_FILE(),
+                         int line = __builtin_LINE()) {
+  emu::async_copy(emu::shared_memory() + shared, global, true, file, line);
+}
 inline void async_commit() { emu::async_commit(); }
 template <int kLeft>
 void async_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
