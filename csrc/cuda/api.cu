@@ -26,7 +26,7 @@ const char* check_device() {
 
 const Api& library_api() {
   static const Api api = {kApiVersion, check_device, fake_quantize, quantize_parts, fake_quantize_backward, pack,
-                          unpack, dequantize, prepare, plan, run, values_bytes, values, finish, fill_border, merge};
+                          unpack, dequantize, prepare, plan, run, values_bytes, values, finish, merge};
   return api;
 }
 

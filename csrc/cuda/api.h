@@ -8,7 +8,7 @@
 
 namespace cora::cuda {
 
-constexpr int kApiVersion = 4;
+constexpr int kApiVersion = 5;
 
 /// Matrix x seen as [rows, cols] with scale and zero_point [q_rows, groups]; q_rows is 1 or rows.
 struct QuantizeShape {
@@ -86,9 +86,6 @@ struct Api {
   /// 16-byte aligned. epilogue.out may be y.
   const char* (*finish)(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
                         const float* bias, const Epilogue& epilogue, void* stream);
-  /// The border of codes [items, height, width, channels], channels-last, `halo` pixels wide (sizes include it).
-  const char* (*fill_border)(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
-                             void* stream);
   /// The weight with its adapter merged in, [n, channels / groups, kernel] (channels last: merges_by_tiles), and the
   /// bias (unless null) as `type`.
   const char* (*merge)(const LayerShape& shape, const uint8_t* prepared, void* out, void* bias, int type, void* stream);

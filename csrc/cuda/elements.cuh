@@ -55,6 +55,37 @@ CORA_DEVICE void finish_element(const Epilogue& e, float y, int64_t out, int64_t
   }
 }
 
+/// One of `threads` threads fills its share: 16 channels of a pixel of the border at a time, or one.
+CORA_DEVICE void fill_border(const Border& b, int64_t thread, int64_t threads) {
+  if (b.codes == nullptr) return;
+  const int piece = b.channels % 16 == 0 && reinterpret_cast<uintptr_t>(b.codes) % 16 == 0 ? 16 : 1;
+  const uint32_t pieces = static_cast<uint32_t>(b.channels / piece), whole_rows = static_cast<uint32_t>(b.halo * b.width);
+  const uint32_t ring = 2 * whole_rows + static_cast<uint32_t>(2 * b.halo * (b.height - 2 * b.halo));
+  const uint32_t value = static_cast<uint32_t>(b.value) * 0x01010101u;
+  for (int64_t i = thread; i < int64_t{ring} * pieces * b.items; i += threads) {
+    const int64_t pixel = i / pieces, item = pixel / ring;
+    const uint32_t channel = static_cast<uint32_t>(i - pixel * pieces), at = static_cast<uint32_t>(pixel - item * ring);
+    // The rows above, the rows below, then left and right of the others.
+    uint32_t row, column;
+    if (at < 2 * whole_rows) {
+      row = at / b.width;
+      column = at - row * b.width;
+      if (at >= whole_rows) row += static_cast<uint32_t>(b.height - 2 * b.halo);
+    } else {
+      const uint32_t side = at - 2 * whole_rows;
+      row = side / (2 * b.halo);
+      column = side - row * 2 * b.halo;
+      row += b.halo;
+      if (column >= static_cast<uint32_t>(b.halo)) column += static_cast<uint32_t>(b.width - 2 * b.halo);
+    }
+    uint8_t* const to = b.codes + ((item * b.height + row) * b.width + column) * b.channels + channel * piece;
+    if (piece == 16)
+      store(to, uint4{value, value, value, value});
+    else
+      *to = static_cast<uint8_t>(value);
+  }
+}
+
 /// 16 bytes of x from floats: eight 16-bit numbers.
 CORA_DEVICE uint4 pack8(const float (&v)[8], int type) {
   uint32_t r[4];

@@ -539,6 +539,9 @@ CORA_GLOBAL(C::kThreads, C::kResident) gemm_kernel(const GemmArgs p) {
          i += p.shares.workers * C::kThreads)
       p.tickets[i] = 0;
   }
+  if (p.epilogue.border.codes != nullptr && p.t_out == nullptr)
+    fill_border(p.epilogue.border, static_cast<int64_t>(reread_block_index()) * C::kThreads + reread_thread_index(),
+                static_cast<int64_t>(p.shares.workers) * C::kThreads);
   bool last = false;
 #pragma unroll 1
   for (int round = 0; !last; ++round) {

@@ -14,22 +14,26 @@ struct Int8 {};  // x as unsigned 8-bit codes
 struct Shares {
   int32_t stages;  // of a tile
   int32_t workers, splits, each, more;
-  FastDivide by_stages, by_splits;
+  FastDivide by_stages, by_splits, by_each, by_longer;
 
   CORA_HOST_DEVICE int begin(int worker) const { return worker * each + (worker < more ? worker : more); }
-  CORA_HOST_DEVICE int owner(int stage) const {
+  CORA_DEVICE int owner(int stage) const {
     const int longer = more * (each + 1);
-    return stage < longer ? stage / (each + 1) : more + (stage - longer) / each;
+    return stage < longer ? static_cast<int>(quotient(static_cast<uint32_t>(stage), by_longer))
+                          : more + static_cast<int>(quotient(static_cast<uint32_t>(stage - longer), by_each));
   }
 };
 
 inline Shares split_tiles(int64_t tiles, int stages, int splits) {
-  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0, fast_divide(stages), fast_divide(splits)};
+  const FastDivide one = fast_divide(1);
+  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0, fast_divide(stages), fast_divide(splits), one, one};
 }
 /// workers <= tiles * stages < 2^31.
 inline Shares share_tiles(int64_t tiles, int stages, int workers) {
   const auto all = static_cast<int32_t>(tiles * stages);
-  return {stages, workers, 0, all / workers, all % workers, fast_divide(stages), fast_divide(1)};
+  const int each = all / workers;
+  return {stages, workers, 0, each, all % workers,
+          fast_divide(stages), fast_divide(1), fast_divide(each), fast_divide(each + 1)};
 }
 
 struct GemmArgs {

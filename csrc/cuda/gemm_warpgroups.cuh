@@ -206,16 +206,36 @@ CORA_DEVICE void place_t(const Block<C>& block, const int32_t (&acc_t)[1][C::kRa
   block_sync();
 }
 
-/// The tile of y, float32 [token][channel] in shared memory, to its place: four neighbouring channels of a token at a
-/// time, written as a piece where y lets us.
-template <typename C>
+/// Four neighbouring channels as one piece of memory.
+template <int kType>
+CORA_DEVICE void store_four(const Epilogue& e, void* to, const float (&v)[4]) {
+  if constexpr (kType == kFloat32) {
+    store(to, float4{v[0], v[1], v[2], v[3]});
+  } else if constexpr (kType == kUint8) {
+    const float top = static_cast<float>(e.out_top), zero = static_cast<float>(e.out_zero);
+    uint32_t codes = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      float q = rintf(v[i] * e.out_inverse) + zero;
+      q = q > 0.0f ? q : 0.0f;
+      codes |= static_cast<uint32_t>(q < top ? q : top) << (8 * i);
+    }
+    store(to, codes);
+  } else if constexpr (kType == kFloat16) {
+    store(to, uint2{pack2<Half>(v[0], v[1]), pack2<Half>(v[2], v[3])});
+  } else {
+    store(to, uint2{pack2<Bfloat16>(v[0], v[1]), pack2<Bfloat16>(v[2], v[3])});
+  }
+}
+
+/// The tile of y, float32 [token][channel] in shared memory, to its place, by four channels of a token. kType: whole
+/// pieces of this type; kAny: by elements.
+constexpr int kAny = -1;
+template <typename C, int kType>
 CORA_DEVICE void store_fours(const GemmArgs& p, const float* y, int first_panel, int first_token) {
   constexpr int kFours = C::kBlockN / 4;
   const Epilogue& e = p.epilogue;
-  const PixelStrides& s = e.out_strides;
-  const int size = e.out_type == kFloat32 ? 4 : e.out_type == kUint8 ? 1 : 2;
-  const bool whole = s.channel == 1 && (s.pixel | s.row | s.item | p.n) % 4 == 0 &&
-                     reinterpret_cast<uintptr_t>(e.out) % static_cast<unsigned>(4 * size) == 0;
+  const PixelStrides &s = e.out_strides, &a = e.add_strides;
   const int tid = reread_thread_index(), n = tid % kFours * 4, channel = first_panel * kTileRows + n;
   if (channel >= p.n) return;
   const float4 bias = load<float4>(p.bias + channel);
@@ -226,43 +246,48 @@ CORA_DEVICE void store_fours(const GemmArgs& p, const float* y, int first_panel,
     const float4 sum = load<float4>(y + token * C::kOutPitch + n);
     float v[4] = {sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w};
     const int64_t out = item * s.item + row * s.row + x * s.pixel + channel * s.channel;
-    const int64_t add = e.add == nullptr ? 0 : item * e.add_strides.item + row * e.add_strides.row +
-                                                   x * e.add_strides.pixel + channel * e.add_strides.channel;
-    if (!whole) {
+    const int64_t add = e.add == nullptr ? 0 : item * a.item + row * a.row + x * a.pixel + channel * a.channel;
+    if constexpr (kType == kAny) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (channel + i < p.n) finish_element(e, v[i], out + i * s.channel, add + i * e.add_strides.channel);
-      continue;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int64_t from = add + i * e.add_strides.channel;
+        if (channel + i < p.n) finish_element(e, v[i], out + i * s.channel, add + i * a.channel);
+    } else {
       if (e.add != nullptr)
-        v[i] += e.add_type == kUint8
-                    ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[from] - e.add_zero)
-                    : read_element(e.add, from, e.add_type);
-      v[i] = v[i] < e.low ? e.low : v[i];
-      v[i] = v[i] > e.high ? e.high : v[i];
-    }
-    char* const to = static_cast<char*>(e.out) + out * size;
-    if (e.out_type == kFloat32) {
-      store(to, float4{v[0], v[1], v[2], v[3]});
-    } else if (e.out_type == kUint8) {
-      const float top = static_cast<float>(e.out_top), zero = static_cast<float>(e.out_zero);
-      uint32_t codes = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t from = add + i * a.channel;
+          v[i] += e.add_type == kUint8
+                      ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[from] - e.add_zero)
+                      : read_element(e.add, from, e.add_type);
+        }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float q = rintf(e.out_inverse != 0.0f ? v[i] * e.out_inverse : divide(v[i], e.out_scale)) + zero;
-        q = q > 0.0f ? q : 0.0f;
-        codes |= static_cast<uint32_t>(q < top ? q : top) << (8 * i);
+        v[i] = v[i] < e.low ? e.low : v[i];
+        v[i] = v[i] > e.high ? e.high : v[i];
       }
-      store(to, codes);
-    } else if (e.out_type == kFloat16) {
-      store(to, uint2{pack2<Half>(v[0], v[1]), pack2<Half>(v[2], v[3])});
-    } else {
-      store(to, uint2{pack2<Bfloat16>(v[0], v[1]), pack2<Bfloat16>(v[2], v[3])});
+      constexpr int kSize = kType == kFloat32 ? 4 : kType == kUint8 ? 1 : 2;
+      store_four<kType>(e, static_cast<char*>(e.out) + out * kSize, v);
     }
   }
+}
+template <typename C>
+CORA_DEVICE void store_by_type(const GemmArgs& p, const float* y, int first_panel, int first_token) {
+  const Epilogue& e = p.epilogue;
+  const PixelStrides& s = e.out_strides;
+  const int size = e.out_type == kFloat32 ? 4 : e.out_type == kUint8 ? 1 : 2;
+  const bool whole = s.channel == 1 && (s.pixel | s.row | s.item | p.n) % 4 == 0 &&
+                     (e.out_type != kUint8 || e.out_inverse != 0.0f) &&
+                     reinterpret_cast<uintptr_t>(e.out) % static_cast<unsigned>(4 * size) == 0;
+  if (!whole)
+    store_fours<C, kAny>(p, y, first_panel, first_token);
+  else if (e.out_type == kUint8)
+    store_fours<C, kUint8>(p, y, first_panel, first_token);
+  else if (e.out_type == kFloat32)
+    store_fours<C, kFloat32>(p, y, first_panel, first_token);
+  else if (e.out_type == kFloat16)
+    store_fours<C, kFloat16>(p, y, first_panel, first_token);
+  else
+    store_fours<C, kBfloat16>(p, y, first_panel, first_token);
 }
 
 template <typename C>
@@ -395,26 +420,34 @@ CORA_DEVICE bool compute_by_warpgroups(const GemmArgs& p, int round) {
   const bool one_item = p.x_parameters == 1;
   const int32_t first_zero = p.x_zero[0];
   const float first_scale = p.x_scale[0];
+  if (one_item && !sum_x) {  // as a rule: straight code is fetched at a price, so let it be short
 #pragma unroll
-  for (int j = 0; j < C::kCols; ++j)
+    for (int j = 0; j < C::kCols; ++j)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int token = block.token_of(j, e);
-      int32_t zero_x = first_zero;
-      float scale_x = first_scale;
-      if (!one_item) {
-        const int item = block.item_of(token);
-        zero_x = p.x_zero[item];
-        scale_x = p.x_scale[item];
+      for (int i = 0; i < 4; ++i)
+        y[0][j][i] = scale[i / 2] * static_cast<float>(acc[0][j][i] - first_zero * code_sums[i / 2]) * first_scale;
+  } else {
+#pragma unroll
+    for (int j = 0; j < C::kCols; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int token = block.token_of(j, e);
+        int32_t zero_x = first_zero;
+        float scale_x = first_scale;
+        if (!one_item) {
+          const int item = block.item_of(token);
+          zero_x = p.x_zero[item];
+          scale_x = p.x_scale[item];
+        }
+        const int64_t sum = sum_x ? load<int>(sums + token) - zero_x * count : 0;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int32_t near = acc[0][j][2 * h + e] - zero_x * code_sums[h];
+          y[0][j][2 * h + e] =
+              scale[h] * (sum_x ? static_cast<float>(near + left_over[h] * sum) : static_cast<float>(near)) * scale_x;
+        }
       }
-      const int64_t sum = sum_x ? load<int>(sums + token) - zero_x * count : 0;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int32_t near = acc[0][j][2 * h + e] - zero_x * code_sums[h];
-        y[0][j][2 * h + e] =
-            scale[h] * (sum_x ? static_cast<float>(near + left_over[h] * sum) : static_cast<float>(near)) * scale_x;
-      }
-    }
+  }
   if (sum_x) block_sync();  // the sums are read
 
   if (p.rank_tiles > 0) {
@@ -429,7 +462,7 @@ CORA_DEVICE bool compute_by_warpgroups(const GemmArgs& p, int round) {
     for (int e = 0; e < 4; ++e)
       out[block.token_of(j, e % 2) * C::kOutPitch + block.warp_n * kTileRows + group + 8 * (e / 2)] = y[0][j][e];
   block_sync();
-  store_fours<C>(p, out, block.first_panel, block.first_token);
+  store_by_type<C>(p, out, block.first_panel, block.first_token);
   return piece.last;
 }
 

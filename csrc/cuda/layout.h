@@ -172,6 +172,13 @@ struct PixelStrides {
   int64_t item, row, pixel, channel;
 };
 
+/// The border of codes [items, height, width, channels], channels-last and contiguous, `halo` pixels wide (sizes include
+/// it): to be filled with a zero-point. No codes: nothing to do.
+struct Border {
+  uint8_t* codes;
+  int32_t items, height, width, channels, halo, value;
+};
+
 /// What becomes of y = conv + adapter + bias: y = clamp(y + add, low, high), then a float or an 8-bit code.
 struct Epilogue {
   void* out;
@@ -186,6 +193,7 @@ struct Epilogue {
   float add_scale;
   int32_t add_zero;
   float low, high;
+  Border border;  // of out
 };
 
 }  // namespace cora::cuda

@@ -186,15 +186,7 @@ bool dense(const void* p, const PixelStrides& s, int height, int width, int chan
          s.item == static_cast<int64_t>(height) * width * channels && reinterpret_cast<uintptr_t>(p) % 16 == 0;
 }
 
-CORA_GLOBAL(kThreads, 1) border_kernel(uint8_t* __restrict__ codes, const int items, const int height, const int width,
-                                       const int channels, const int halo, const int value) {
-  const int64_t total = static_cast<int64_t>(items) * height * width;
-  for (int64_t i = thread_index() / 32; i < total; i += thread_count() / 32) {  // a warp a pixel
-    const int64_t row = i / width % height, column = i % width;
-    if (row >= halo && row < height - halo && column >= halo && column < width - halo) continue;
-    for (int64_t c = threadIdx.x % 32; c < channels; c += 32) codes[i * channels + c] = static_cast<uint8_t>(value);
-  }
-}
+CORA_GLOBAL(kThreads, 1) border_kernel(const Border border) { fill_border(border, thread_index(), thread_count()); }
 
 struct Target {
   int32_t channels, real_channels;  // of a pixel: all (a multiple of kPiece), those x has
@@ -310,6 +302,12 @@ const char* values(const Input& x, int channels, float* out, uint8_t* workspace,
 
 const char* finish(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
                    const float* bias, const Epilogue& epilogue, void* stream) {
+  const Border& b = epilogue.border;
+  if (b.codes != nullptr) {
+    const int64_t pixels = int64_t{b.items} * (b.height * b.width - (b.height - 2 * b.halo) * (b.width - 2 * b.halo));
+    const Dim3 grid{grid_for(pixels * b.channels / 16, kThreads), 1, 1};
+    if (const char* error = launch(border_kernel, grid, kThreads, 0, stream, b)) return error;
+  }
   const int64_t total = static_cast<int64_t>(items) * height * width * channels;
   if (total == 0) return nullptr;
   const auto lies = [&](const void* p, int of, const PixelStrides& s) {
@@ -321,14 +319,6 @@ const char* finish(const void* y, int type, PixelStrides strides, int items, int
                   divide_by(channels, total), bias, epilogue);
   return launch(finish_kernel, Dim3{grid_for(total, kThreads), 1, 1}, kThreads, 0, stream, y, type, strides, total,
                 order_of(epilogue.out_strides.channel == 1, items, height, width, channels), bias, epilogue);
-}
-
-const char* fill_border(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
-                        void* stream) {
-  const int64_t pixels = static_cast<int64_t>(items) * height * width;
-  if (halo == 0 || pixels * channels == 0) return nullptr;
-  return launch(border_kernel, Dim3{grid_for(pixels * 32, kThreads), 1, 1}, kThreads, 0, stream, codes, items, height,
-                width, channels, halo, value);
 }
 
 const char* stage_input(const LayerShape& shape, const Input& x, const Plan& plan, uint8_t* workspace, void* stream) {

@@ -16,7 +16,5 @@ int64_t values_bytes(const Input& x, int channels);
 const char* values(const Input& x, int channels, float* out, uint8_t* workspace, void* stream);
 const char* finish(const void* y, int type, PixelStrides strides, int items, int height, int width, int channels,
                    const float* bias, const Epilogue& epilogue, void* stream);
-const char* fill_border(uint8_t* codes, int items, int height, int width, int channels, int halo, int value,
-                        void* stream);
 
 }  // namespace cora::cuda

@@ -136,10 +136,9 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, co
     e.out_inverse = 1.0f / e.out_scale;
     e.out_zero = static_cast<int32_t>(args.out_zero_point);
     e.out_top = 255;
-    if (!linear)
-      call.check(call.api.fill_border(mutable_data<uint8_t>(out), in.items, static_cast<int>(out_shape[2]),
-                                      static_cast<int>(out_shape[3]), shape.n, static_cast<int>(args.out_halo),
-                                      e.out_zero, call.stream));
+    if (!linear && args.out_halo > 0)
+      e.border = {mutable_data<uint8_t>(out), in.items, static_cast<int>(out_shape[2]), static_cast<int>(out_shape[3]),
+                  shape.n, static_cast<int>(args.out_halo), e.out_zero};
   }
   Tensor add;
   if (args.add.has_value()) {

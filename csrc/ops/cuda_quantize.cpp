@@ -106,10 +106,9 @@ Tensor quantize_activation_cuda(Tensor x, double scale, int64_t zero_point, int6
   const auto size = [&](int64_t d) { return static_cast<int>(image ? x.size(d) : 1); };
   CORA_CHECK(op, x.numel() <= INT32_MAX, "x must have at most 2^31 - 1 elements, got ", x.numel());
   if (out.numel() == 0) return out;
-  if (image)
-    call.check(call.api.fill_border(mutable_data<uint8_t>(out), size(0), static_cast<int>(shape[2]),
-                                    static_cast<int>(shape[3]), size(1), static_cast<int>(halo),
-                                    static_cast<int>(zero_point), call.stream));
+  if (image && halo > 0)
+    e.border = {mutable_data<uint8_t>(out), size(0), static_cast<int>(shape[2]), static_cast<int>(shape[3]), size(1),
+                static_cast<int>(halo), e.out_zero};
   call.check(call.api.finish(source.const_data_ptr(), element_type(x.scalar_type()), from, size(0), size(2),
                              image ? size(3) : static_cast<int>(x.numel()), size(1), nullptr, e,
                              call.stream));
