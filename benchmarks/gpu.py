@@ -521,10 +521,17 @@ def main() -> None:
         "--sanitize", action="store_true", help="memcheck and racecheck on a few tests"
     )
     parser.add_argument("--seconds", type=float, default=480, help="no new case after this long")
+    parser.add_argument(
+        "--table", type=Path, metavar="JSON", help="print the table of an earlier run, and end"
+    )
     parser.add_argument("--json", type=Path, default=ROOT / ".out" / "gpu.json")
     args = parser.parse_args()
     begin = time.perf_counter()
 
+    if args.table is not None:
+        rows = [dict(row) for row in json.loads(args.table.read_text())["rows"]]
+        print(table([Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in rows]))
+        return
     if args.backend == "emulated":
         print("\n".join(rehearse(args.only)))
         print("The emulator says nothing about speed: no GPU was timed.")
@@ -565,12 +572,12 @@ def main() -> None:
 
     peak = bandwidth()
     report["bandwidth"] = peak
-    rows: list[Row] = []
+    measured: list[Row] = []
     late: list[str] = []
     failed: dict[str, str] = {}
 
     def write() -> None:
-        report["rows"] = [{**asdict(row), "ratio": row.ratio} for row in rows]
+        report["rows"] = [{**asdict(row), "ratio": row.ratio} for row in measured]
         report["not_run_for_time"], report["failed"] = late, failed
         report["seconds"] = time.perf_counter() - begin
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -585,8 +592,8 @@ def main() -> None:
             late.append(name)
             continue
         try:
-            rows.append(measure(case, peak))
-            print(line(rows[-1]), flush=True)
+            measured.append(measure(case, peak))
+            print(line(measured[-1]), flush=True)
         except RuntimeError as error:  # the other cases are still worth their time
             failed[name] = str(error)
             print(f"FAILED {name}: {error}", flush=True)
@@ -598,7 +605,7 @@ def main() -> None:
     print(
         f"{report['device']}, torch {report['torch']}, {peak / 1e12:.2f} TB/s, {report['seconds']:.0f} s"
     )
-    print(table(rows))
+    print(table(measured))
     if late:
         print("not run for lack of time:", "; ".join(late))
     if failed:

@@ -389,7 +389,7 @@ _CUDA_FUSED = (
 )
 _CUDA_UNPACKED = (
     "float32 inputs, grouped and depthwise convolutions, scale groups that cut through channels, "
-    "float adapters, ranks above 256; float Linear inputs of 256 rows or more and float images "
+    "float adapters, ranks above 256; float Linear inputs of more than 192 rows and float images "
     "of many pixels (faster so)"
 )
 

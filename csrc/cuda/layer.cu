@@ -15,7 +15,7 @@ namespace cora::cuda {
 namespace {
 
 constexpr int64_t kInt32Max = 0x7fffffff;
-constexpr int64_t kMergeTokens = 129;
+constexpr int64_t kFewTokens = 192;  // of a matrix on 16-bit x; more go through the merged weight
 constexpr int kMostShared90 = 227 * 1024;
 constexpr int kThreads = 256;
 
@@ -77,7 +77,8 @@ Sharing share(const TileShape& tile, int64_t n, int64_t tokens, int64_t tiles_k,
 }
 
 int tile16_for(int64_t tokens) {
-  return tokens <= 8 ? kDecode8 : tokens <= 16 ? kDecode16 : tokens <= 32 ? kDecode32 : tokens <= 128 ? kDecode64 : kLarge128;
+  if (tokens <= 16) return tokens <= 8 ? kDecode8 : kDecode16;
+  return tokens <= 32 ? kDecode32 : tokens <= kFewTokens ? kDecode64 : kLarge128;
 }
 
 /// Whether the library holds code of its own for the device's sm_90: that alone knows early launches.
@@ -114,18 +115,18 @@ bool warpgroups([[maybe_unused]] const Device& device, [[maybe_unused]] int* wan
 #endif
 }
 
-/// Cycles of a stage of an 8-bit tile whose block has its share of a multiprocessor, and of what comes before and after
-/// the stages: as timed on an H200, but for a factor.
+/// Cycles of a stage of an 8-bit tile, of what comes before and after the stages, and of a stage where the block has a
+/// multiprocessor to itself: so that the order of the tiles is that of their times on an H200, of which this is the half.
 struct Cycles {
-  double stage, tile;
+  double stage, tile, alone;
 };
 Cycles cycles_of(int tile) {
   switch (tile) {
-    case kSmall8: return {2300, 4000};
-    case kWarpgroups64: return {1000, 5000};  // two blocks take turns
-    case kWarpgroups128: return {750, 7000};
-    case kWarpgroups192: return {1000, 9000};
-    default: return {900, 9000};
+    case kSmall8: return {2300, 4000, 2300};
+    case kWarpgroups64: return {1000, 5000, 650};  // two blocks take turns
+    case kWarpgroups128: return {750, 7000, 750};
+    case kWarpgroups192: return {1000, 9000, 1000};
+    default: return {900, 9000, 900};
   }
 }
 
@@ -139,7 +140,7 @@ int best_warpgroups(const LayerShape& s, int64_t tokens, int64_t tiles_k, int mu
     const Sharing sharing = share(shape, s.n, tokens, tiles_k, multiprocessors);
     const int64_t places = int64_t{multiprocessors} * shape.resident;
     const Cycles cycles = cycles_of(tile);
-    const double time = sharing.time * cycles.stage +
+    const double time = sharing.time * (sharing.workers <= multiprocessors ? cycles.alone : cycles.stage) +
                         static_cast<double>((sharing.tiles + places - 1) / places) * cycles.tile;
     if (tile == kSmall8 || time < least) {
       least = time;
@@ -162,7 +163,7 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
       (integer && s.q_groups > 1 && s.channels / s.q_groups % 16 != 0) || tokens > kInt32Max / 2)
     p.method = kMerge;
   // Many rows of a matrix: writing the weight out once is cheap beside them, and torch's product is faster than ours.
-  if (p.method == kTensorCores16 && tokens >= kMergeTokens && taps_of(s) == 1 && s.stride[0] == 1 && s.stride[1] == 1 &&
+  if (p.method == kTensorCores16 && tokens > kFewTokens && taps_of(s) == 1 && s.stride[0] == 1 && s.stride[1] == 1 &&
       s.padding[0] == 0 && s.padding[1] == 0 && x.height * x.width == 1)
     p.method = kMerge;
   *out = p;
