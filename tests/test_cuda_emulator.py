@@ -38,7 +38,7 @@ CASES: tuple[Case, ...] = (
     lambda b: check_linear(b, 40, 45, 208, rank=40, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 3, 24, 4096, rank=5, dtype=torch.float32, x_bits=8),
     lambda b: check_linear(b, 40, 45, 256, rank=5, dtype=torch.float32, x_bits=8, groups=4),
-    on(lambda b: check_linear(b, 100, 136, 832, rank=20, dtype=torch.float32, x_bits=8), 9, 1),
+    on(lambda b: check_linear(b, 100, 136, 1088, rank=20, dtype=torch.float32, x_bits=8), 9, 1),
     on(lambda b: check_linear(b, 60, 72, 832, 8, rank=40, dtype=torch.float32, x_bits=8), 9, 1),
     on(lambda b: check_linear(b, 1, 650, 2048, rank=20), multiprocessors=2),  # tiles shared
     on(lambda b: check_linear(b, 20, 520, 4096, rank=20, dtype=torch.float32, x_bits=8), 8, 3),
