@@ -411,7 +411,9 @@ def bandwidth() -> float:
     """Bytes a second of a copy far beyond the caches, read and write counted."""
     a = torch.ones(1 << 28, device="cuda")  # 1 GiB
     b = torch.empty_like(a)
-    us, _ = timed([lambda: torch.neg(a, out=b)])  # a kernel: in a graph a copy is left to slower hands
+    us, _ = timed(
+        [lambda: torch.neg(a, out=b)]
+    )  # a kernel: in a graph a copy is left to slower hands
     return 2 * a.nbytes / us * 1e6
 
 

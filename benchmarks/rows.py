@@ -260,8 +260,9 @@ def packed_network(name: str) -> nn.Module:
 
     layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    for batch in images(CALIBRATION)[0].split(8):
-        model(batch)
+    with torch.no_grad():  # the images may have been made in inference mode, by another row
+        for batch in images(CALIBRATION)[0].split(8):
+            model(batch)
     for handle in handles:
         handle.remove()
     replacements: dict[str, nn.Module] = {}

@@ -124,8 +124,8 @@ def test_asynchronous_copies_use_registers_that_were_written() -> None:
 
 
 def test_warpgroup_instructions_overlap() -> None:
-    """Two groups of two a round, each issued while the one before runs. Where the assembler cannot prove that their
-    registers are left alone, it makes every wait a wait for all (and says so: C7513)."""
+    """Two groups of two a round, each issued while the one before runs. Where the assembler cannot prove
+    that their registers are left alone, it makes every wait a wait for all (and says so: C7513)."""
     tool("nvdisasm")
     names = [n for arch, n in resources() if arch == "sm_90a" and n.endswith(WARPGROUPS)]
     if not names:

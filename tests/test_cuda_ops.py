@@ -442,9 +442,7 @@ def test_merged_convolution_epilogues(
     want = reference.conv2d_lowrank(x.double(), *item.args(), *window, 1, **o)
     want = (want if added is None else want + added.double()).clamp(min=low)
     for memory_format in (torch.channels_last, torch.contiguous_format):
-        laid, more = (
-            None if t is None else t.to(memory_format=memory_format) for t in (x, added)
-        )
+        laid, more = (None if t is None else t.to(memory_format=memory_format) for t in (x, added))
         got = merged(
             "run_layer", laid, prepared, known, None, 0, 0, 0,
             more, 1.0, 0, 0, low, float("inf"), *codes, 1 if epilogue == "codes" else 0,
