@@ -14,7 +14,9 @@ struct Codes {
   static constexpr int kWords = kBits;  // 32 codes
   uint32_t word[kWords];
 
-  CORA_DEVICE void read(const char* tile, int lane) {
+  /// tile: a pointer, or an address in shared memory.
+  template <typename Place>
+  CORA_DEVICE void read(Place tile, int lane) {
     if constexpr (kBits == 4) {
       set(load<uint4>(tile + lane * 16), 0);
     } else if constexpr (kBits == 8) {
@@ -25,20 +27,6 @@ struct Codes {
       word[0] = low.x;
       word[1] = low.y;
       if constexpr (kBits == 3) word[2] = load<uint32_t>(tile + 256 + lane * 4);
-    }
-  }
-  /// The same by an address in shared memory.
-  CORA_DEVICE void read(uint32_t tile, int lane) {
-    if constexpr (kBits == 4) {
-      set(load_shared<uint4>(tile + lane * 16), 0);
-    } else if constexpr (kBits == 8) {
-      set(load_shared<uint4>(tile + lane * 16), 0);
-      set(load_shared<uint4>(tile + 512 + lane * 16), 4);
-    } else {
-      const uint2 low = load_shared<uint2>(tile + lane * 8);
-      word[0] = low.x;
-      word[1] = low.y;
-      if constexpr (kBits == 3) word[2] = load_shared<uint32_t>(tile + 256 + lane * 4);
     }
   }
   /// 8 bits: only the words of inputs 16j ..: registers for two, not eight.

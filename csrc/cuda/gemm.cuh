@@ -4,7 +4,7 @@
 //           decoding one token at a time wants, and weights go from the tile straight to the registers of one warp.
 // Inputs:   x 16-bit or 8-bit codes, 16-byte aligned pixels; W, A, B, scales: parts of a prepared layer (layout.h).
 // Numerics: 16-bit x: weights become code - zero in x's type, sums float32, scaled in float32. With scale groups and
-//           more than 16 tokens the weights are scaled instead, in x's type.
+//           more than 32 tokens the weights are scaled instead, in x's type.
 //           8-bit x: int32 sums of products of integers, exact; scaled in float32. B sees t = x A^T rounded to x's type
 //           (8-bit x: to tf32). Every sum has a fixed order: the same call gives the same bits.
 // Method:   a block owns kBlockN channels x kBlockM tokens. A ring of kStages stages is filled by cp.async, one
@@ -42,7 +42,6 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
   // Fused tiles are 1, 2 or 4; the warps that share one take its steps in turn.
   const int shift = fused_tiles / 2, turns = C::kWarpsN >> shift, turn = warp_n >> shift;
   const int rank_tile_at = C::kAdapterAt + (warp_n - (turn << shift)) * 1024;
-  [[maybe_unused]] float scaled[C::kRows][C::kCols][4] = {};  // kScaleSums: the sum of the tiles so far
   int stage = 0, segment = 0, segment_end = begin + block.p.walk.blocks_per_segment;
   for (int k = begin; k < end; k += C::kTilesK) {
     const char* const from = block.next_stage(k, stage, stage_bytes);
@@ -69,7 +68,7 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
         uint32_t x[C::kCols][2], w[C::kRows][4];
         block.read_x(from, tile, step, x);
 #pragma unroll
-        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented && !C::kScaleSums, w[i]);
+        for (int i = 0; i < C::kRows; ++i) rows[i].operand(codes[i], step, segmented, w[i]);
         if constexpr (C::kInt8) {
           mma8(acc, w, x);
           if (sum_x)
@@ -93,34 +92,12 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
           }
         }
       }
-      if constexpr (C::kScaleSums) {
-        if (segmented) {
-#pragma unroll
-          for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-            for (int j = 0; j < C::kCols; ++j)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) {
-                scaled[i][j][e] = fused_multiply_add(acc[i][j][e], rows[i].scale[e / 2], scaled[i][j][e]);
-                acc[i][j][e] = 0;
-              }
-        }
-      }
       if (C::kInt8 && segmented && k + tile + 1 == segment_end) {
         end_segment(segment++);
         segment_end += block.p.walk.blocks_per_segment;
       }
     }
     stage = stage == C::kStages - 1 ? 0 : stage + 1;
-  }
-  if constexpr (C::kScaleSums) {
-    if (segmented)
-#pragma unroll
-      for (int i = 0; i < C::kRows; ++i)
-#pragma unroll
-        for (int j = 0; j < C::kCols; ++j)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) acc[i][j][e] = scaled[i][j][e];
   }
 }
 

@@ -126,14 +126,14 @@ CORA_DEVICE void stream_stages(const Block<C>& block, RowParameters<C>& row, int
         codes.read(stage + weight_at + tile * C::kPanels * C::kTileBytes, block.lane);
         if (kScales == kByTiles || (kScales == kByPairs && tile % 2 == 0)) {
           const uint32_t q = stage + scale_at + tile * C::kBlockN * 8;
-          row.set_both(load_shared<float2>(q), load_shared<float2>(q + 64));
+          row.set_both(load<float2>(q), load<float2>(q + 64));
         }
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
           uint32_t x[C::kCols][2], w[1][4];
 #pragma unroll
           for (int c = 0; c < C::kCols; ++c) {
-            const uint2 v = load_shared<uint2>(stage + (x_at ^ (step * 32)) + tile * C::kPieceBytes + c * 1024);
+            const uint2 v = load<uint2>(stage + (x_at ^ (step * 32)) + tile * C::kPieceBytes + c * 1024);
             x[c][0] = v.x;
             x[c][1] = v.y;
           }

@@ -99,8 +99,8 @@ struct Config {
   /// A fused adapter's accumulators of a warp: kRankCols tiles. Warpgroups: a warp takes a quarter of the tokens, and
   /// one of two rank tiles, or half of the inputs.
   static constexpr int kRankCols = !kFuses ? 1 : kWarpgroup ? kBlockM / 32 : kCols;
-  /// Scale groups of 16-bit x: with few tokens the sums of a tile are scaled, else its weights, whichever are fewer.
-  static constexpr bool kScaleSums = !kInt8 && kRows * kCols * 4 <= kRows * 16;
+  /// Scale groups of 16-bit x: with few tokens their sums are scaled, else their weights, whichever are fewer.
+  static constexpr bool kScaleSums = kStream && kCols <= 4;
   /// What a thread, and a block, leaves of a part of a tile: accumulators, with 8-bit x the sums of x, a fused t.
   static constexpr int kXSums = kWarpgroup ? kBlockM * 8 / kThreads : kCols;
   static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kXSums : 0;

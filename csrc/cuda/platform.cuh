@@ -106,7 +106,7 @@ CORA_DEVICE uint32_t shared_begin() {
 }
 /// From shared memory at such an address.
 template <typename V>
-CORA_DEVICE V load_shared(uint32_t at) {
+CORA_DEVICE V load(uint32_t at) {
   static_assert(sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16);
   V v;
   if constexpr (sizeof(V) == 16) {

@@ -132,7 +132,7 @@ inline void async_copy16(void* shared, const void* global, const char* file = __
 // Addresses in shared memory: from its beginning on.
 inline uint32_t shared_begin() { return 0; }
 template <typename V>
-V load_shared(uint32_t at) {
+V load(uint32_t at) {
   return load<V>(emu::shared_memory() + at);
 }
 inline void async_copy16(uint32_t shared, const void* global, bool valid, const char* file = __builtin_FILE(),
