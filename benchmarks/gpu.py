@@ -411,9 +411,7 @@ def bandwidth() -> float:
     """Bytes a second of a copy far beyond the caches, read and write counted."""
     a = torch.ones(1 << 28, device="cuda")  # 1 GiB
     b = torch.empty_like(a)
-    us, _ = timed(
-        [lambda: torch.neg(a, out=b)]
-    )  # a kernel: in a graph a copy is left to slower hands
+    us, _ = timed([lambda: torch.neg(a, out=b)])  # a kernel: a graph leaves copies to slower hands
     return 2 * a.nbytes / us * 1e6
 
 
@@ -484,10 +482,6 @@ def line(r: Row) -> str:
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    return "\n".join([HEAD, *map(line, rows)])
-
-
 def rehearse(groups: Sequence[str]) -> list[str]:
     """Every case, small, on the emulated kernels: constructed, run, checked, not timed."""
     from emulator import emulator
@@ -531,8 +525,9 @@ def main() -> None:
     begin = time.perf_counter()
 
     if args.table is not None:
-        rows = [dict(row) for row in json.loads(args.table.read_text())["rows"]]
-        print(table([Row(**{k: v for k, v in row.items() if k != "ratio"}) for row in rows]))
+        rows = json.loads(args.table.read_text())["rows"]
+        known = [{k: v for k, v in row.items() if k != "ratio"} for row in rows]
+        print("\n".join([HEAD, *(line(Row(**row)) for row in known)]))
         return
     if args.backend == "emulated":
         print("\n".join(rehearse(args.only)))
@@ -586,6 +581,8 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=1))
 
     warpgroups = capability == "90"
+    print(f"{report['device']}, torch {report['torch']}, {peak / 1e12:.2f} TB/s")
+    print(HEAD)
     for case in Cases("cuda", torch.ops.cora, False, warpgroups).all(args.only):
         name = f"{case.group} {case.name}"
         if case.group not in args.only:
@@ -598,16 +595,13 @@ def main() -> None:
             print(line(measured[-1]), flush=True)
         except RuntimeError as error:  # the other cases are still worth their time
             failed[name] = str(error)
-            print(f"FAILED {name}: {error}", flush=True)
+            print(f"FAILED {name}: {error}", file=sys.stderr, flush=True)
         torch.cuda.empty_cache()
         write()
     if "svd" in args.only:
         report["svd"] = time_factors()
     write()
-    print(
-        f"{report['device']}, torch {report['torch']}, {peak / 1e12:.2f} TB/s, {report['seconds']:.0f} s"
-    )
-    print(table(measured))
+    print(f"{report['seconds']:.0f} s")
     if late:
         print("not run for lack of time:", "; ".join(late))
     if failed:

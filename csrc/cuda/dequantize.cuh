@@ -159,12 +159,8 @@ struct RowParameters {
       zero[h] = static_cast<uint32_t>(C::kBits == 8 ? near & 0xff : near) * 0x01010101u;
       return near - static_cast<int>(q.y);
     } else {
-      using Codec = Dequantize<typename C::T, C::kBits>;
-      scale[h] = q.x;
-      zero_float[h] = q.y;
-      Codec::bring_near(scale[h], zero_float[h]);
-      zero[h] = Codec::zero(zero_float[h], h);
-      scale16[h] = pack2<typename C::T>(scale[h], scale[h]);
+      Dequantize<typename C::T, C::kBits>::bring_near(q.x, q.y);
+      set_near(h, q);
       return 0;
     }
   }
@@ -172,20 +168,20 @@ struct RowParameters {
   /// Both rows, 16-bit x. Far zero-points are rare: one vote of the warp instead of a choice for each.
   CORA_DEVICE void set_both(float2 low, float2 high) {
     using Codec = Dequantize<typename C::T, C::kBits>;
-    const float2 q[2] = {low, high};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      scale[h] = q[h].x;
-      zero_float[h] = q[h].y;
+    if (Codec::kHalf && warp_any(Codec::is_far(low.y) || Codec::is_far(high.y))) {
+      Codec::bring_near(low.x, low.y);
+      Codec::bring_near(high.x, high.y);
     }
-    if (Codec::kHalf && warp_any(Codec::is_far(low.y) || Codec::is_far(high.y)))
-#pragma unroll
-      for (int h = 0; h < 2; ++h) Codec::bring_near(scale[h], zero_float[h]);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      zero[h] = Codec::zero(zero_float[h], h);
-      scale16[h] = pack2<typename C::T>(scale[h], scale[h]);
-    }
+    set_near(0, low);
+    set_near(1, high);
+  }
+
+  /// 16-bit x; the zero-point is not far.
+  CORA_DEVICE void set_near(int h, float2 q) {
+    scale[h] = q.x;
+    zero_float[h] = q.y;
+    zero[h] = Dequantize<typename C::T, C::kBits>::zero(q.y, h);
+    scale16[h] = pack2<typename C::T>(q.x, q.x);
   }
 
   CORA_DEVICE void operand(const Codes<C::kBits>& codes, int step, bool scaled, uint32_t (&out)[4]) const {

@@ -37,14 +37,19 @@ CORA_DEVICE void write_element(void* p, int64_t i, int type, float value) {
   }
 }
 
-/// y + add, clamped, to its place.
-CORA_DEVICE void finish_element(const Epilogue& e, float y, int64_t out, int64_t add) {
+/// y + element `add` of e.add, clamped.
+CORA_DEVICE float add_and_clamp(const Epilogue& e, float y, int64_t add) {
   if (e.add != nullptr)
     y += e.add_type == kUint8
              ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[add] - e.add_zero)
              : read_element(e.add, add, e.add_type);
   y = y < e.low ? e.low : y;
-  y = y > e.high ? e.high : y;
+  return y > e.high ? e.high : y;
+}
+
+/// The same to its place.
+CORA_DEVICE void finish_element(const Epilogue& e, float y, int64_t out, int64_t add) {
+  y = add_and_clamp(e, y, add);
   if (e.out_type == kUint8) {
     const float top = static_cast<float>(e.out_top);
     float q = rintf(e.out_inverse != 0.0f ? y * e.out_inverse : divide(y, e.out_scale)) + static_cast<float>(e.out_zero);

@@ -307,11 +307,7 @@ CORA_DEVICE void store_tile(const GemmArgs& p, const float* y, int first_panel, 
   const int tid = reread_thread_index(), first_n = first_panel * kTileRows;
   const int tokens = p.m - first_token < C::kBlockM ? p.m - first_token : C::kBlockM;
   const int channels = p.n - first_n < C::kBlockN ? p.n - first_n : C::kBlockN;
-  const auto offsets = [&](int token, const PixelStrides& s) {
-    const uint32_t m = static_cast<uint32_t>(first_token + token), item = quotient(m, p.pixels);
-    const uint32_t pixel = m - item * p.pixels.divisor, row = quotient(pixel, p.out_w);
-    return item * s.item + row * s.row + (pixel - row * p.out_w.divisor) * s.pixel;
-  };
+  const auto offsets = [&](int token, const PixelStrides& s) { return place_in(s, pixel_of(p, first_token + token)); };
   const bool wide = e.add == nullptr && (e.out_type == kFloat16 || e.out_type == kBfloat16) &&
                     e.out_strides.channel == 1 && e.out_strides.pixel % 8 == 0 && e.out_strides.row % 8 == 0 &&
                     e.out_strides.item % 8 == 0 && reinterpret_cast<uintptr_t>(e.out) % 16 == 0 && p.n % 8 == 0;

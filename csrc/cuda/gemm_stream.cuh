@@ -1,5 +1,5 @@
 // The loop over K for few tokens of 16-bit x, where a call should cost what it takes to read the weight, and instructions
-// are what it costs first: of some 65 a tile of 16 x 64 weights, 41 turn codes into operands and multiply them. Large
+// are what it costs first: of 74 a tile of 16 x 64 weights, 41 turn codes into operands and multiply them. Large
 // stages, so that barriers and addresses are few; a warp copies and reads its own tiles of the weight.
 #pragma once
 
@@ -35,9 +35,7 @@ struct StreamCopies {
     const int inputs = block.end_block * kTileInputs < p.channels ? block.end_block * kTileInputs : p.channels;
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      reach[r] = static_cast<unsigned>(block.row_y[r]) < static_cast<unsigned>(p.height) &&
-                         static_cast<unsigned>(block.row_x[r]) < static_cast<unsigned>(p.width)
-                     ? inputs : 0;
+      reach[r] = block.has({0, 0, 0, true}, r) ? inputs : 0;
   }
 
   /// Tiles k .. of K; beyond its end x is zero, and the last tile of the weight comes again: its codes do not matter, but
@@ -75,18 +73,8 @@ struct StreamCopies {
 #pragma unroll (kRows)  // registers for no more
     for (int i = 0; i < kCopies; ++i) {
       const int kb = k + block.tid / 8 / C::kBlockM + i * kRowsOnce / C::kBlockM;
-      const int segment = static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks));
-      const auto input = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs +
-                                               chunk * C::kChunkInputs);
-      const int tap = static_cast<int>(quotient(input, p.run)), channel = static_cast<int>(input) - tap * p.walk.run;
-      const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
-      const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
-      const bool valid = kb < block.end_block && tap < p.walk.taps && channel < p.walk.segment_channels &&
-                         static_cast<unsigned>(block.row_y[i % kRows] + dy) < static_cast<unsigned>(p.height) &&
-                         static_cast<unsigned>(block.row_x[i % kRows] + dx) < static_cast<unsigned>(p.width);
-      const int64_t offset = dy * p.x_row + dx * p.x_pixel +
-                             static_cast<int64_t>(segment * p.walk.segment_channels + channel) * 2;
-      async_copy16(to + i * kRowsOnce * 128, block.row[i % kRows] + offset, valid);
+      const InputPlace place = block.place_of(kb, chunk * C::kChunkInputs);
+      async_copy16(to + i * kRowsOnce * 128, block.row[i % kRows] + place.offset, block.has(place, i % kRows));
     }
   }
 };

@@ -136,6 +136,26 @@ CORA_DEVICE int chunk_of(int row, int chunk) {
   return C::kInt8 ? chunk ^ (row & 7) : chunk ^ ((row & 3) << 1);
 }
 
+/// Row m of y: which pixel of which image.
+struct Pixel {
+  uint32_t item, y, x;
+};
+CORA_DEVICE Pixel pixel_of(const GemmArgs& p, int m) {
+  const uint32_t item = quotient(static_cast<uint32_t>(m), p.pixels);
+  const uint32_t pixel = static_cast<uint32_t>(m) - item * p.pixels.divisor, y = quotient(pixel, p.out_w);
+  return {item, y, pixel - y * p.out_w.divisor};
+}
+CORA_DEVICE int64_t place_in(const PixelStrides& s, const Pixel& pixel) {
+  return pixel.item * s.item + pixel.y * s.row + pixel.x * s.pixel;
+}
+
+/// Where 16 bytes of x lie, from where a window begins: so many rows and pixels on, so many bytes.
+struct InputPlace {
+  int dy, dx;
+  int64_t offset;
+  bool inside;  // of the walk
+};
+
 template <typename C>
 struct Block {
   static constexpr int kLoadRows = C::kBlockM * 8 / C::kThreads > 0 ? C::kBlockM * 8 / C::kThreads : 1;
@@ -155,12 +175,10 @@ struct Block {
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
       const int m = first_token + tid / 8 % C::kBlockM + i * (C::kThreads / 8);
-      const uint32_t item = quotient(static_cast<uint32_t>(m), p.pixels);
-      const uint32_t pixel = static_cast<uint32_t>(m) - item * p.pixels.divisor;
-      const uint32_t y = quotient(pixel, p.out_w), x = pixel - y * p.out_w.divisor;
-      row_y[i] = static_cast<int>(y) * p.stride[0] - p.padding[0];
-      row_x[i] = static_cast<int>(x) * p.stride[1] - p.padding[1];
-      row[i] = p.x + static_cast<int64_t>(item) * p.x_item + row_y[i] * p.x_row + row_x[i] * p.x_pixel;
+      const Pixel pixel = pixel_of(p, m);
+      row_y[i] = static_cast<int>(pixel.y) * p.stride[0] - p.padding[0];
+      row_x[i] = static_cast<int>(pixel.x) * p.stride[1] - p.padding[1];
+      row[i] = p.x + static_cast<int64_t>(pixel.item) * p.x_item + row_y[i] * p.x_row + row_x[i] * p.x_pixel;
       if (m >= p.m) row_y[i] = -(1 << 24);  // outside whatever the tap
     }
   }
@@ -195,6 +213,23 @@ struct Block {
     return load<float2>(p.qparams + (segment * static_cast<int64_t>(p.panels) + panel) * kTileRows + group + 8 * h);
   }
 
+  /// Inputs `in_tile` .. of tile kb of K.
+  CORA_DEVICE InputPlace place_of(int kb, int in_tile) const {
+    const int segment = C::kGrouped ? static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks)) : 0;
+    const auto k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs + in_tile);
+    const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
+    const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
+    const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
+    const int64_t offset = dy * p.x_row + dx * p.x_pixel +
+                           static_cast<int64_t>(segment * p.walk.segment_channels + channel) * (C::kInt8 ? 1 : 2);
+    return {dy, dx, offset, kb < end_block && tap < p.walk.taps && channel < p.walk.segment_channels};
+  }
+  /// Whether they lie in the image, for row i that this thread copies.
+  CORA_DEVICE bool has(const InputPlace& place, int i) const {
+    return place.inside && static_cast<unsigned>(row_y[i] + place.dy) < static_cast<unsigned>(p.height) &&
+           static_cast<unsigned>(row_x[i] + place.dx) < static_cast<unsigned>(p.width);
+  }
+
   /// Copies tiles `block` .. of K to a stage.
   CORA_DEVICE void copy_stage(int block, char* stage) {
     if (tid < C::kBlockM * 8) {
@@ -202,22 +237,12 @@ struct Block {
 #pragma unroll
       for (int piece = 0; piece < C::kDepth; ++piece) {
         const int kb = block + piece * C::kTilesPerPiece + (C::kInt8 ? chunk / 4 : 0);
-        const int segment = C::kGrouped ? static_cast<int>(quotient(static_cast<uint32_t>(kb), p.segment_blocks)) : 0;
-        const int in_tile = (C::kInt8 ? chunk % 4 : chunk) * C::kChunkInputs;
-        const uint32_t k = static_cast<uint32_t>((kb - segment * p.walk.blocks_per_segment) * kTileInputs + in_tile);
-        const int tap = static_cast<int>(quotient(k, p.run)), channel = static_cast<int>(k) - tap * p.walk.run;
-        const int tap_y = static_cast<int>(quotient(static_cast<uint32_t>(tap), p.taps_w));
-        const int dy = tap_y * p.dilation[0], dx = (tap - tap_y * p.kernel_w) * p.dilation[1];
-        const bool inside = kb < end_block && tap < p.walk.taps && channel < p.walk.segment_channels;
-        const int64_t offset = dy * p.x_row + dx * p.x_pixel +
-                               static_cast<int64_t>(segment * p.walk.segment_channels + channel) * (C::kInt8 ? 1 : 2);
+        const InputPlace place = place_of(kb, (C::kInt8 ? chunk % 4 : chunk) * C::kChunkInputs);
 #pragma unroll
         for (int i = 0; i < kLoadRows; ++i) {
           const int r = tid / 8 + i * (C::kThreads / 8);
-          const bool valid = inside && static_cast<unsigned>(row_y[i] + dy) < static_cast<unsigned>(p.height) &&
-                             static_cast<unsigned>(row_x[i] + dx) < static_cast<unsigned>(p.width);
-          async_copy16(stage + piece * C::kPieceBytes + r * 128 + chunk_of<C>(r, chunk) * 16,
-                       row[i] + offset, valid);
+          async_copy16(stage + piece * C::kPieceBytes + r * 128 + chunk_of<C>(r, chunk) * 16, row[i] + place.offset,
+                       has(place, i));
         }
       }
     }

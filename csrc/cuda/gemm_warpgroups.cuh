@@ -40,11 +40,9 @@ struct StageCopies {
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
       const int wanted = first_token + tid / 8 + i * kRowsApart, m = wanted < p.m ? wanted : p.m - 1;
-      const uint32_t item = quotient(static_cast<uint32_t>(m), p.pixels);
-      const uint32_t pixel = static_cast<uint32_t>(m) - item * p.pixels.divisor;
-      const uint32_t y = quotient(pixel, p.out_w), x = pixel - y * p.out_w.divisor;
-      row[i] = static_cast<uint32_t>(item * p.x_item + int64_t{y} * p.stride[0] * p.x_row +
-                                     int64_t{x} * p.stride[1] * p.x_pixel);
+      const Pixel pixel = pixel_of(p, m);
+      row[i] = static_cast<uint32_t>(pixel.item * p.x_item + int64_t{pixel.y} * p.stride[0] * p.x_row +
+                                     int64_t{pixel.x} * p.stride[1] * p.x_pixel);
     }
     const int run = p.walk.run;
     next_tap = p.dilation[1] * p.x_pixel - run;
@@ -241,30 +239,18 @@ CORA_DEVICE void store_fours(const GemmArgs& p, const float* y, int first_panel,
   const float4 bias = load<float4>(p.bias + channel);
 #pragma unroll 1  // as it stands: registers for what does not change in the loop would be too many
   for (int token = tid / kFours; token < C::kBlockM && first_token + token < p.m; token += C::kThreads / kFours) {
-    const uint32_t m = static_cast<uint32_t>(first_token + token), item = quotient(m, p.pixels);
-    const uint32_t pixel = m - item * p.pixels.divisor, row = quotient(pixel, p.out_w), x = pixel - row * p.out_w.divisor;
+    const Pixel pixel = pixel_of(p, first_token + token);
     const float4 sum = load<float4>(y + token * C::kOutPitch + n);
     float v[4] = {sum.x + bias.x, sum.y + bias.y, sum.z + bias.z, sum.w + bias.w};
-    const int64_t out = item * s.item + row * s.row + x * s.pixel + channel * s.channel;
-    const int64_t add = e.add == nullptr ? 0 : item * a.item + row * a.row + x * a.pixel + channel * a.channel;
+    const int64_t out = place_in(s, pixel) + channel * s.channel;
+    const int64_t add = e.add == nullptr ? 0 : place_in(a, pixel) + channel * a.channel;
     if constexpr (kType == kAny) {
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (channel + i < p.n) finish_element(e, v[i], out + i * s.channel, add + i * a.channel);
     } else {
-      if (e.add != nullptr)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t from = add + i * a.channel;
-          v[i] += e.add_type == kUint8
-                      ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[from] - e.add_zero)
-                      : read_element(e.add, from, e.add_type);
-        }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = v[i] < e.low ? e.low : v[i];
-        v[i] = v[i] > e.high ? e.high : v[i];
-      }
+      for (int i = 0; i < 4; ++i) v[i] = add_and_clamp(e, v[i], add + i * a.channel);
       constexpr int kSize = kType == kFloat32 ? 4 : kType == kUint8 ? 1 : 2;
       store_four<kType>(e, static_cast<char*>(e.out) + out * kSize, v);
     }

@@ -37,6 +37,13 @@ bool readable(const LayerShape& s, const Input& x, int method) {
          reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
+TileShape tile_shape(bool integer, int tile, int container) {
+  return integer ? tile8_shape(tile) : tile16_shape(tile, container);
+}
+bool is_by_warpgroups(bool integer, int tile) { return integer && tile >= kWarpgroups64; }
+/// The tile of a pass that computes t. By warpgroups: few rows, many tokens, whatever the tile of y is.
+int t_tile_of(bool integer, int tile) { return is_by_warpgroups(integer, tile) ? kWarpgroupsNarrow : tile; }
+
 int64_t tiles_of(const TileShape& tile, int64_t n, int64_t m) {
   return (n + tile.block_n - 1) / tile.block_n * ((m + tile.block_m - 1) / tile.block_m);
 }
@@ -81,8 +88,9 @@ int tile16_for(int64_t tokens) {
   return tokens <= 32 ? kDecode32 : tokens <= kFewTokens ? kDecode64 : kLarge128;
 }
 
-/// Whether the library holds code of its own for the device's sm_90: that alone knows early launches.
-bool has_early_launches([[maybe_unused]] const Device& device) {
+/// Whether the library holds code of its own for the device, sm_90a: that alone has early launches and warpgroup
+/// instructions.
+bool has_own_code([[maybe_unused]] const Device& device) {
 #if defined(CORA_WARPGROUPS)
   return device.major == 9;
 #else
@@ -105,14 +113,10 @@ bool merges_convolution(const LayerShape& s, int64_t tokens, int multiprocessors
 
 /// Whether to use warpgroup instructions: where there are any, unless CORA_WARPGROUPS=0 is in the environment. The number
 /// of a tile there (2 ..) wants that one, for timing.
-bool warpgroups([[maybe_unused]] const Device& device, [[maybe_unused]] int* wanted_tile) {
-#if defined(CORA_WARPGROUPS)
+bool warpgroups(const Device& device, int* wanted_tile) {
   const char* const wanted = std::getenv("CORA_WARPGROUPS");
   *wanted_tile = wanted != nullptr ? std::atoi(wanted) : 1;
-  return device.major == 9 && *wanted_tile != 0;
-#else
-  return false;
-#endif
+  return has_own_code(device) && *wanted_tile != 0;
 }
 
 /// Cycles of a stage of an 8-bit tile, of what comes before and after the stages, and of a stage where the block has a
@@ -180,7 +184,7 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   const Walk w = walk_of(s);
   const Parts parts = parts_of(s);
   const int container = container_bits(s.bits);
-  const auto shape = [&](int tile) { return integer ? tile8_shape(tile) : tile16_shape(tile, container); };
+  const auto shape = [&](int tile) { return tile_shape(integer, tile, container); };
   const auto sharing_of = [&](int tile) { return share(shape(tile), s.n, tokens, w.blocks(), device.multiprocessors); };
   p.tile = integer ? kSmall8 : tile16_for(tokens);
   Sharing sharing = sharing_of(p.tile);
@@ -217,11 +221,11 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   const int most_tiles = integer ? (wide && p.tile == kSmall8 ? 1 : 4) : (wide ? 4 : 2);
   p.fused = s.rank > 0 && parts.rank_tiles <= most_tiles && tile.fuses;
   // By warpgroups the work over again counts more, and the pass spreads over the card.
-  const bool by_warpgroups = integer && p.tile >= kWarpgroups64;
+  const bool by_warpgroups = is_by_warpgroups(integer, p.tile);
   if (by_warpgroups) p.fused = p.fused && parts.rank_tiles <= 2 && s.n <= 4 * tile.block_n;
   p.t_splits = s.rank == 0 || p.fused ? 0 : 1;
   if (p.t_splits > 0 && (by_warpgroups || !integer)) {
-    const TileShape t_tile = integer ? tile8_shape(kWarpgroupsNarrow) : tile16_shape(p.tile, 8);
+    const TileShape t_tile = tile_shape(integer, t_tile_of(integer, p.tile), 8);
     p.t_splits = split_count(t_tile, tiles_of(t_tile, s.rank, tokens), p.stages, device.multiprocessors * t_tile.resident);
   }
 
@@ -250,7 +254,7 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
     p.partial_at = take(2 * int64_t{p.workers} * tile.partials * 4);
     p.tickets_at = take(sharing.tiles * 4);
   }
-  p.early = has_early_launches(device) && (p.t_splits > 0 || p.workers != p.tiles);
+  p.early = has_own_code(device) && (p.t_splits > 0 || p.workers != p.tiles);
   p.bytes = at;
   *out = p;
   return nullptr;
@@ -303,13 +307,12 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.x_parameters = x.parameters == kDynamic ? x.items : 1;
   const auto floats = [&](int64_t offset) { return reinterpret_cast<const float*>(prepared + offset); };
   const auto integers = [&](int64_t offset) { return reinterpret_cast<const int32_t*>(prepared + offset); };
-  // t by warpgroups: few rows, many tokens, whatever the tile of y is; the blocks that share K add to zeros.
-  const bool by_warpgroups = integer && plan.tile >= kWarpgroups64;
-  const int t_tile = by_warpgroups ? kWarpgroupsNarrow : plan.tile;
-  const auto launch_gemm = [&](int container, const GemmArgs& args) {
-    return integer              ? gemm_int8(container, args.t_out != nullptr ? t_tile : plan.tile, args, stream)
-           : x.type == kFloat16 ? gemm_half(container, plan.tile, args, stream)
-                                : gemm_bfloat16(container, plan.tile, args, stream);
+  const auto launch_gemm = [&](int container, int tile, GemmArgs& args) {
+    const int block_n = tile_shape(integer, tile, container).block_n;
+    args.n_blocks = fast_divide((args.n + block_n - 1) / block_n);
+    return integer              ? gemm_int8(container, tile, args, stream)
+           : x.type == kFloat16 ? gemm_half(container, tile, args, stream)
+                                : gemm_bfloat16(container, tile, args, stream);
   };
 
   // The GEMM proper begins while the launch before it runs, which it waits for before it takes t or a ticket.
@@ -324,15 +327,14 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
     t.qparams = reinterpret_cast<const float2*>(prepared + parts.a_qparams);
     t.sums = integers(parts.a_sums);
     t.bits = 8;
-    const TileShape tile = integer ? tile8_shape(t_tile) : tile16_shape(plan.tile, 8);
-    t.n_blocks = fast_divide((t.n + tile.block_n - 1) / tile.block_n);
-    t.shares = split_tiles(tiles_of(tile, s.rank, plan.tokens), plan.stages, plan.t_splits);
+    const int tile = t_tile_of(integer, plan.tile);
+    t.shares = split_tiles(tiles_of(tile_shape(integer, tile, 8), s.rank, plan.tokens), plan.stages, plan.t_splits);
     t.t_out = reinterpret_cast<float*>(workspace + plan.t_at);
-    if (by_warpgroups) {
+    if (is_by_warpgroups(integer, tile)) {  // the blocks that share K add to zeros
       const auto bytes = static_cast<size_t>(plan.tokens) * static_cast<size_t>(parts.rank_tiles) * 16 * 4;
       if (const char* error = fill_zero(t.t_out, bytes, stream)) return error;
     }
-    if (const char* error = launch_gemm(8, t)) return error;
+    if (const char* error = launch_gemm(8, tile, t)) return error;
   } else if (shared) {
     const Dim3 grid{static_cast<unsigned>((plan.tiles + kThreads - 1) / kThreads), 1, 1};
     if (const char* error = launch(clear_tickets_kernel, grid, kThreads, 0, stream, g.tickets, int{plan.tiles}))
@@ -355,13 +357,11 @@ const char* run(const LayerShape& s, const uint8_t* prepared, const Input& x, co
   g.fused = plan.fused;
   g.t = plan.t_splits > 0 ? reinterpret_cast<const float*>(workspace + plan.t_at) : nullptr;
   g.t_splits = plan.t_splits;
-  const TileShape tile = integer ? tile8_shape(plan.tile) : tile16_shape(plan.tile, container_bits(s.bits));
-  g.n_blocks = fast_divide((g.n + tile.block_n - 1) / tile.block_n);
   g.shares = shared ? share_tiles(plan.tiles, plan.stages, plan.workers) : split_tiles(plan.tiles, plan.stages, 1);
   g.partial = shared ? workspace + plan.partial_at : nullptr;
   g.early = plan.early;
   g.epilogue = epilogue;
-  return launch_gemm(container_bits(s.bits), g);
+  return launch_gemm(container_bits(s.bits), plan.tile, g);
 }
 
 }  // namespace cora::cuda
