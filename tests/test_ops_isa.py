@@ -13,11 +13,11 @@ from conftest import LEVELS, SUPPORTED
 from cora import ops
 
 # The kernels a level has of its own, where that is not all, and what the others take.
-BF16 = {"split", "panel_bf16", "tile_bf16", "rescale"}
-AMX = {"tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project"} | BF16
+AMX_ONLY = {"split", "panel_bf16", "tile_bf16", "rescale", "codes_tile", "finish"}
+AMX = {"tile_s8", "store_hidden", "quantized_hidden", "expand_up", "up_project"} | AMX_ONLY
 AVXVNNI = {"tile_s8", "gemv_s8"}
 # Those that lower levels do without.
-ONLY = {"depthwise_codes": ("avx512", "amx"), **dict.fromkeys(BF16, ("amx",))}
+ONLY = {"depthwise_codes": ("avx512", "amx"), **dict.fromkeys(AMX_ONLY, ("amx",))}
 NEEDS = {"avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2"}}
 NEEDS["avxvnni"] = NEEDS["avx2"] | {"avx_vnni"}
 NEEDS["avx512"] = NEEDS["avx2"] | {

@@ -90,12 +90,6 @@ void codes(const uint8_t* strip, const DepthwiseShape& s, const int8_t* w, int64
     for (int h = 0; h < kHalves; ++h) _mm512_storeu_si512(acc + i * kLanes + 16 * h, sum[i][h]);
 }
 
-/// The clamp's lower end as a code: rounding keeps order, so rounding and clamping may change places.
-inline uint8_t least_code(const Epilogue& e) {
-  const float low = e.code_low(), top = static_cast<float>(255 - e.zero_point);
-  return static_cast<uint8_t>(_mm_cvtss_si32(_mm_set_ss(low < top ? low : top)) + e.zero_point);
-}
-
 /// 32 channels' values of one position as 16-bit words, lanes in packs order.
 template <int kHalves>
 inline __m512i words_of(const __m512 v[2], __m512 inverse, __m512 high, __m512i zero) {
@@ -144,9 +138,10 @@ void codes_to_codes(const uint8_t* strip, const DepthwiseShape& s, const Depthwi
       if (kAdapter) settle(a_sum[i][h]);
     }
 
-  const __m512 inverse = _mm512_set1_ps(e.inverse_scale), high = _mm512_set1_ps(e.code_high());
+  const __m512 inverse = _mm512_set1_ps(e.inverse_scale), high = _mm512_set1_ps(e.code_high);
   const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(e.zero_point));
-  const __m512i low = _mm512_set1_epi8(static_cast<char>(least_code(e)));
+  // Rounding keeps order: it and clamping may change places.
+  const __m512i low = _mm512_set1_epi8(static_cast<char>(e.least_code));
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   const __mmask32 mask = static_cast<__mmask32>(mask16(lanes - 16)) << 16 | mask16(lanes);
   __m512 alpha[2], bias[2], beta[2];

@@ -72,8 +72,8 @@ inline void store_codes(uint8_t* to, int /*count*/, const __m256i (&code)[2]) {
 /// 8 * kV lanes from n on, the last vector's `count` of them.
 template <int kV>
 void epilogue_lanes(const Epilogue& e, int m, int n, int count, const int64_t* at, const int64_t* add_at) {
-  const __m256 low = _mm256_set1_ps(e.codes ? e.code_low() : e.low);
-  const __m256 high = _mm256_set1_ps(e.codes ? e.code_high() : e.high);
+  const __m256 low = _mm256_set1_ps(e.codes ? e.code_low : e.low);
+  const __m256 high = _mm256_set1_ps(e.codes ? e.code_high : e.high);
   const __m256 inverse_scale = _mm256_set1_ps(e.inverse_scale);
   const __m256i zero_point = _mm256_set1_epi32(e.zero_point);
   __m256i correction[kV];

@@ -6,6 +6,7 @@
 #include "cpu/isa.h"
 #include "cpu/planes.h"
 
+#include <cmath>
 #include <cstdint>
 
 namespace cora::cpu {
@@ -156,14 +157,17 @@ struct Epilogue {
       add = static_cast<const char*>(add) + from * (add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
   }
 
-  /// The bounds of v * inverse_scale that keep a code within the clamp and 0..255.
-  float code_low() const {
-    const float bound = low * inverse_scale, least = static_cast<float>(-zero_point);
-    return bound > least ? bound : least;
-  }
-  float code_high() const {
-    const float bound = high * inverse_scale, most = static_cast<float>(255 - zero_point);
-    return bound < most ? bound : most;
+  // What follows from them: the bounds of v * inverse_scale that keep a code within the clamp and 0..255, and their
+  // codes. Found once a call: functions of this header are not for a level's instructions.
+  float code_low, code_high;
+  int least_code, most_code;
+
+  void bound_codes() {
+    const auto zero = static_cast<float>(zero_point);
+    code_low = std::fmax(low * inverse_scale, -zero);
+    code_high = std::fmin(high * inverse_scale, 255.0f - zero);
+    least_code = static_cast<int>(std::fmax(std::nearbyint(std::fmin(code_low, code_high)) + zero, 0.0f));
+    most_code = static_cast<int>(std::fmax(std::nearbyint(code_high) + zero, 0.0f));
   }
 };
 using EpilogueFn = void(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at);
@@ -191,10 +195,9 @@ struct Pending {
 
 /// acc[i * 32 + n] = sum of x * w, int32, no saturation on the way. The panel's runs are `quads` quad-rows, of weights
 /// between -widest and widest.
-/// m is `block` or twice that; the second block's rows follow the first's in acc. An AMX tile works off `pending` (or null) meanwhile, on the
-/// vector units it does not use; the other levels leave it alone.
+/// m is `block` or twice that; the second block's rows follow the first's in acc.
 using TileS8Fn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-                      int widest, int m, int block, int lanes, int32_t* acc, Pending* pending);
+                      int widest, int m, int block, int lanes, int32_t* acc);
 
 // --- Floats on AMX: bfloat16 planes ---------------------------------------------------------------
 // AMX multiplies bfloat16 and sums in float32. Weights without their scale are integers of up to 8 bits,
@@ -210,12 +213,56 @@ using SplitFn = bool(const float* x, int64_t count, int planes, int64_t stride, 
 /// A run's quad-rows -> panel - far[lane] as pairs of k, [2 * quads][32][2]; zeros from element `run` on.
 using PanelBf16Fn = void(const int8_t* panel, int64_t run, int64_t quads, const int32_t* far, Bf16* out);
 
-/// c[i * 32 + n] = sum of x * w, as TileS8Fn; a row's planes are `stride` elements apart.
+/// c[i * 32 + n] = sum of x * w, as TileS8Fn; a row's planes are `stride` elements apart. `pending` is done meanwhile.
 using TileBf16Fn = void(const Bf16* const* rows, int64_t stride, int planes, const int64_t* tap, int64_t taps,
                         int64_t quads, const Bf16* panel, int m, int block, int lanes, float* c, Pending* pending);
 
 /// c[i * 32 + n] (+)= sum[i * 32 + n] * scale[n]
 using RescaleFn = void(const float* sum, int m, const float* scale, bool add, float* c);
+
+// --- Codes on AMX ---------------------------------------------------------------------------------
+// A tile's products with one panel, one scale group, of codes with one scale and zero-point; and meanwhile, on the
+// vector units that the tile registers do not use, what is left to do on the products before: a Finish.
+
+/// What an epilogue adds.
+enum class Added { kNothing, kFloats, kCodes };
+
+/// Sums that wait for their last step; none when count is 0. Arrays of lanes have 32.
+struct Finish {
+  int count = 0;  // rows
+  int lanes;
+  const int32_t* sum;
+  const float* alpha;
+  void* hidden;  // the sums are an adapter's hidden values and go here, as store_hidden leaves them; or null:
+  const Epilogue* e;  // its last step but for what is here instead
+  Added added;
+  bool bounded;            // no number of a code leaves the integers' range
+  const float *up, *bias;  // up holds the bias already; or null. With it, codes: up and alpha are in units of their scale
+  void* y;
+  const void* add;
+  const uint8_t* from;          // rows of sum, [count], the last one twice where count is odd: so are the next two
+  const int64_t *at, *add_at;  // of y and add
+};
+
+struct CodesTile {
+  const uint8_t* x[2];  // the first row of each of `blocks` blocks of `block` rows, x_stride apart
+  int64_t x_stride;
+  int block, blocks, lanes;
+  const int64_t* tap;
+  int64_t taps, steps;  // of 64 of K
+  const int8_t* panel;
+  const int32_t* start;  // [32], what sums begin with
+  int32_t* sum;          // [rows][32]; of up to 16 lanes two, 16 lanes apart, still to be added up unless `folded`
+  bool folded;
+  const void* hidden;  // as store_hidden leaves them, or null: up [rows][32] = bias + hidden * b
+  const void* b;
+  int64_t rank;
+  const float* bias;
+  float* up;
+};
+/// Does a tile's products and all of `pending`.
+using CodesTileFn = void(const CodesTile& tile, Finish& pending);
+using FinishFn = void(Finish& pending);
 
 // --- Few rows of x: the packed panel is read once, expanded in registers -------------------------
 constexpr int kGemvM = 4;
@@ -311,7 +358,9 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(SplitFn, split)             \
   _(PanelBf16Fn, panel_bf16)    \
   _(TileBf16Fn, tile_bf16)      \
-  _(RescaleFn, rescale)
+  _(RescaleFn, rescale)         \
+  _(CodesTileFn, codes_tile)    \
+  _(FinishFn, finish)
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
 

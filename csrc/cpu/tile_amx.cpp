@@ -8,6 +8,7 @@
 // The adapter's second half is done in bfloat16: int8 factors are exact in it, hidden values are split
 // into a sum of two, which keeps 16 of their 24 bits. Results are stored, so that the vector units can
 // finish one tile while the tile registers work on the next.
+#include "cpu/hidden_amx.h"
 #include "cpu/kernels.h"
 
 #if CORA_X86
@@ -21,8 +22,6 @@ namespace cora::cpu::amx {
 
 namespace {
 
-constexpr int kRows = 16;
-constexpr int kRowBytes = 64, kWeightRow = 2 * kRowBytes, kStepWeights = kRows * kWeightRow;
 /// Elements of K a multiplication takes.
 template <typename X>
 constexpr int kStep = kRowBytes / static_cast<int>(sizeof(X));
@@ -74,14 +73,6 @@ inline void zero_sums() {
   if (kA > 1) _tile_zero(2);
   if (kA > 1) _tile_zero(3);
 }
-template <int kA, typename Sum>
-inline void store_sums(int block, Sum* sum) {
-  _tile_stored(0, sum, kLanes * sizeof(Sum));
-  _tile_stored(1, sum + 16, kLanes * sizeof(Sum));
-  if (kA > 1) _tile_stored(2, sum + block * kLanes, kLanes * sizeof(Sum));
-  if (kA > 1) _tile_stored(3, sum + block * kLanes + 16, kLanes * sizeof(Sum));
-}
-
 /// kA blocks of x by 32 lanes; `between` is called after each plane's multiplications were issued.
 template <int kA, typename X, typename W, typename Sum, typename Between>
 void multiply(const Operands<X, W>& o, Sum* sum, const Between& between) {
@@ -181,9 +172,6 @@ void multiply_tile(const Operands<X, W>& o, int m, int lanes, Sum* sum, Pending*
   });
 }
 
-/// bfloat16 as float: the upper half of the word.
-inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
-
 }  // namespace
 
 void configure(int block) {
@@ -193,9 +181,9 @@ void configure(int block) {
 void release() { _tile_release(); }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int /*widest*/, int m, int block, int lanes, int32_t* acc, Pending* pending) {
+             int /*widest*/, int m, int block, int lanes, int32_t* acc) {
   const int64_t steps = quads * kQuad / kStep<uint8_t>;
-  multiply_tile(Operands<uint8_t, int8_t>{rows, 0, 1, tap, taps, steps, panel, block}, m, lanes, acc, pending);
+  multiply_tile(Operands<uint8_t, int8_t>{rows, 0, 1, tap, taps, steps, panel, block}, m, lanes, acc, nullptr);
 }
 
 void tile_bf16(const Bf16* const* rows, int64_t stride, int planes, const int64_t* tap, int64_t taps, int64_t quads,
@@ -260,17 +248,6 @@ void rescale(const float* sum, int m, const float* scale, bool add, float* c) {
   }
 }
 
-// Hidden values are kept in tiles of 16 ranks: a row holds their bfloat16 heads, then the rests. B's tiles
-// have each pair of ranks [32 lanes][2] twice, once for either.
-constexpr int kTileRanks = 16;
-constexpr int64_t kUpTile = kRows * kLanes * 2 * 2;  // bytes
-
-inline void store_split(__m512 v, char* out) {
-  const __m256i head = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v));
-  const __m256i rest = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_sub_ps(v, widen(head))));
-  _mm512_storeu_si512(out, _mm512_inserti64x4(_mm512_castsi256_si512(head), rest, 1));
-}
-
 void store_hidden(const float* c, int m, int ranks, void* u) {
   for (int first = 0; first < ranks; first += kTileRanks)
     for (int i = 0; i < m; ++i)
@@ -292,50 +269,25 @@ void quantized_hidden(const int32_t* acc, const int32_t* correction, const float
 
 void expand_up(const int8_t* b, int64_t rank, void* out) {
   char* to = static_cast<char*>(out);
-  for (int64_t first = 0; first < rank; first += kTileRanks, to += kUpTile)
-    for (int pair = 0; pair < kTileRanks / 2; ++pair)
-      for (int h = 0; h < 2; ++h) {
-        __m512i v[2];
-        for (int j = 0; j < 2; ++j) {
-          const int64_t r = first + 2 * pair + j;
-          v[j] = r < rank ? _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
-                                _mm_loadu_si128(reinterpret_cast<const __m128i*>(b + r * kLanes + 16 * h)))))
-                          : _mm512_setzero_si512();
-        }
-        const __m512i both = _mm512_or_si512(_mm512_srli_epi32(v[0], 16), v[1]);  // exact: low halves are zero
-        _mm512_storeu_si512(to + pair * 128 + h * 64, both);
-        _mm512_storeu_si512(to + (pair + kTileRanks / 2) * 128 + h * 64, both);
-      }
+  for (int64_t r = 0; r < (rank + kTileRanks - 1) / kTileRanks * kTileRanks; ++r)
+    for (int h = 0; h < 2; ++h, to += kRowBytes) {
+      __m512i v = _mm512_setzero_si512();
+      if (r < rank)
+        v = _mm512_castps_si512(_mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + r * kLanes + 16 * h)))));
+      _mm512_storeu_si512(to, _mm512_or_si512(v, _mm512_srli_epi32(v, 16)));  // exact: lower halves are zero
+    }
 }
 
 void up_project(const void* u, int m, int block, int64_t rank, const void* b, float* up) {
-  const bool two = m > block;
-  _tile_zero(0);
-  _tile_zero(1);
-  if (two) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  const int64_t tiles = (rank + kTileRanks - 1) / kTileRanks;
-  const char* w = static_cast<const char*>(b);
-  for (int64_t tile = 0; tile < tiles; ++tile, w += kUpTile) {
-    const char* hidden = static_cast<const char*>(u) + tile * kMaxTileM * 64;
-    _tile_loadd(4, hidden, 64);
-    _tile_loadd(6, w, 128);
-    _tile_loadd(7, w + 64, 128);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (two) {
-      _tile_loadd(5, hidden + block * 64, 64);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, up, kLanes * sizeof(float));
-  _tile_stored(1, up + 16, kLanes * sizeof(float));
-  if (two) {
-    _tile_stored(2, up + block * kLanes, kLanes * sizeof(float));
-    _tile_stored(3, up + block * kLanes + 16, kLanes * sizeof(float));
+  static constexpr float kNone[kLanes] = {};
+  NoWork none;
+  if (m > block) {
+    multiply_hidden<2>(u, block, rank, b, kNone, none);
+    store_sums<2>(block, up);
+  } else {
+    multiply_hidden<1>(u, block, rank, b, kNone, none);
+    store_sums<1>(block, up);
   }
 }
 

@@ -384,7 +384,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int widest, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+             int widest, int m, int /*block*/, int lanes, int32_t* acc) {
   static constexpr TileS8 kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,
                                        tile_s8_medium<4, 2>};
   static constexpr TileS8 kMedium8[] = {tile_s8_medium<1, 1>, tile_s8_medium<2, 1>, tile_s8_medium<3, 1>,

@@ -167,8 +167,8 @@ template <bool kAcc, Up kUp, bool kOutCodes, Add kAdd>
 void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
   const __mmask16 masks[2] = {mask16(lanes), mask16(lanes - 16)};
   const __mmask32 mask = static_cast<__mmask32>(masks[1]) << 16 | masks[0];
-  const __m512 low = _mm512_set1_ps(kOutCodes ? e.code_low() : e.low);
-  const __m512 high = _mm512_set1_ps(kOutCodes ? e.code_high() : e.high);
+  const __m512 low = _mm512_set1_ps(kOutCodes ? e.code_low : e.low);
+  const __m512 high = _mm512_set1_ps(kOutCodes ? e.code_high : e.high);
   const __m512 inverse = _mm512_set1_ps(e.inverse_scale);
   const __m512 add_scale = _mm512_set1_ps(e.add_scale), add_zero = _mm512_set1_ps(e.add_zero);
   const __m512i zero = _mm512_set1_epi16(static_cast<int16_t>(e.zero_point));
@@ -324,7 +324,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};
   kTiles[m - 1][lanes > 16](rows, tap, taps, quads, panel, acc);
 }

@@ -104,7 +104,7 @@ void gemv_s8_fixed(const uint8_t* packed, int64_t rows, const uint8_t* x, int64_
 }  // namespace
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc) {
   using Tile = decltype(&tile_s8_fixed<1, 1>);
   static constexpr Tile k16[] = {tile_s8_fixed<1, 2>, tile_s8_fixed<2, 2>, tile_s8_fixed<3, 2>,
                                  tile_s8_fixed<4, 2>, tile_s8_fixed<5, 2>, tile_s8_fixed<6, 2>};

@@ -38,7 +38,7 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc, Pending* /*pending*/) {
+             int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc) {
   std::fill_n(acc, m * kLanes, 0);
   for (int64_t t = 0; t < taps; ++t)
     for (int64_t q = 0; q < quads; ++q, panel += kQuadRow)
@@ -102,7 +102,6 @@ void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b
 }
 
 void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int64_t* add_at) {
-  const float code_low = e.code_low(), code_high = e.code_high();
   for (int i = 0; i < m; ++i) {
     if (at[i] < 0) continue;
     for (int n = 0; n < lanes; ++n) {
@@ -119,7 +118,7 @@ void epilogue(const Epilogue& e, int m, int lanes, const int64_t* at, const int6
       else if (e.add != nullptr)
         v += static_cast<const float*>(e.add)[add_at[i] + n];
       if (e.codes) {
-        const float code = clamp_code(v * e.inverse_scale, code_low, code_high);
+        const float code = clamp_code(v * e.inverse_scale, e.code_low, e.code_high);
         static_cast<uint8_t*>(e.y)[at[i] + n] =
             static_cast<uint8_t>(static_cast<int32_t>(std::nearbyint(code)) + e.zero_point);
       } else {

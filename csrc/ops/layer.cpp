@@ -126,6 +126,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   e.codes = codes;
   e.inverse_scale = codes ? static_cast<float>(1.0 / *args.out_scale) : 1.0f;
   e.zero_point = static_cast<int32_t>(args.out_zero_point);
+  e.bound_codes();
   if (codes) {
     uint8_t* first = mutable_data<uint8_t>(y);
     if (halo > 0) fill_halo(first, w, n, halo, static_cast<uint8_t>(args.out_zero_point));

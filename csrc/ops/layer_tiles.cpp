@@ -24,7 +24,7 @@ using cpu::kQuad;
 using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
-constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 16 * 1024, kMaxBlockTiles = 8;
+constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 8 * 1024, kMaxBlockTiles = 8;
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
 /// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
@@ -60,7 +60,9 @@ class Tiles {
         up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
         direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
-        pipelined_(isa_ == Isa::kAmx && (direct_ || kPlanes)),
+        fused_(isa_ == Isa::kAmx && direct_),
+        unit_(fused_ && h_.rank > 0 && output.epilogue.codes ? output.epilogue.inverse_scale : 1.0f),
+        pipelined_(isa_ == Isa::kAmx && kPlanes),
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
         a_quads_(round_up(h_.run, align_) / kQuad),
@@ -69,6 +71,8 @@ class Tiles {
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
     grid_ = plan_grid();
+    copies_ = grid_.copied || h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
+    row_stride_ = (copies_ ? h_.taps * gathered_run_ : h_.stride[1] * in_.pixel) * static_cast<int64_t>(sizeof(X));
     tiles_ = ceil_div(grid_.blocks(), shape_.blocks);
   }
 
@@ -106,13 +110,17 @@ class Tiles {
   const Isa up_isa_;
   const cpu::TileShape shape_;
   const bool direct_;     // a tile's integers go straight to the epilogue
-  const bool pipelined_;  // which is done during the next product
+  const bool fused_;      // which is part of the kernel (cpu/codes_amx.cpp)
+  const float unit_;      // of what it computes: with an adapter, and codes to become of it, their scale
+  const bool pipelined_;  // the epilogue is done during the next product
   const int64_t align_;   // elements of K a run is padded to
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
   const int64_t gathered_run_;
   const std::vector<int64_t> tap_;
   std::vector<int64_t> gathered_tap_;
   Grid grid_;
+  bool copies_;         // tiles' rows are copied together
+  int64_t row_stride_;  // of a block's rows, in bytes, where the level wants one distance
   int64_t tiles_;
 
   std::vector<int64_t> tap_offsets() const {
@@ -165,7 +173,9 @@ class Tiles {
     const X* segment[kMaxTileM];
     const int64_t* tap;
     int64_t plane;
-    int64_t at[kMaxTileM], add_at[kMaxTileM];
+    int64_t at[kMaxTileM + 1], add_at[kMaxTileM + 1];
+    int count;  // fused: rows that are wanted, listed as cpu::Finish has them
+    uint8_t from[kMaxTileM + 1];
     float sx[kMaxTileM];
     int32_t zx[kMaxTileM];
     Buffer<X> copy;
@@ -179,6 +189,7 @@ class Tiles {
     const X* const base = in_.x + g * layer_.group_channels();
     for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
       locate_block(rows, b, base);
+    if (fused_) list_wanted(rows);
     if (h_.walk == Walk::kNatural) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t c = 0; c < layer_.group_channels(); ++c)
@@ -197,6 +208,19 @@ class Tiles {
           std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
       });
     }
+  }
+  static void list_wanted(Rows& rows) {
+    int n = 0;
+    for (int i = 0; i < rows.m; ++i) {
+      if (rows.at[i] < 0) continue;
+      rows.from[n] = static_cast<uint8_t>(i);
+      rows.at[n] = rows.at[i];
+      rows.add_at[n++] = rows.add_at[i];
+    }
+    rows.count = n;
+    rows.from[n] = rows.from[n - 1];
+    rows.at[n] = rows.at[n - 1];
+    rows.add_at[n] = rows.add_at[n - 1];
   }
   /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
   static void copy_line(const X* from, int64_t count, X* to) {
@@ -235,7 +259,8 @@ class Tiles {
             rows.sx[j] = in_.scale[image];
             rows.zx[j] = in_.zero[image];
           }
-      for (int j = i; j < end; ++j) rows.row[j] = row + (j - i) * step;
+      const int needed = fused_ && !copies_ ? std::min(first + 1, end) : end;  // a block's first row
+      for (int j = i; j < needed; ++j) rows.row[j] = row + (j - i) * step;
       for (int j = i; j < real; ++j) rows.at[j] = at + (j - i) * out_.pixel;
       for (int j = real; j < end; ++j) rows.at[j] = -1;
       i = end;
@@ -336,13 +361,18 @@ class Tiles {
     Buffer<int32_t> acc[2];
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
+    cpu::CodesTile tile{};
+    cpu::Finish finish[2];  // the last one's is at turn ^ 1
     int turn = 0;
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
     Buffer<float> products;                    // of floats: [tiles][kMaxTileM][32]
     Buffer<float> up_weights;                  // B as the level multiplies it
     Buffer<float> alpha, a_alpha;              // [panels][32], [chunks][32]: weight scale times x's
-    Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum
+    Buffer<float> bias;                        // fused: [panels][32]
+    Buffer<bool> bounded;                      // fused: [panels], as cpu::Finish has it
+    float up_bound;                            // the adapter's part of an output is not above it
+    Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum (fused: negative)
     Buffer<int32_t> widest;                    // [panels][segments]
     Buffer<float> hidden, real;                // [tiles][chunks][kHiddenChunk]
   };
@@ -363,17 +393,33 @@ class Tiles {
     }
     if (h_.adapter == AdapterKind::kInt8)
       cpu::k_expand_up.at(up_isa_)(layer_.b<int8_t>(p), h_.rank, s.up_weights.get() + index * h_.chunks * kHiddenChunk);
+    if (fused_) scale_bias(s, p, index);
     if constexpr (kInt)
       for (int n = 0; n < kLanes; ++n) {
-        s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * in_.scale[0];
-        s.correction[index * kLanes + n] = in_.zero[0] * layer_.wsum(p, 0)[n];
+        s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * in_.scale[0] * unit_;
+        s.correction[index * kLanes + n] = (fused_ ? -in_.zero[0] : in_.zero[0]) * layer_.wsum(p, 0)[n];
       }
+  }
+
+  /// A panel's bias, and whether its codes are bounded.
+  void scale_bias(Scratch& s, int64_t p, int64_t index) const {
+    const cpu::Epilogue& e = out_.epilogue;
+    const float most = 255.0f * static_cast<float>(h_.taps * h_.run * s.widest[index]) * in_.scale[0];
+    float bound = 0.0f;
+    for (int n = 0; n < kLanes; ++n) {
+      const float bias = layer_.bias(p) != nullptr ? layer_.bias(p)[n] : 0.0f;
+      s.bias[index * kLanes + n] = bias * unit_;
+      bound += layer_.scale(p, 0)[n] * most + std::abs(bias);
+    }
+    bound += s.up_bound + (e.add != nullptr ? 512.0f * std::abs(e.add_scale) : 0.0f);
+    s.bounded[index] = (e.add == nullptr || e.add_codes) && bound * e.inverse_scale < 1e9f;  // a NaN is not
   }
 
   void expand_chunks(Scratch& s, int64_t g) const {
     static constexpr int32_t kNear[kLanes] = {};
     uint8_t offset[kLanes];
     std::fill_n(offset, kLanes, uint8_t{128});
+    s.up_bound = 0.0f;
     for (int64_t q = 0; q < h_.chunks; ++q) {
       const int64_t at = g * h_.chunks + q;
       Panel* panel = s.chunks.get() + q * chunk_size();
@@ -382,8 +428,10 @@ class Tiles {
       } else if constexpr (kInt) {
         expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
         for (int n = 0; n < kLanes; ++n) {
-          s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0];
-          s.a_correction[q * kLanes + n] = in_.zero[0] * layer_.a_sum(at)[n];
+          s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0] * unit_;
+          s.up_bound += 128.0f * 255.0f * static_cast<float>(h_.taps * h_.run * h_.a_widest) *
+                        std::abs(layer_.a_scale(at)[n]) * in_.scale[0];
+          s.a_correction[q * kLanes + n] = (fused_ ? -in_.zero[0] : in_.zero[0]) * layer_.a_sum(at)[n];
         }
       } else if constexpr (kPlanes) {
         expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, panel);
@@ -427,10 +475,11 @@ class Tiles {
 
   void hidden_from_codes(Scratch& s, const Rows& rows, int64_t at, int64_t q, int lanes, void* u) const {
     static constexpr int32_t kZero[kMaxTileM] = {};
+    if (fused_) return hidden_fused(s, rows, q, lanes, u);
     alignas(64) int32_t acc[kMaxTileM * kLanes];
     cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
                             reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), h_.a_widest, rows.m,
-                            block_of(rows), lanes, acc, &s.pending);
+                            block_of(rows), lanes, acc);
     if (in_.uniform)
       return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
                                                  lanes, u);
@@ -438,6 +487,69 @@ class Tiles {
     cpu::k_requantize.at(isa_)(acc, rows.m, rows.zx, layer_.a_sum(at), kZero, kZero, layer_.a_scale(at), false, c);
     for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
     cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
+  }
+  /// The kernel's operands for a tile by a panel of codes. Field by field, into what the kernel reads: a copy would wait
+  /// for the stores before it, those of the tile's sums among them.
+  void set_tile(Scratch& s, const Rows& rows, const Panel* panel, int64_t quads, const int32_t* start, int lanes) const {
+    if constexpr (kInt) {
+      cpu::CodesTile& tile = s.tile;
+      tile.block = block_of(rows);
+      tile.blocks = rows.m / tile.block;
+      tile.x[0] = rows.row[0];
+      tile.x[1] = rows.row[(tile.blocks - 1) * tile.block];
+      tile.x_stride = row_stride_;
+      tile.lanes = lanes;
+      tile.tap = rows.tap;
+      tile.taps = h_.taps;
+      tile.steps = quads * kQuad / align_;
+      tile.panel = panel;
+      tile.start = start;
+      tile.sum = s.acc[s.turn].get();
+    }
+  }
+  /// Its products, while what followed the last ones is done; what follows these is then to be written to what it returns.
+  static cpu::Finish& run_fused(Scratch& s) {
+    cpu::k_codes_tile.at(Isa::kAmx)(s.tile, s.finish[s.turn ^ 1]);
+    cpu::Finish& finish = s.finish[s.turn];
+    finish.lanes = s.tile.lanes;
+    finish.sum = s.tile.sum;
+    s.turn ^= 1;
+    return finish;
+  }
+  void hidden_fused(Scratch& s, const Rows& rows, int64_t q, int lanes, void* u) const {
+    set_tile(s, rows, s.chunks.get() + q * chunk_size(), a_quads_, &s.a_correction[q * kLanes], lanes);
+    s.tile.folded = false;
+    s.tile.hidden = nullptr;
+    cpu::Finish& finish = run_fused(s);
+    finish.count = rows.m;
+    finish.alpha = &s.a_alpha[q * kLanes];
+    finish.hidden = u;
+  }
+  void multiply_fused(Scratch& s, const Rows& rows, int64_t p, int64_t index, const float* hidden) const {
+    const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
+    set_tile(s, rows, s.panels.get() + index * segment_size(), quads_, &s.correction[index * kLanes],
+             lanes_of(layer_.group_n(), first));
+    s.tile.folded = true;
+    s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
+    s.tile.b = &s.up_weights[index * h_.chunks * kHiddenChunk];
+    s.tile.rank = h_.rank;
+    s.tile.bias = &s.bias[index * kLanes];
+    s.tile.up = s.up[s.turn].get();
+    cpu::Finish& finish = run_fused(s);
+    const cpu::Epilogue& e = out_.epilogue;
+    finish.count = rows.count;
+    finish.alpha = &s.alpha[index * kLanes];
+    finish.hidden = nullptr;
+    finish.e = &e;
+    finish.added = e.add == nullptr ? cpu::Added::kNothing : e.add_codes ? cpu::Added::kCodes : cpu::Added::kFloats;
+    finish.bounded = s.bounded[index];
+    finish.up = h_.rank > 0 ? s.tile.up : nullptr;
+    finish.bias = s.tile.bias;
+    finish.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    finish.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    finish.from = rows.from;
+    finish.at = rows.at;
+    finish.add_at = rows.add_at;
   }
   int block_of(const Rows& rows) const { return std::min(rows.m, static_cast<int>(grid_.block)); }
 
@@ -491,7 +603,7 @@ class Tiles {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
         cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(),
-                                s.widest[index * h_.segments + seg], rows.m, block_of(rows), lanes, acc, &s.pending);
+                                s.widest[index * h_.segments + seg], rows.m, block_of(rows), lanes, acc);
         if (!direct_) requantize(rows, p, seg, acc, c);
       }
       if (direct_) {
@@ -543,6 +655,7 @@ class Tiles {
       flush(s);
   }
   void flush(Scratch& s) const {
+    if (fused_) return cpu::k_finish.at(Isa::kAmx)(s.finish[s.turn ^ 1]);
     if (s.pending.m > 0) s.pending.take(s.pending.m, cpu::k_epilogue.at(isa_));
   }
 
@@ -590,6 +703,9 @@ class Tiles {
     }
     s.panels = Buffer<Panel>(block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
+    s.bias = Buffer<float>(fused_ ? block_panels * kLanes : 0);
+    s.bounded = Buffer<bool>(fused_ ? block_panels : 0);
+    s.up_bound = 0.0f;
     s.correction = Buffer<int32_t>(kInt ? block_panels * kLanes : 0);
     s.widest = Buffer<int32_t>(kInt ? block_panels * h_.segments : 0);
     s.products = Buffer<float>(kFloat ? block_tiles * kMaxTileM * kLanes : 0);
@@ -620,7 +736,10 @@ class Tiles {
         for (int64_t panel = p; panel < block_end; ++panel) {
           if constexpr (kFloat) multiply_floats(s, &s.rows[turn], count, panel, panel - p);
           for (int64_t i = 0; i < count; ++i)
-            multiply(s, s.rows[turn + i], panel, panel - p, hidden(i), s.products.get() + i * kMaxTileM * kLanes);
+            if (fused_)
+              multiply_fused(s, s.rows[turn + i], panel, panel - p, hidden(i));
+            else
+              multiply(s, s.rows[turn + i], panel, panel - p, hidden(i), s.products.get() + i * kMaxTileM * kLanes);
         }
       }
       flush(s);  // before its panels' scales are replaced

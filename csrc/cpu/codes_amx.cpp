@@ -1,0 +1,315 @@
+// From codes to a layer's outputs on AMX: one tile by one panel, the adapter's second half with it, and meanwhile on
+// the vector units what follows the products of the tile before.
+// Floor of a tile of 32 rows by 32 lanes: 64 cycles of multiplication for 64 of K, 64 more for 16 ranks, 64 to store
+// either's sums. And near a tile instruction there is one 512-bit floating-point instruction a cycle instead of two
+// (measured: the other unit is the tiles'; integers are not slowed down): 64 cycles for each that an output takes. So
+// up to K = 256 the epilogue is what an output costs, and it is kept short: sums start at what would be subtracted
+// from them, the hidden values' products at the bias; codes are clamped as bytes, and from above only where they could
+// pass the integers; with an adapter everything is in units of the codes' scale from the start.
+#include "cpu/hidden_amx.h"
+#include "cpu/kernels.h"
+
+#if CORA_X86
+#include <immintrin.h>
+
+#include <algorithm>
+
+CORA_BEGIN_AMX
+
+namespace cora::cpu::amx {
+
+namespace {
+
+inline __mmask16 mask16(int lanes) {
+  return lanes >= 16 ? static_cast<__mmask16>(0xffff) : lanes <= 0 ? __mmask16{0} : static_cast<__mmask16>((1u << lanes) - 1);
+}
+
+// What is pending, in pieces of a few pairs of rows that `some` does; `rest` does the rest.
+
+struct Nothing {
+  Nothing(const Finish&, int64_t) {}
+  void some() {}
+  void rest() {}
+};
+
+/// Rows two by two, for a kind of work that has pair(i).
+template <typename Kind>
+class ByPairs : Kind {
+ public:
+  /// pieces: that it is asked for, at least.
+  ByPairs(const Finish& f, int64_t pieces)
+      : Kind(f), end_((f.count + 1) & ~1), piece_(static_cast<int>((end_ + 2 * pieces - 1) / (2 * pieces)) * 2) {}
+  CORA_INLINE void some() {
+    for (const int end = std::min(at_ + piece_, end_); at_ < end; at_ += 2) Kind::pair(at_);
+  }
+  void rest() {
+    for (; at_ < end_; at_ += 2) Kind::pair(at_);
+  }
+
+ private:
+  int at_ = 0, end_, piece_;
+};
+
+/// Sums of A's lanes -> hidden values. kNarrow: 16 lanes, of which there are two sums. An odd row is followed by one
+/// that nobody reads.
+template <bool kNarrow>
+struct HiddenRows {
+  const int32_t* sum;
+  char* hidden;
+  __m512 alpha[2];
+
+  explicit HiddenRows(const Finish& f) : sum(f.sum), hidden(static_cast<char*>(f.hidden)) {
+    for (int h = 0; h < 2; ++h) alpha[h] = _mm512_loadu_ps(f.alpha + 16 * h);
+  }
+  CORA_INLINE void pair(int first) const {
+    for (int i = first; i < first + 2; ++i)
+      for (int h = 0; h < (kNarrow ? 1 : 2); ++h) {
+        __m512i v = _mm512_loadu_si512(sum + i * kLanes + 16 * h);
+        if (kNarrow) v = _mm512_add_epi32(v, _mm512_loadu_si512(sum + i * kLanes + 16));
+        store_split(_mm512_mul_ps(_mm512_cvtepi32_ps(v), alpha[h]), hidden + (h * kMaxTileM + i) * kRowBytes);
+      }
+  }
+};
+
+/// kBounded: every code's number is known to be an integer's.
+enum class Out { kFloats, kCodes, kBounded };
+
+/// Sums -> outputs, as `Epilogue` says it, two rows at a time: their codes are packed together. With an adapter what
+/// makes codes is in units of their scale from the start (Finish).
+template <bool kUp, Out kOut, Added kAdd>
+struct OutputRows {
+  const int32_t* sum;
+  const float* up;
+  const uint8_t *from, *add;
+  const int64_t *at, *add_at;
+  uint8_t* y;
+  __mmask16 masks[2];
+  __m512 alpha[2], bias[2], low, high, inverse, add_scale, add_zero;
+  __m512i zero, least, most, order;
+
+  static constexpr bool kCodes = kOut != Out::kFloats, kScaled = kUp && kCodes;
+
+  explicit OutputRows(const Finish& f)
+      : sum(f.sum),
+        up(f.up),
+        from(f.from),
+        add(static_cast<const uint8_t*>(f.add)),
+        at(f.at),
+        add_at(f.add_at),
+        y(static_cast<uint8_t*>(f.y)) {
+    const Epilogue& e = *f.e;
+    for (int h = 0; h < 2; ++h) {
+      masks[h] = mask16(f.lanes - 16 * h);
+      alpha[h] = _mm512_loadu_ps(f.alpha + 16 * h);
+      bias[h] = _mm512_loadu_ps(f.bias + 16 * h);
+    }
+    low = _mm512_set1_ps(e.low);
+    high = _mm512_set1_ps(kCodes ? e.code_high : e.high);
+    inverse = _mm512_set1_ps(e.inverse_scale);
+    add_scale = _mm512_set1_ps(kScaled ? e.add_scale * e.inverse_scale : e.add_scale);
+    add_zero = _mm512_set1_ps(kMagic + e.add_zero);
+    zero = _mm512_set1_epi16(static_cast<int16_t>(e.zero_point));
+    least = _mm512_set1_epi8(static_cast<char>(e.least_code));
+    most = _mm512_set1_epi8(static_cast<char>(e.most_code));
+    order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  }
+
+  static constexpr float kMagic = 8388608.0f;  // 2^23: its bits plus a code are the sum's
+  /// code - zero, exact.
+  __m512 added_code(const uint8_t* from, __mmask16 mask) const {
+    const __m512i code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, from));
+    return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(code, _mm512_set1_epi32(0x4b000000))), add_zero);
+  }
+  CORA_INLINE __m512 value(int i, int h) const {
+    const int64_t k = int64_t{from[i]} * kLanes + 16 * h;
+    __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sum + k));
+    v = _mm512_fmadd_ps(v, alpha[h], kUp ? _mm512_loadu_ps(up + k) : bias[h]);
+    if (kAdd == Added::kCodes) {
+      v = _mm512_fmadd_ps(added_code(add + add_at[i] + 16 * h, masks[h]), add_scale, v);
+    } else if (kAdd == Added::kFloats) {
+      const float* more = reinterpret_cast<const float*>(add) + add_at[i] + 16 * h;
+      const __m512 addend = _mm512_maskz_loadu_ps(masks[h], more);
+      v = kScaled ? _mm512_fmadd_ps(addend, inverse, v) : _mm512_add_ps(v, addend);
+    }
+    return v;
+  }
+  /// Rounded; the smallest integer where that is below the integers or a NaN.
+  CORA_INLINE __m512i code(int i, int h) const {
+    __m512 v = value(i, h);
+    if (!kScaled) v = _mm512_mul_ps(v, inverse);
+    return _mm512_cvtps_epi32(kOut == Out::kBounded ? v : _mm512_min_ps(high, v));  // min leaves a NaN in its second
+  }
+  CORA_INLINE void pair(int i) const {  // the last one is listed twice where their number is odd
+    if (kCodes) {
+      __m512i words[2];
+      for (int r = 0; r < 2; ++r)
+        words[r] = _mm512_adds_epi16(_mm512_packs_epi32(code(i + r, 0), code(i + r, 1)), zero);
+      const __m512i bytes = _mm512_min_epu8(_mm512_max_epu8(_mm512_packus_epi16(words[0], words[1]), least), most);
+      const __m512i codes = _mm512_permutexvar_epi32(order, bytes);
+      const __mmask32 mask = static_cast<__mmask32>(masks[1]) << 16 | masks[0];
+      _mm256_mask_storeu_epi8(y + at[i], mask, _mm512_castsi512_si256(codes));
+      _mm256_mask_storeu_epi8(y + at[i + 1], mask, _mm512_extracti64x4_epi64(codes, 1));
+    } else {
+      for (int r = 0; r < 2; ++r)
+        for (int h = 0; h < 2; ++h)  // a NaN in the second operand stays
+          _mm512_mask_storeu_ps(reinterpret_cast<float*>(y) + at[i + r] + 16 * h, masks[h],
+                                _mm512_min_ps(high, _mm512_max_ps(low, value(i + r, h))));
+    }
+  }
+};
+
+/// A panel of more than a few steps has pushed the sums' lines out of L1, and stores to lines that are not there go one
+/// by one: they are asked for so many steps before.
+constexpr int64_t kAhead = 4;
+template <int kBlocks>
+CORA_INLINE void fetch_sums(const CodesTile& t) {
+  for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.sum + k, 1);
+  if (t.hidden == nullptr) return;
+  for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.up + k, 1);
+}
+
+/// Two blocks (or one) by 32 lanes.
+template <int kBlocks, typename Work>
+CORA_INLINE void multiply(const CodesTile& t, Work& work) {
+  start_sums<kBlocks>(t.start);
+  const int64_t stride = t.x_stride, steps = t.steps;
+  const int64_t* const end = t.tap + t.taps;
+  int64_t left = t.taps * steps;
+  const int8_t* w = t.panel;
+  for (const int64_t* tap = t.tap; tap < end; ++tap) {
+    const uint8_t *x0 = t.x[0] + *tap, *x1 = kBlocks > 1 ? t.x[1] + *tap : nullptr;
+    for (int64_t s = steps; s > 0; --s, w += kStepWeights, x0 += kRowBytes, x1 += kRowBytes) {
+      if (left-- == kAhead) fetch_sums<kBlocks>(t);
+      _tile_loadd(6, w, kWeightRow);
+      _tile_loadd(4, x0, stride);
+      _tile_dpbusd(0, 4, 6);
+      _tile_loadd(7, w + kRowBytes, kWeightRow);
+      _tile_dpbusd(1, 4, 7);
+      work.some();
+      if (kBlocks > 1) {
+        _tile_loadd(5, x1, stride);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+        work.some();
+      }
+    }
+  }
+}
+
+/// The same by 16 lanes. Two sums a block take turns, which hides the products' latency; the second lies in the
+/// lanes that are not asked for until they are added up.
+template <int kBlocks, typename Work>
+CORA_INLINE void multiply_narrow(const CodesTile& t, Work& work) {
+  _tile_loadd(0, t.start, 0);
+  _tile_zero(1);
+  if (kBlocks > 1) _tile_loadd(2, t.start, 0);
+  if (kBlocks > 1) _tile_zero(3);
+  const int64_t stride = t.x_stride, count = t.taps * t.steps;
+  const int8_t* w = t.panel;
+  int64_t tap = 0, step = 0;
+  const auto next = [&] {
+    w += kStepWeights;
+    if (++step == t.steps) {
+      step = 0;
+      ++tap;
+    }
+  };
+  for (int64_t i = 0; i < count; i += 2) {
+    int64_t at = t.tap[tap] + step * kRowBytes;
+    _tile_loadd(6, w, kWeightRow);
+    _tile_loadd(4, t.x[0] + at, stride);
+    _tile_dpbusd(0, 4, 6);
+    if (kBlocks > 1) {
+      _tile_loadd(5, t.x[1] + at, stride);
+      _tile_dpbusd(2, 5, 6);
+    }
+    work.some();
+    next();
+    if (i + 1 < count) {
+      at = t.tap[tap] + step * kRowBytes;
+      _tile_loadd(7, w, kWeightRow);
+      _tile_loadd(4, t.x[0] + at, stride);
+      _tile_dpbusd(1, 4, 7);
+      if (kBlocks > 1) {
+        _tile_loadd(5, t.x[1] + at, stride);
+        _tile_dpbusd(3, 5, 7);
+      }
+      work.some();
+      next();
+    }
+  }
+}
+
+template <int kBlocks, bool kNarrow, typename Work>
+void run(const CodesTile& t, const Finish& pending) {
+  const bool up = t.hidden != nullptr, own = up && pending.hidden == t.hidden;  // this tile's hidden values are pending
+  const int64_t steps = t.taps * t.steps * (kNarrow ? 1 : kBlocks);
+  Work work(pending, steps + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
+  if (kNarrow)
+    multiply_narrow<kBlocks>(t, work);
+  else
+    multiply<kBlocks>(t, work);
+  store_sums<kBlocks>(t.block, t.sum, work);
+  if (kNarrow && t.folded)
+    for (int k = 0; k < kBlocks * t.block * kLanes; k += kLanes)
+      _mm512_storeu_si512(t.sum + k, _mm512_add_epi32(_mm512_loadu_si512(t.sum + k), _mm512_loadu_si512(t.sum + k + 16)));
+  if (own) work.rest();
+  if (up) {
+    multiply_hidden<kBlocks>(t.hidden, t.block, t.rank, t.b, t.bias, work);
+    store_sums<kBlocks>(t.block, t.up, work);
+  }
+  work.rest();
+}
+
+template <typename Work>
+void run_wide(const CodesTile& t, const Finish& pending) {
+  run<2, false, Work>(t, pending);
+}
+template <typename Work>
+void run_narrow(const CodesTile& t, const Finish& pending) {
+  run<2, true, Work>(t, pending);
+}
+template <typename Work>
+void finish_all(const CodesTile&, const Finish& pending) {
+  Work(pending, 1).rest();
+}
+
+/// The function for what is pending.
+#define CORA_ADDED(Run, up, out)                                                       \
+  {                                                                                    \
+    Run<ByPairs<OutputRows<up, out, Added::kNothing>>>, Run<ByPairs<OutputRows<up, out, Added::kFloats>>>, \
+        Run<ByPairs<OutputRows<up, out, Added::kCodes>>>                                        \
+  }
+#define CORA_OUTS(Run, up) \
+  {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kCodes), CORA_ADDED(Run, up, Out::kBounded)}
+#define CORA_SELECT(Run)                                                                                  \
+  [&] {                                                                                                   \
+    using Fn = void(const CodesTile&, const Finish&);                                                     \
+    static constexpr Fn* kOutputs[2][3][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};               \
+    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                        \
+    if (pending.hidden != nullptr)                                                                        \
+      return static_cast<Fn*>(pending.lanes <= 16 ? Run<ByPairs<HiddenRows<true>>> : Run<ByPairs<HiddenRows<false>>>);      \
+    const Out out = !pending.e->codes ? Out::kFloats : pending.bounded ? Out::kBounded : Out::kCodes;     \
+    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)];       \
+  }()
+
+}  // namespace
+
+void finish(Finish& pending) {
+  CORA_SELECT(finish_all)({}, pending);
+  pending.count = 0;
+}
+
+void codes_tile(const CodesTile& t, Finish& pending) {
+  const bool narrow = t.lanes <= 16;
+  if (t.blocks == 1) {  // rare: an odd block at the end
+    finish(pending);
+    return narrow ? run<1, true, Nothing>(t, pending) : run<1, false, Nothing>(t, pending);
+  }
+  narrow ? CORA_SELECT(run_narrow)(t, pending) : CORA_SELECT(run_wide)(t, pending);
+}
+
+}  // namespace cora::cpu::amx
+
+CORA_END_TARGET
+#endif
