@@ -13,6 +13,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <type_traits>
 
 CORA_BEGIN_AMX
 
@@ -196,6 +197,40 @@ CORA_INLINE void multiply(const CodesTile& t, Work& work) {
   }
 }
 
+/// The same by a packed panel. A step's weights are expanded two steps before they are used, on the integer units and
+/// into a buffer that stays in L1: to write the whole panel to L2 and read it from there takes longer than the products
+/// of a few tiles.
+template <int kBlocks>
+void multiply_packed(const CodesTile& t) {
+  constexpr int kQuadRows = kStepWeights / kQuadRow;  // of a step
+  constexpr int64_t kRing = 4, kBefore = 3;           // steps
+  alignas(64) int8_t ring[kRing * kStepWeights];
+  const int64_t steps = t.steps, all = t.taps * steps, bytes = kQuadRows * quad_row_bytes(t.bits);
+  const auto expand_step = [&](int64_t s) {
+    avx512::expand(t.packed + s * bytes, t.bits, kQuadRows, t.offset, ring + s % kRing * kStepWeights);
+  };
+  start_sums<kBlocks>(t.start);
+  for (int64_t s = 0; s < std::min(kBefore, all); ++s) expand_step(s);
+  int64_t s = 0;
+  for (int64_t tap = 0; tap < t.taps; ++tap) {
+    const uint8_t *x0 = t.x[0] + t.tap[tap], *x1 = kBlocks > 1 ? t.x[1] + t.tap[tap] : nullptr;
+    for (const int64_t end = s + steps; s < end; ++s, x0 += kRowBytes, x1 += kRowBytes) {
+      if (s + kBefore < all) expand_step(s + kBefore);
+      const int8_t* w = ring + s % kRing * kStepWeights;
+      _tile_loadd(6, w, kWeightRow);
+      _tile_loadd(4, x0, t.x_stride);
+      _tile_dpbusd(0, 4, 6);
+      _tile_loadd(7, w + kRowBytes, kWeightRow);
+      _tile_dpbusd(1, 4, 7);
+      if (kBlocks > 1) {
+        _tile_loadd(5, x1, t.x_stride);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+      }
+    }
+  }
+}
+
 /// The same by 16 lanes. Two sums a block take turns, which hides the products' latency; the second lies in the
 /// lanes that are not asked for until they are added up.
 template <int kBlocks, typename Work>
@@ -245,7 +280,9 @@ void run(const CodesTile& t, const Finish& pending) {
   const bool up = t.hidden != nullptr, own = up && pending.hidden == t.hidden;  // this tile's hidden values are pending
   const int64_t steps = t.taps * t.steps * (kNarrow ? 1 : kBlocks);
   Work work(pending, steps + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
-  if (kNarrow)
+  if (std::is_same_v<Work, Nothing> && !kNarrow && t.packed != nullptr)
+    multiply_packed<kBlocks>(t);
+  else if (kNarrow)
     multiply_narrow<kBlocks>(t, work);
   else
     multiply<kBlocks>(t, work);
@@ -301,9 +338,10 @@ void finish(Finish& pending) {
 }
 
 void codes_tile(const CodesTile& t, Finish& pending) {
-  const bool narrow = t.lanes <= 16;
-  if (t.blocks == 1) {  // rare: an odd block at the end
+  const bool narrow = t.lanes <= 16 && t.packed == nullptr;
+  if (t.blocks == 1 || t.packed != nullptr) {  // rare: an odd block at the end, or much more to multiply than to finish
     finish(pending);
+    if (t.blocks == 2) return run<2, false, Nothing>(t, pending);
     return narrow ? run<1, true, Nothing>(t, pending) : run<1, false, Nothing>(t, pending);
   }
   narrow ? CORA_SELECT(run_narrow)(t, pending) : CORA_SELECT(run_wide)(t, pending);

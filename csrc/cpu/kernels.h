@@ -94,6 +94,13 @@ inline TileShape tile_shape(Isa isa) {
   return isa == Isa::kAmx ? TileShape{16, 2, 64, true} : TileShape{12, 1, kQuad, false};
 }
 
+/// Runs of a few bytes from `taps` places of each of m rows, side by side: to[i * stride + t * bytes + j] =
+/// rows[i][tap[t] + j], j < bytes <= kShortRun. Up to kShortRun bytes from a run's start are read; what comes after the
+/// last run's end, up to a multiple of 64 bytes, may be written.
+constexpr int kShortRun = 32;
+using CopyRunsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
+                        int64_t stride);
+
 /// Packed quad-rows (cpu/planes.h) -> int8 code - offset[lane], [rows][32][4]. offset [32]: the difference fits.
 using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel);
 
@@ -251,6 +258,9 @@ struct CodesTile {
   const int64_t* tap;
   int64_t taps, steps;  // of 64 of K
   const int8_t* panel;
+  const uint8_t* packed;  // not null: the panel's packed quad-rows, expanded on the way, for one or two uses of them
+  int bits;
+  const uint8_t* offset;
   const int32_t* start;  // [32], what sums begin with
   int32_t* sum;          // [rows][32]; of up to 16 lanes two, 16 lanes apart, still to be added up unless `folded`
   bool folded;
@@ -332,6 +342,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \
   _(UnpackRowFn, unpack_row)                        \
+  _(CopyRunsFn, copy_runs)                          \
   _(DequantizeFn, dequantize)                       \
   _(ExpandFn, expand)                               \
   _(PanelF32Fn, panel_f32)                          \

@@ -25,6 +25,7 @@ using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 8 * 1024, kMaxBlockTiles = 8;
+constexpr int64_t kFewTiles = 2;  // expanding a panel for each of them is cheaper than writing it to L2
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
 /// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
@@ -183,13 +184,12 @@ class Tiles {
 
   /// A tile's rows, a group's channels of them, copied where the kernels cannot take them in place.
   void locate(Rows& rows, int64_t tile, int64_t g) const {
-    rows.m = 0;
+    rows.m = rows.count = 0;
     rows.tap = tap_.data();
     rows.plane = in_.plane;
     const X* const base = in_.x + g * layer_.group_channels();
     for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
       locate_block(rows, b, base);
-    if (fused_) list_wanted(rows);
     if (h_.walk == Walk::kNatural) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t c = 0; c < layer_.group_channels(); ++c)
@@ -199,9 +199,13 @@ class Tiles {
       });
     } else if (h_.walk == Walk::kCopied) {
       const int64_t line = h_.run / h_.kernel[0];
-      copy_rows(rows, [&](const X* from, X* to) {
-        for (int64_t y = 0; y < h_.kernel[0]; ++y, to += line) copy_line(from + tap_[y], line, to);
-      });
+      if (kInt && line <= cpu::kShortRun) {
+        copy_short_lines(rows, line);
+      } else {
+        copy_rows(rows, [&](const X* from, X* to) {
+          for (int64_t y = 0; y < h_.kernel[0]; ++y, to += line) copy_line(from + tap_[y], line, to);
+        });
+      }
     } else if (grid_.copied) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
@@ -209,24 +213,11 @@ class Tiles {
       });
     }
   }
-  static void list_wanted(Rows& rows) {
-    int n = 0;
-    for (int i = 0; i < rows.m; ++i) {
-      if (rows.at[i] < 0) continue;
-      rows.from[n] = static_cast<uint8_t>(i);
-      rows.at[n] = rows.at[i];
-      rows.add_at[n++] = rows.add_at[i];
-    }
-    rows.count = n;
-    rows.from[n] = rows.from[n - 1];
-    rows.at[n] = rows.at[n - 1];
-    rows.add_at[n] = rows.add_at[n - 1];
-  }
   /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
   static void copy_line(const X* from, int64_t count, X* to) {
-    constexpr int64_t kBytes = kPlanes ? 64 : 32;
+    constexpr int64_t kBytes = 64;
     const int64_t bytes = count * static_cast<int64_t>(sizeof(X));
-    if ((kInt || kPlanes) && bytes <= kBytes)
+    if (kPlanes && bytes <= kBytes)
       std::memcpy(to, from, kBytes);  // a constant: two moves instead of a call
     else
       std::memcpy(to, from, static_cast<size_t>(bytes));
@@ -251,8 +242,6 @@ class Tiles {
       const X* row = base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
       const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
       const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
-      if (out_.epilogue.add != nullptr)
-        for (int j = i; j < real; ++j) rows.add_at[j] = add_at + (j - i) * out_.add_pixel;
       if constexpr (kInt)
         if (!direct_)
           for (int j = i; j < end; ++j) {
@@ -261,8 +250,15 @@ class Tiles {
           }
       const int needed = fused_ && !copies_ ? std::min(first + 1, end) : end;  // a block's first row
       for (int j = i; j < needed; ++j) rows.row[j] = row + (j - i) * step;
-      for (int j = i; j < real; ++j) rows.at[j] = at + (j - i) * out_.pixel;
-      for (int j = real; j < end; ++j) rows.at[j] = -1;
+      if (fused_) {
+        const int begin = std::max(i, first + static_cast<int>(wanted - start)), count = std::max(0, real - begin);
+        list(rows, begin, count, at + (begin - i) * out_.pixel, add_at + (begin - i) * out_.add_pixel);
+      } else {
+        if (out_.epilogue.add != nullptr)
+          for (int j = i; j < real; ++j) rows.add_at[j] = add_at + (j - i) * out_.add_pixel;
+        for (int j = i; j < real; ++j) rows.at[j] = at + (j - i) * out_.pixel;
+        for (int j = real; j < end; ++j) rows.at[j] = -1;
+      }
       i = end;
       x = 0;
       if (++y == win_.out(0)) {
@@ -270,21 +266,45 @@ class Tiles {
         ++image;
       }
     }
-    for (int64_t i = start; i < wanted; ++i) rows.at[first + i - start] = -1;
+    for (int64_t i = start; i < wanted && !fused_; ++i) rows.at[first + i - start] = -1;
     rows.m = last;
+  }
+  /// Neighbouring rows that are wanted, and after the last one that one again.
+  void list(Rows& rows, int first, int count, int64_t at, int64_t add_at) const {
+    const int n = rows.count;
+    for (int i = 0; i < count; ++i) rows.from[n + i] = static_cast<uint8_t>(first + i);
+    for (int i = 0; i < count; ++i) rows.at[n + i] = at + i * out_.pixel;
+    if (out_.epilogue.add != nullptr)
+      for (int i = 0; i < count; ++i) rows.add_at[n + i] = add_at + i * out_.add_pixel;
+    rows.count = n + count;
+    const int last = std::max(rows.count, 1) - 1;
+    rows.from[last + 1] = rows.from[last];
+    rows.at[last + 1] = rows.at[last];
+    rows.add_at[last + 1] = rows.add_at[last];
   }
   template <typename Copy>
   void copy_rows(Rows& rows, const Copy& copy) const {
     const int64_t size = h_.taps * gathered_run_;
-    if (rows.copy.get() == nullptr) {
-      const int64_t all = in_.planes * kMaxTileM * size;
-      rows.copy = Buffer<X>(all);
-      // What is past a run is multiplied by zeros, so it must be finite.
-      if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
-    }
+    make_copy(rows, size);
     for (int p = 0; p < in_.planes; ++p)  // in memory's order
       for (int i = 0; i < rows.m; ++i)
         copy(rows.row[i] + p * in_.plane, rows.copy.get() + (p * kMaxTileM + i) * size);
+    use_copy(rows, size);
+  }
+  void copy_short_lines(Rows& rows, int64_t line) const {
+    make_copy(rows, gathered_run_);
+    if constexpr (kInt)
+      cpu::k_copy_runs.at(isa_)(rows.row, tap_.data(), h_.kernel[0], line, rows.m, rows.copy.get(), gathered_run_);
+    use_copy(rows, gathered_run_);
+  }
+  void make_copy(Rows& rows, int64_t size) const {
+    if (rows.copy.get() != nullptr) return;
+    const int64_t all = in_.planes * kMaxTileM * size;
+    rows.copy = Buffer<X>(all);
+    // What is past a run is multiplied by zeros, so it must be finite.
+    if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
+  }
+  void use_copy(Rows& rows, int64_t size) const {
     for (int i = 0; i < rows.m; ++i) rows.row[i] = rows.copy.get() + i * size;
     rows.tap = gathered_tap_.data();
     rows.plane = kMaxTileM * size;
@@ -362,6 +382,7 @@ class Tiles {
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
     cpu::CodesTile tile{};
+    bool packed;  // panels are not expanded here but tile by tile
     cpu::Finish finish[2];  // the last one's is at turn ^ 1
     int turn = 0;
     Buffer<Panel> panels, chunks;
@@ -382,7 +403,7 @@ class Tiles {
       Panel* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
       const int32_t* far = layer_.far(p, seg);
       if constexpr (kInt) {
-        expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
+        if (!s.packed) expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
         s.widest[index * h_.segments + seg] = widest(layer_.offset(p, seg));
       } else if constexpr (kPlanes)
         expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far,
@@ -519,6 +540,7 @@ class Tiles {
   void hidden_fused(Scratch& s, const Rows& rows, int64_t q, int lanes, void* u) const {
     set_tile(s, rows, s.chunks.get() + q * chunk_size(), a_quads_, &s.a_correction[q * kLanes], lanes);
     s.tile.folded = false;
+    s.tile.packed = nullptr;
     s.tile.hidden = nullptr;
     cpu::Finish& finish = run_fused(s);
     finish.count = rows.m;
@@ -527,9 +549,12 @@ class Tiles {
   }
   void multiply_fused(Scratch& s, const Rows& rows, int64_t p, int64_t index, const float* hidden) const {
     const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
-    set_tile(s, rows, s.panels.get() + index * segment_size(), quads_, &s.correction[index * kLanes],
+    set_tile(s, rows, s.panels.get() + (s.packed ? 0 : index) * segment_size(), quads_, &s.correction[index * kLanes],
              lanes_of(layer_.group_n(), first));
     s.tile.folded = true;
+    s.tile.packed = s.packed ? layer_.codes(p, 0) : nullptr;
+    s.tile.bits = h_.bits;
+    s.tile.offset = layer_.offset(p, 0);
     s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
     s.tile.b = &s.up_weights[index * h_.chunks * kHiddenChunk];
     s.tile.rank = h_.rank;
@@ -686,12 +711,12 @@ class Tiles {
     const int64_t block_panels = std::min({fitting_panels(), p_end - p_begin, h_.panels});
     // Tiles that take turns with one panel, so that a panel which fits L1 stays there; of floats, a stretch of it.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
-    const int64_t pixel_bytes = in_.pixel * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
-    const int64_t block_tiles =
-        kFloat ? kMaxBlockTiles
-        : panel_bytes <= kL1Panel
-            ? std::clamp<int64_t>(kL1Tiles / (shape_.block * shape_.blocks * pixel_bytes), 1, kMaxBlockTiles)
-            : 1;
+    const int64_t row_bytes = copies_ ? h_.taps * gathered_run_ : in_.pixel;
+    const int64_t tile_bytes = shape_.block * shape_.blocks * row_bytes * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
+    const int64_t block_tiles = kFloat ? kMaxBlockTiles
+                                : panel_bytes <= kL1Panel
+                                    ? std::clamp<int64_t>(kL1Tiles / tile_bytes, 1, kMaxBlockTiles)
+                                    : 1;
     // Hidden values are kept for the group's next block of panels, if there is one.
     const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
     Scratch s;
@@ -701,7 +726,8 @@ class Tiles {
       s.sum[i] = Buffer<float>(kPlanes ? kMaxTileM * kLanes : 0);
       s.up[i] = Buffer<float>(h_.rank > 0 ? kMaxTileM * kLanes : 0);
     }
-    s.panels = Buffer<Panel>(block_panels * panel_size);
+    s.packed = fused_ && tiles <= kFewTiles && layer_.quads() == quads_;
+    s.panels = Buffer<Panel>(s.packed ? 0 : block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
     s.bias = Buffer<float>(fused_ ? block_panels * kLanes : 0);
     s.bounded = Buffer<bool>(fused_ ? block_panels : 0);
