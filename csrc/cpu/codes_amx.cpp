@@ -162,6 +162,10 @@ struct OutputRows {
 /// A panel of more than a few steps has pushed the sums' lines out of L1, and stores to lines that are not there go one
 /// by one: they are asked for so many steps before.
 constexpr int64_t kAhead = 4;
+/// Steps of a tile before the first piece of what is pending: its sums were stored just now, and what reads them too
+/// soon waits, and keeps the products after it waiting.
+constexpr int64_t kDelay = 4;
+inline int64_t steps_before(int64_t steps) { return std::min(steps / 2, kDelay); }
 template <int kBlocks>
 CORA_INLINE void fetch_sums(const CodesTile& t) {
   for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.sum + k, 1);
@@ -176,6 +180,7 @@ CORA_INLINE void multiply(const CodesTile& t, Work& work) {
   const int64_t stride = t.x_stride, steps = t.steps;
   const int64_t* const end = t.tap + t.taps;
   int64_t left = t.taps * steps;
+  const int64_t begin = left - steps_before(left);
   const int8_t* w = t.panel;
   for (const int64_t* tap = t.tap; tap < end; ++tap) {
     const uint8_t *x0 = t.x[0] + *tap, *x1 = kBlocks > 1 ? t.x[1] + *tap : nullptr;
@@ -186,12 +191,12 @@ CORA_INLINE void multiply(const CodesTile& t, Work& work) {
       _tile_dpbusd(0, 4, 6);
       _tile_loadd(7, w + kRowBytes, kWeightRow);
       _tile_dpbusd(1, 4, 7);
-      work.some();
+      if (left < begin) work.some();
       if (kBlocks > 1) {
         _tile_loadd(5, x1, stride);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
-        work.some();
+        if (left < begin) work.some();
       }
     }
   }
@@ -278,7 +283,7 @@ CORA_INLINE void multiply_narrow(const CodesTile& t, Work& work) {
 template <int kBlocks, bool kNarrow, typename Work>
 void run(const CodesTile& t, const Finish& pending) {
   const bool up = t.hidden != nullptr, own = up && pending.hidden == t.hidden;  // this tile's hidden values are pending
-  const int64_t steps = t.taps * t.steps * (kNarrow ? 1 : kBlocks);
+  const int64_t all = t.taps * t.steps, steps = kNarrow ? all : kBlocks * (all - steps_before(all));
   Work work(pending, steps + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
   if (std::is_same_v<Work, Nothing> && !kNarrow && t.packed != nullptr)
     multiply_packed<kBlocks>(t);

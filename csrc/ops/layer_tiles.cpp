@@ -24,7 +24,7 @@ using cpu::kQuad;
 using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
-constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 8 * 1024, kMaxBlockTiles = 8;
+constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 12 * 1024, kMaxBlockTiles = 8;
 constexpr int64_t kFewTiles = 2;  // expanding a panel for each of them is cheaper than writing it to L2
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
