@@ -9,11 +9,9 @@
 #include "bits.h"
 #include "check.h"
 #include "cpu/kernels.h"
+#include "ops/scratch.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 namespace cora {
 
@@ -118,26 +116,5 @@ struct Layer {
 
 /// Checks that `blob` is a prepared layer and returns its view.
 Layer view_layer(const char* op, const Tensor& blob);
-
-/// 64-byte aligned, uninitialised, with kSlack bytes to spare: kernels may read a little past the end.
-constexpr int64_t kSlack = 64;
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(
-            std::aligned_alloc(64, (static_cast<size_t>(count) * sizeof(T) + kSlack + 63) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
-  T& operator[](int64_t i) const { return data_.get()[i]; }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 }  // namespace cora
