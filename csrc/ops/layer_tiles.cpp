@@ -67,7 +67,7 @@ class Tiles {
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
         a_quads_(round_up(h_.run, align_) / kQuad),
-        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, std::max<int64_t>(align_, 32))),
+        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, std::max<int64_t>(align_, kInt ? 64 : 32))),
         tap_(tap_offsets()),
         gathered_tap_(static_cast<size_t>(h_.taps)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
