@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SUPPORTED
 from shapes import CONVOLUTIONS, layer
 from torch import Tensor
 
@@ -182,6 +183,76 @@ def test_weights(isa: str, options: dict[str, Any], bits: int) -> None:
         kinds = ("codes-1", "none", "none", "float")  # its outputs are far beyond any code
     x = made_input("codes-1", shape)
     check(x, weights, shape[1], plain, out, kinds)
+
+
+@pytest.mark.parametrize("rank", [0, 5, 16, 17, 40])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [(1, 7, 7), (1, 4, 3), (2, 11, 13), (1, 24, 5)])
+def test_whole_cache_lines_of_channels(
+    isa: str, size: tuple[int, int, int], bits: int, rank: int
+) -> None:
+    """One or two tiles of pixels, whose weights an AMX kernel expands on the way, and more of them."""
+    batch, height, width = size
+    shape, n, k = (batch, 64, height, width), 72, 64 * 9
+    window = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    weights = operands(n, k, 1, bits=bits, rank=rank)
+    for kinds in (
+        ("codes-1", "codes-2", "relu", "codes-1"),
+        ("codes-3", "float", "both", "codes"),
+        ("static", "none", "none", "float"),
+    ):
+        x = made_input(kinds[0], shape)
+        check(x, weights, shape[1], window, (batch, n, height, width), kinds)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("add", ["none", "codes", "float"])
+def test_codes_beyond_the_integers(isa: str, add: str, rank: int) -> None:
+    """Numbers that no int32 holds become the least and the largest code, not each other."""
+    weights = operands(40, 64, 1, rank=rank)
+    prepared = ops.prepare_layer(**weights, channels=64, kernel_size=(1, 1))
+    geometry = [40, 1, 1, 1, 1, 0, 0, 1, 1]
+    x = codes_like((1, 64, 6, 7), 0, 0)
+    run = {"x_scale": 0.03, "x_zero_point": 100, "x_bits": 8}
+    if add != "none":
+        more = torch.randn(1, 40, 6, 7) if add == "float" else codes_like((1, 40, 6, 7), 0, 0)
+        run |= {"add": more, "add_scale": 0.4, "add_zero_point": 90}
+    number = ops.run_layer(x, prepared, geometry, **run)
+    codes = ops.run_layer(x, prepared, geometry, **run, out_scale=1e-20, out_zero_point=77)
+    assert torch.equal(codes, torch.where(number > 0, 255, 0).to(torch.uint8))
+    codes = ops.run_layer(
+        x, prepared, geometry, **run, clamp_min=-1e-19, clamp_max=3e-19, out_scale=1e-20,
+        out_zero_point=77,
+    )  # fmt: skip
+    assert torch.equal(codes, torch.where(number > 0, 107, 67).to(torch.uint8))
+
+
+@pytest.mark.parametrize("add", ADDS)
+@pytest.mark.parametrize("name", [*CONVOLUTIONS, "whole lines"])
+def test_codes_agree_over_levels(name: str, add: str) -> None:
+    """To the bit where there is no adapter: the sums are integers and the steps after them the same."""
+    if name == "whole lines":
+        shape, n, k, groups, out = (1, 64, 6, 9), 45, 576, 1, (1, 45, 6, 9)
+        window = {"kernel_size": (3, 3), "stride": (1, 1), "padding": (1, 1), "dilation": (1, 1)}
+    else:
+        shape, n, k, groups, window, out = convolution(name)
+    prepared_from = operands(n, k, groups, rank=0)
+    prepared = ops.prepare_layer(**{**prepared_from, **window}, channels=shape[1])
+    pairs = [window[key] for key in ("kernel_size", "stride", "padding", "dilation")]
+    geometry = [n, *itertools.chain.from_iterable(pairs)]
+    options = {**INPUTS["codes-1"], **ADDS[add], **OUTPUTS["codes-1"], "clamp_max": 20.0}
+    if add != "none":
+        zero, halo = options.get("add_zero_point"), options.get("add_halo", 0)
+        options["add"] = torch.randn(out) * 9 if zero is None else codes_like(out, zero, halo)
+    x, before, results = made_input("codes-1", shape), ops.isa()["level"], []
+    try:
+        for level in SUPPORTED:
+            ops.set_isa(level)
+            results.append(ops.run_layer(x, prepared, geometry, **options))
+    finally:
+        ops.set_isa(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
 
 
 def test_codes_in_place_of_floats(isa: str) -> None:

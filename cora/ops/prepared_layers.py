@@ -168,7 +168,8 @@ def run_layer(
     float steps are, in this order: the integer times (weight scale * x_scale) plus bias, fused (scale
     groups are added up in order first); plus the adapter; plus add; clamped; and for codes times
     1 / out_scale, rounded to even. An int8 adapter's hidden values are exact integers too; on AMX its
-    second product is done with them split into two bfloat16. So results agree bit for bit over
+    second product is done with them split into two bfloat16, starting at the bias, and with codes to
+    become of the sum all of it is in units of out_scale from the start. So results agree bit for bit over
     thread counts, and over levels without an adapter or with an int8 one below AMX.
 
     Args:
