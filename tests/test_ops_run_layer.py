@@ -187,14 +187,17 @@ def test_weights(isa: str, options: dict[str, Any], bits: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 5, 16, 17, 40])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("size", [(1, 7, 7), (1, 4, 3), (2, 11, 13), (1, 24, 5)])
+@pytest.mark.parametrize("size", [(1, 7, 7), (1, 4, 3), (2, 11, 13), (1, 24, 5), (1, 9, 13), (1, 14, 16)])
 def test_whole_cache_lines_of_channels(
     isa: str, size: tuple[int, int, int], bits: int, rank: int
 ) -> None:
     """One or two tiles of pixels, whose weights an AMX kernel expands on the way, and more of them."""
     batch, height, width = size
-    shape, n, k = (batch, 64, height, width), 72, 64 * 9
-    window = {"kernel_size": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    channels = 128 if height == 9 else 64
+    kernel = 1 if height == 14 else 3
+    shape, n, k = (batch, channels, height, width), 72, channels * kernel**2
+    window: dict[str, Any] = {"stride": [1, 1], "dilation": [1, 1]}
+    window |= {"kernel_size": [kernel, kernel], "padding": [kernel // 2, kernel // 2]}
     weights = operands(n, k, 1, bits=bits, rank=rank)
     for kinds in (
         ("codes-1", "codes-2", "relu", "codes-1"),

@@ -22,7 +22,9 @@ namespace cora::cpu::amx {
 namespace {
 
 inline __mmask16 mask16(int lanes) {
-  return lanes >= 16 ? static_cast<__mmask16>(0xffff) : lanes <= 0 ? __mmask16{0} : static_cast<__mmask16>((1u << lanes) - 1);
+  return lanes >= 16  ? static_cast<__mmask16>(0xffff)
+         : lanes <= 0 ? __mmask16{0}
+                      : static_cast<__mmask16>((1u << lanes) - 1);
 }
 
 // What is pending, in pieces of a few pairs of rows that `some` does; `rest` does the rest.
@@ -166,6 +168,7 @@ constexpr int64_t kAhead = 4;
 /// soon waits, and keeps the products after it waiting.
 constexpr int64_t kDelay = 4;
 inline int64_t steps_before(int64_t steps) { return std::min(steps / 2, kDelay); }
+
 template <int kBlocks>
 CORA_INLINE void fetch_sums(const CodesTile& t) {
   for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.sum + k, 1);
@@ -202,7 +205,7 @@ CORA_INLINE void multiply(const CodesTile& t, Work& work) {
   }
 }
 
-/// The same by a packed panel. A step's weights are expanded two steps before they are used, on the integer units and
+/// The same by a packed panel. A step's weights are expanded some steps before they are used, on the integer units and
 /// into a buffer that stays in L1: to write the whole panel to L2 and read it from there takes longer than the products
 /// of a few tiles.
 template <int kBlocks>
@@ -282,7 +285,7 @@ CORA_INLINE void multiply_narrow(const CodesTile& t, Work& work) {
 
 template <int kBlocks, bool kNarrow, typename Work>
 void run(const CodesTile& t, const Finish& pending) {
-  const bool up = t.hidden != nullptr, own = up && pending.hidden == t.hidden;  // this tile's hidden values are pending
+  const bool up = t.hidden != nullptr, own = up && pending.hidden != nullptr;  // what is pending may be read by this
   const int64_t all = t.taps * t.steps, steps = kNarrow ? all : kBlocks * (all - steps_before(all));
   Work work(pending, steps + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
   if (std::is_same_v<Work, Nothing> && !kNarrow && t.packed != nullptr)
@@ -294,7 +297,8 @@ void run(const CodesTile& t, const Finish& pending) {
   store_sums<kBlocks>(t.block, t.sum, work);
   if (kNarrow && t.folded)
     for (int k = 0; k < kBlocks * t.block * kLanes; k += kLanes)
-      _mm512_storeu_si512(t.sum + k, _mm512_add_epi32(_mm512_loadu_si512(t.sum + k), _mm512_loadu_si512(t.sum + k + 16)));
+      _mm512_storeu_si512(t.sum + k,
+                          _mm512_add_epi32(_mm512_loadu_si512(t.sum + k), _mm512_loadu_si512(t.sum + k + 16)));
   if (own) work.rest();
   if (up) {
     multiply_hidden<kBlocks>(t.hidden, t.block, t.rank, t.b, t.bias, work);
@@ -317,22 +321,20 @@ void finish_all(const CodesTile&, const Finish& pending) {
 }
 
 /// The function for what is pending.
-#define CORA_ADDED(Run, up, out)                                                       \
-  {                                                                                    \
-    Run<ByPairs<OutputRows<up, out, Added::kNothing>>>, Run<ByPairs<OutputRows<up, out, Added::kFloats>>>, \
-        Run<ByPairs<OutputRows<up, out, Added::kCodes>>>                                        \
-  }
+#define CORA_ADDED(Run, up, out)                                                                          \
+  {Run<ByPairs<OutputRows<up, out, Added::kNothing>>>, Run<ByPairs<OutputRows<up, out, Added::kFloats>>>, \
+   Run<ByPairs<OutputRows<up, out, Added::kCodes>>>}
 #define CORA_OUTS(Run, up) \
   {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kCodes), CORA_ADDED(Run, up, Out::kBounded)}
-#define CORA_SELECT(Run)                                                                                  \
-  [&] {                                                                                                   \
-    using Fn = void(const CodesTile&, const Finish&);                                                     \
-    static constexpr Fn* kOutputs[2][3][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};               \
-    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                        \
-    if (pending.hidden != nullptr)                                                                        \
-      return static_cast<Fn*>(pending.lanes <= 16 ? Run<ByPairs<HiddenRows<true>>> : Run<ByPairs<HiddenRows<false>>>);      \
-    const Out out = !pending.e->codes ? Out::kFloats : pending.bounded ? Out::kBounded : Out::kCodes;     \
-    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)];       \
+#define CORA_SELECT(Run)                                                                                               \
+  [&] {                                                                                                                \
+    using Fn = void(const CodesTile&, const Finish&);                                                                  \
+    static constexpr Fn* kOutputs[2][3][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};                            \
+    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                                     \
+    if (pending.hidden != nullptr)                                                                                     \
+      return static_cast<Fn*>(pending.lanes <= 16 ? Run<ByPairs<HiddenRows<true>>> : Run<ByPairs<HiddenRows<false>>>); \
+    const Out out = !pending.e->codes ? Out::kFloats : pending.bounded ? Out::kBounded : Out::kCodes;                  \
+    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)];                    \
   }()
 
 }  // namespace

@@ -4,6 +4,7 @@
 //   prepare_layer.cpp  the packed layout -> a prepared layer
 //   layer.cpp          the order of the steps, the output
 //   layer_input.cpp    x -> padded, channels last, and codes where the input is quantised
+//   tile_rows.h        which positions make up a tile, and where their rows of x lie
 //   layer_tiles.cpp    tiles of output positions by panels of output channels
 //   layer_gemv.cpp     a linear layer of a few rows
 //   depthwise.cpp      one input and one output channel a group

@@ -6,11 +6,9 @@
 // second half and the epilogue, while the tile is in L1. With AMX the epilogue is left pending and done
 // during the next product. Nothing is exchanged between tasks, and every sum runs over K in one order,
 // so thread counts agree bit for bit.
-#include "ops/layer.h"
+#include "ops/tile_rows.h"
 
-#include <cstring>
 #include <limits>
-#include <type_traits>
 
 namespace cora {
 
@@ -27,21 +25,6 @@ constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half 
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 12 * 1024, kMaxBlockTiles = 8;
 constexpr int64_t kFewTiles = 2;  // expanding a panel for each of them is cheaper than writing it to L2
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
-
-/// Output positions in the order tiles take them: lines of `width`, each cut into `per_line` blocks of
-/// `block` (the last one overlaps the one before it where that does not come out even).
-struct Grid {
-  enum Lines {
-    kRows,    // a line is a row of the output
-    kImages,  // an image, rows as wide as the padded input's, so that all is one distance apart in memory;
-              // the surplus is computed and dropped
-    kBatch,   // everything
-  } lines;
-  int64_t width, count, per_line, block, columns;
-  bool copied;  // rows are not at one distance: they are copied together
-
-  int64_t blocks() const { return count * per_line; }
-};
 
 template <typename X>
 class Tiles {
@@ -67,15 +50,9 @@ class Tiles {
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
         a_quads_(round_up(h_.run, align_) / kQuad),
-        gathered_run_(h_.walk == Walk::kNatural ? h_.run : round_up(h_.run, std::max<int64_t>(align_, kInt ? 64 : 32))),
-        tap_(tap_offsets()),
-        gathered_tap_(static_cast<size_t>(h_.taps)) {
-    for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
-    grid_ = plan_grid();
-    copies_ = grid_.copied || h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
-    row_stride_ = (copies_ ? h_.taps * gathered_run_ : h_.stride[1] * in_.pixel) * static_cast<int64_t>(sizeof(X));
-    tiles_ = ceil_div(grid_.blocks(), shape_.blocks);
-  }
+        place_(layer, window, input, output, isa_, align_, !direct_, fused_,
+               ceil_div(h_.panels * h_.groups, fitting_panels())),
+        tiles_(place_.tiles()) {}
 
   void run() const {
     const int64_t threads = torch::stable::get_num_threads(), panels = h_.groups * h_.panels;
@@ -94,8 +71,7 @@ class Tiles {
     parallel_for(n_parts * m_parts, work < 100000 ? n_parts * m_parts : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / m_parts, m = task % m_parts;
-        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, tiles_ * m / m_parts,
-                 tiles_ * (m + 1) / m_parts);
+        run_task(panels * n / n_parts, panels * (n + 1) / n_parts, tiles_ * m / m_parts, tiles_ * (m + 1) / m_parts);
       }
     });
   }
@@ -110,211 +86,14 @@ class Tiles {
   const bool inline_;  // the epilogue multiplies by B
   const Isa up_isa_;
   const cpu::TileShape shape_;
-  const bool direct_;     // a tile's integers go straight to the epilogue
-  const bool fused_;      // which is part of the kernel (cpu/codes_amx.cpp)
-  const float unit_;      // of what it computes: with an adapter, and codes to become of it, their scale
-  const bool pipelined_;  // the epilogue is done during the next product
-  const int64_t align_;   // elements of K a run is padded to
+  const bool direct_;              // a tile's integers go straight to the epilogue
+  const bool fused_;               // which is part of the kernel (cpu/codes_amx.cpp)
+  const float unit_;               // of what it computes: with an adapter, and codes to become of it, their scale
+  const bool pipelined_;           // the epilogue is done during the next product
+  const int64_t align_;            // elements of K a run is padded to
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
-  const int64_t gathered_run_;
-  const std::vector<int64_t> tap_;
-  std::vector<int64_t> gathered_tap_;
-  Grid grid_;
-  bool copies_;         // tiles' rows are copied together
-  int64_t row_stride_;  // of a block's rows, in bytes, where the level wants one distance
-  int64_t tiles_;
-
-  std::vector<int64_t> tap_offsets() const {
-    std::vector<int64_t> offsets;
-    const bool lines = h_.walk == Walk::kLines || h_.walk == Walk::kCopied;
-    for (int64_t y = 0; y < h_.kernel[0]; ++y)
-      for (int64_t x = 0; x < (lines ? 1 : h_.kernel[1]); ++x)
-        offsets.push_back(y * h_.dilation[0] * in_.line + x * h_.dilation[1] * in_.pixel);
-    return offsets;
-  }
-
-  Grid make_grid(Grid::Lines lines, int64_t columns, bool copied) const {
-    const int64_t height = win_.out(0), width = win_.out(1);
-    Grid g{lines, width, height * win_.batch, 0, 0, columns, copied};
-    if (lines == Grid::kImages) {
-      g.width = (height - 1) * columns + width;
-      g.count = win_.batch;
-    } else if (lines == Grid::kBatch) {
-      g.width = win_.rows();
-      g.count = 1;
-    }
-    g.per_line = ceil_div(g.width, shape_.block);
-    g.block = shape_.strict ? ceil_div(g.width, g.per_line) : shape_.block;
-    return g;
-  }
-  Grid plan_grid() const {
-    const int64_t columns = in_.line / in_.pixel, width = win_.out(1);
-    const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
-    const bool one_run = dense && columns == width && in_.image == win_.out(0) * in_.line;
-    const bool always = h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
-    const Grid batch = make_grid(Grid::kBatch, width, always || (shape_.strict && !one_run));
-    if (!batch.copied || always) return batch;
-    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and of copies.
-    const int64_t panels = h_.panels * h_.groups, copies = kPlanes ? 4 * ceil_div(panels, fitting_panels()) : 1;
-    const auto cost = [&](const Grid& g) {
-      return ceil_div(g.blocks(), 2) *
-             (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block * copies : 0));
-    };
-    Grid best = batch;
-    const Grid rows = make_grid(Grid::kRows, width, false), images = make_grid(Grid::kImages, columns, false);
-    if (cost(rows) <= cost(best)) best = rows;
-    if (dense && cost(images) < cost(best)) best = images;
-    return best;
-  }
-
-  /// One tile's rows, for the kernels.
-  struct Rows {
-    int m = 0;
-    const X* row[kMaxTileM];
-    const X* segment[kMaxTileM];
-    const int64_t* tap;
-    int64_t plane;
-    int64_t at[kMaxTileM + 1], add_at[kMaxTileM + 1];
-    int count;  // fused: rows that are wanted, listed as cpu::Finish has them
-    uint8_t from[kMaxTileM + 1];
-    float sx[kMaxTileM];
-    int32_t zx[kMaxTileM];
-    Buffer<X> copy;
-  };
-
-  /// A tile's rows, a group's channels of them, copied where the kernels cannot take them in place.
-  void locate(Rows& rows, int64_t tile, int64_t g) const {
-    rows.m = rows.count = 0;
-    rows.tap = tap_.data();
-    rows.plane = in_.plane;
-    const X* const base = in_.x + g * layer_.group_channels();
-    for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
-      locate_block(rows, b, base);
-    if (h_.walk == Walk::kNatural) {
-      copy_rows(rows, [&](const X* from, X* to) {
-        for (int64_t c = 0; c < layer_.group_channels(); ++c)
-          for (int64_t ky = 0; ky < h_.kernel[0]; ++ky)
-            for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
-              *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
-      });
-    } else if (h_.walk == Walk::kCopied) {
-      const int64_t line = h_.run / h_.kernel[0];
-      if (kInt && line <= cpu::kShortRun) {
-        copy_short_lines(rows, line);
-      } else {
-        copy_rows(rows, [&](const X* from, X* to) {
-          for (int64_t y = 0; y < h_.kernel[0]; ++y, to += line) copy_line(from + tap_[y], line, to);
-        });
-      }
-    } else if (grid_.copied) {
-      copy_rows(rows, [&](const X* from, X* to) {
-        for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
-          std::memcpy(to, from + tap_[t], static_cast<size_t>(h_.run) * sizeof(X));
-      });
-    }
-  }
-  /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
-  static void copy_line(const X* from, int64_t count, X* to) {
-    constexpr int64_t kBytes = 64;
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(X));
-    if (kPlanes && bytes <= kBytes)
-      std::memcpy(to, from, kBytes);  // a constant: two moves instead of a call
-    else
-      std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
-  void locate_block(Rows& rows, int64_t b, const X* base) const {
-    const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;
-    // A block that would pass the end of its line starts earlier and drops what was done before.
-    const int64_t start = shape_.strict ? std::min(wanted, grid_.width - grid_.block) : wanted;
-    const int64_t pixels = win_.pixels();
-    int64_t image = line, position = start;
-    if (grid_.lines != Grid::kImages) {
-      const int64_t all = line * grid_.width + start;
-      image = all / pixels;
-      position = all % pixels;
-    }
-    int64_t y = position / grid_.columns, x = position % grid_.columns;
-    const int64_t step = h_.stride[1] * in_.pixel;
-    const int first = rows.m, last = first + static_cast<int>(std::min(grid_.block, grid_.width - start));
-    for (int i = first; i < last;) {  // output row by output row
-      const int end = static_cast<int>(std::min<int64_t>(last, i + grid_.columns - x));
-      const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
-      const X* row = base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
-      const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
-      const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
-      if constexpr (kInt)
-        if (!direct_)
-          for (int j = i; j < end; ++j) {
-            rows.sx[j] = in_.scale[image];
-            rows.zx[j] = in_.zero[image];
-          }
-      const int needed = fused_ && !copies_ ? std::min(first + 1, end) : end;  // a block's first row
-      for (int j = i; j < needed; ++j) rows.row[j] = row + (j - i) * step;
-      if (fused_) {
-        const int begin = std::max(i, first + static_cast<int>(wanted - start)), count = std::max(0, real - begin);
-        list(rows, begin, count, at + (begin - i) * out_.pixel, add_at + (begin - i) * out_.add_pixel);
-      } else {
-        if (out_.epilogue.add != nullptr)
-          for (int j = i; j < real; ++j) rows.add_at[j] = add_at + (j - i) * out_.add_pixel;
-        for (int j = i; j < real; ++j) rows.at[j] = at + (j - i) * out_.pixel;
-        for (int j = real; j < end; ++j) rows.at[j] = -1;
-      }
-      i = end;
-      x = 0;
-      if (++y == win_.out(0)) {
-        y = 0;
-        ++image;
-      }
-    }
-    for (int64_t i = start; i < wanted && !fused_; ++i) rows.at[first + i - start] = -1;
-    rows.m = last;
-  }
-  /// Neighbouring rows that are wanted, and after the last one that one again.
-  void list(Rows& rows, int first, int count, int64_t at, int64_t add_at) const {
-    const int n = rows.count;
-    for (int i = 0; i < count; ++i) rows.from[n + i] = static_cast<uint8_t>(first + i);
-    for (int i = 0; i < count; ++i) rows.at[n + i] = at + i * out_.pixel;
-    if (out_.epilogue.add != nullptr)
-      for (int i = 0; i < count; ++i) rows.add_at[n + i] = add_at + i * out_.add_pixel;
-    rows.count = n + count;
-    const int last = std::max(rows.count, 1) - 1;
-    rows.from[last + 1] = rows.from[last];
-    rows.at[last + 1] = rows.at[last];
-    rows.add_at[last + 1] = rows.add_at[last];
-  }
-  template <typename Copy>
-  void copy_rows(Rows& rows, const Copy& copy) const {
-    const int64_t size = h_.taps * gathered_run_;
-    make_copy(rows, size);
-    for (int p = 0; p < in_.planes; ++p)  // in memory's order
-      for (int i = 0; i < rows.m; ++i)
-        copy(rows.row[i] + p * in_.plane, rows.copy.get() + (p * kMaxTileM + i) * size);
-    use_copy(rows, size);
-  }
-  void copy_short_lines(Rows& rows, int64_t line) const {
-    make_copy(rows, gathered_run_);
-    if constexpr (kInt)
-      cpu::k_copy_runs.at(isa_)(rows.row, tap_.data(), h_.kernel[0], line, rows.m, rows.copy.get(), gathered_run_);
-    use_copy(rows, gathered_run_);
-  }
-  void make_copy(Rows& rows, int64_t size) const {
-    if (rows.copy.get() != nullptr) return;
-    const int64_t all = in_.planes * kMaxTileM * size;
-    rows.copy = Buffer<X>(all);
-    // What is past a run is multiplied by zeros, so it must be finite.
-    if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
-  }
-  void use_copy(Rows& rows, int64_t size) const {
-    for (int i = 0; i < rows.m; ++i) rows.row[i] = rows.copy.get() + i * size;
-    rows.tap = gathered_tap_.data();
-    rows.plane = kMaxTileM * size;
-  }
-
-  const X* const* segment(Rows& rows, int64_t s) const {
-    if (s == 0) return rows.row;
-    for (int i = 0; i < rows.m; ++i) rows.segment[i] = rows.row[i] + s * layer_.segment_run();
-    return rows.segment;
-  }
+  const TileRows<X> place_;
+  const int64_t tiles_;
 
   // --- Weights -----------------------------------------------------------------------------------
 
@@ -377,12 +156,12 @@ class Tiles {
 
   /// What a task keeps of its panels and its group's adapter.
   struct Scratch {
-    std::unique_ptr<Rows[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
+    std::unique_ptr<Rows<X>[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
     Buffer<int32_t> acc[2];
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
     cpu::CodesTile tile{};
-    bool packed;  // panels are not expanded here but tile by tile
+    bool packed;            // panels are not expanded here but tile by tile
     cpu::Finish finish[2];  // the last one's is at turn ^ 1
     int turn = 0;
     Buffer<Panel> panels, chunks;
@@ -406,8 +185,7 @@ class Tiles {
         if (!s.packed) expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
         s.widest[index * h_.segments + seg] = widest(layer_.offset(p, seg));
       } else if constexpr (kPlanes)
-        expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far,
-                    panel);
+        expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far, panel);
       else
         expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), layer_.offset(p, seg), layer_.scale(p, seg),
                    far, s.bytes.get(), panel);
@@ -464,10 +242,12 @@ class Tiles {
 
   // --- One tile ----------------------------------------------------------------------------------
 
-  static int lanes_of(int64_t count, int64_t first) { return static_cast<int>(std::min<int64_t>(kLanes, count - first)); }
+  static int lanes_of(int64_t count, int64_t first) {
+    return static_cast<int>(std::min<int64_t>(kLanes, count - first));
+  }
 
   /// The adapter's hidden values of a tile, chunk by chunk.
-  void compute_hidden(Scratch& s, const Rows& rows, int64_t g, float* hidden) const {
+  void compute_hidden(Scratch& s, const Rows<X>& rows, int64_t g, float* hidden) const {
     for (int64_t q = 0; q < h_.chunks; ++q) {
       const int64_t at = g * h_.chunks + q;
       const int lanes = lanes_of(h_.rank, q * kLanes);
@@ -494,7 +274,7 @@ class Tiles {
     }
   }
 
-  void hidden_from_codes(Scratch& s, const Rows& rows, int64_t at, int64_t q, int lanes, void* u) const {
+  void hidden_from_codes(Scratch& s, const Rows<X>& rows, int64_t at, int64_t q, int lanes, void* u) const {
     static constexpr int32_t kZero[kMaxTileM] = {};
     if (fused_) return hidden_fused(s, rows, q, lanes, u);
     alignas(64) int32_t acc[kMaxTileM * kLanes];
@@ -509,16 +289,17 @@ class Tiles {
     for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
     cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
   }
-  /// The kernel's operands for a tile by a panel of codes. Field by field, into what the kernel reads: a copy would wait
-  /// for the stores before it, those of the tile's sums among them.
-  void set_tile(Scratch& s, const Rows& rows, const Panel* panel, int64_t quads, const int32_t* start, int lanes) const {
+  /// The kernel's operands for a tile by a panel of codes. Field by field, into what the kernel reads: a copy would
+  /// wait for the stores before it, those of the tile's sums among them.
+  void set_tile(Scratch& s, const Rows<X>& rows, const Panel* panel, int64_t quads, const int32_t* start,
+                int lanes) const {
     if constexpr (kInt) {
       cpu::CodesTile& tile = s.tile;
       tile.block = block_of(rows);
       tile.blocks = rows.m / tile.block;
       tile.x[0] = rows.row[0];
       tile.x[1] = rows.row[(tile.blocks - 1) * tile.block];
-      tile.x_stride = row_stride_;
+      tile.x_stride = place_.row_stride();
       tile.lanes = lanes;
       tile.tap = rows.tap;
       tile.taps = h_.taps;
@@ -528,7 +309,8 @@ class Tiles {
       tile.sum = s.acc[s.turn].get();
     }
   }
-  /// Its products, while what followed the last ones is done; what follows these is then to be written to what it returns.
+  /// Its products, while what followed the last ones is done; what follows these is then to be written to what it
+  /// returns.
   static cpu::Finish& run_fused(Scratch& s) {
     cpu::k_codes_tile.at(Isa::kAmx)(s.tile, s.finish[s.turn ^ 1]);
     cpu::Finish& finish = s.finish[s.turn];
@@ -537,7 +319,7 @@ class Tiles {
     s.turn ^= 1;
     return finish;
   }
-  void hidden_fused(Scratch& s, const Rows& rows, int64_t q, int lanes, void* u) const {
+  void hidden_fused(Scratch& s, const Rows<X>& rows, int64_t q, int lanes, void* u) const {
     set_tile(s, rows, s.chunks.get() + q * chunk_size(), a_quads_, &s.a_correction[q * kLanes], lanes);
     s.tile.folded = false;
     s.tile.packed = nullptr;
@@ -547,7 +329,7 @@ class Tiles {
     finish.alpha = &s.a_alpha[q * kLanes];
     finish.hidden = u;
   }
-  void multiply_fused(Scratch& s, const Rows& rows, int64_t p, int64_t index, const float* hidden) const {
+  void multiply_fused(Scratch& s, const Rows<X>& rows, int64_t p, int64_t index, const float* hidden) const {
     const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
     set_tile(s, rows, s.panels.get() + (s.packed ? 0 : index) * segment_size(), quads_, &s.correction[index * kLanes],
              lanes_of(layer_.group_n(), first));
@@ -576,10 +358,10 @@ class Tiles {
     finish.at = rows.at;
     finish.add_at = rows.add_at;
   }
-  int block_of(const Rows& rows) const { return std::min(rows.m, static_cast<int>(grid_.block)); }
+  int block_of(const Rows<X>& rows) const { return std::min(rows.m, place_.block()); }
 
   /// Quantised input, float adapter: x - zx as floats, exact, then the float tile.
-  void hidden_from_floats(Scratch& s, const Rows& rows, const float* panel, int lanes, float* c) const {
+  void hidden_from_floats(Scratch& s, const Rows<X>& rows, const float* panel, int lanes, float* c) const {
     const int64_t k = h_.taps * h_.run, zero_tap = 0;
     if (s.real.get() == nullptr) s.real = Buffer<float>(kMaxTileM * k);
     const float* pointers[kMaxTileM];
@@ -597,7 +379,7 @@ class Tiles {
 
   /// The float products of some tiles with one panel: all take a stretch of K before the next one, which so is
   /// read from L1. Sums are as in one go.
-  void multiply_floats(Scratch& s, Rows* rows, int64_t count, int64_t p, int64_t index) const {
+  void multiply_floats(Scratch& s, Rows<X>* rows, int64_t count, int64_t p, int64_t index) const {
     const int lanes = lanes_of(layer_.group_n(), p % h_.panels * kLanes);
     const int64_t run = layer_.segment_run(), taps = std::max<int64_t>(1, kStretch / run);
     std::fill_n(s.products.get(), count * kMaxTileM * kLanes, 0.0f);
@@ -608,8 +390,8 @@ class Tiles {
           const int64_t some = std::min(taps, h_.taps - t), length = std::min(kStretch, run - k);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t from = rows[i].tap[t] + k;
-            cpu::k_tile_f32.at(isa_)(segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length, panel,
-                                     rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
+            cpu::k_tile_f32.at(isa_)(place_.segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length,
+                                     panel, rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
           }
           panel += some * length * kLanes;
         }
@@ -617,7 +399,7 @@ class Tiles {
   }
 
   /// One tile by one panel, and what follows the product; `product` holds it already where it is of floats.
-  void multiply(Scratch& s, Rows& rows, int64_t p, int64_t index, const float* hidden, const float* product) const {
+  void multiply(Scratch& s, Rows<X>& rows, int64_t p, int64_t index, const float* hidden, const float* product) const {
     const int64_t first = p % h_.panels * kLanes;
     const int lanes = lanes_of(layer_.group_n(), first);
     const Panel* panel = s.panels.get() + index * h_.segments * segment_size();
@@ -627,7 +409,7 @@ class Tiles {
     if constexpr (kInt) {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
-        cpu::k_tile_s8.at(isa_)(segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(),
+        cpu::k_tile_s8.at(isa_)(place_.segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(),
                                 s.widest[index * h_.segments + seg], rows.m, block_of(rows), lanes, acc);
         if (!direct_) requantize(rows, p, seg, acc, c);
       }
@@ -642,7 +424,7 @@ class Tiles {
     } else if constexpr (kPlanes) {
       float* const sum = s.sum[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
-        cpu::k_tile_bf16.at(isa_)(segment(rows, seg), rows.plane, in_.planes, rows.tap, h_.taps, quads_,
+        cpu::k_tile_bf16.at(isa_)(place_.segment(rows, seg), rows.plane, in_.planes, rows.tap, h_.taps, quads_,
                                   panel + seg * segment_size(), rows.m, block_of(rows), lanes,
                                   h_.segments > 1 ? c : sum, &s.pending);
         if (h_.segments > 1) cpu::k_rescale.at(isa_)(c, rows.m, layer_.scale(p, seg), seg > 0, sum);
@@ -685,12 +467,11 @@ class Tiles {
   }
 
   /// c (+)= a segment's exact integers times their scale.
-  void requantize(Rows& rows, int64_t p, int64_t seg, const int32_t* acc, float* c) const {
+  void requantize(Rows<X>& rows, int64_t p, int64_t seg, const int32_t* acc, float* c) const {
     int32_t xsum[kMaxTileM] = {};
     if (h_.far) {
-      cpu::k_row_sums.at(isa_)(segment(rows, seg), rows.tap, h_.taps, layer_.segment_run(), rows.m, xsum);
-      for (int i = 0; i < rows.m; ++i)
-        xsum[i] -= rows.zx[i] * static_cast<int32_t>(h_.taps * layer_.segment_run());
+      cpu::k_row_sums.at(isa_)(place_.segment(rows, seg), rows.tap, h_.taps, layer_.segment_run(), rows.m, xsum);
+      for (int i = 0; i < rows.m; ++i) xsum[i] -= rows.zx[i] * static_cast<int32_t>(h_.taps * layer_.segment_run());
     }
     const int32_t *wsum = layer_.wsum(p, seg), *far = layer_.far(p, seg);
     const float* scale = layer_.scale(p, seg);
@@ -706,13 +487,12 @@ class Tiles {
   // --- A task ------------------------------------------------------------------------------------
 
   void run_task(int64_t p_begin, int64_t p_end, int64_t t_begin, int64_t t_end) const {
-    const cpu::TileSession session(isa_, static_cast<int>(grid_.block));
+    const cpu::TileSession session(isa_, place_.block());
     const int64_t panel_size = h_.segments * segment_size(), tiles = t_end - t_begin;
     const int64_t block_panels = std::min({fitting_panels(), p_end - p_begin, h_.panels});
     // Tiles that take turns with one panel, so that a panel which fits L1 stays there; of floats, a stretch of it.
     const int64_t panel_bytes = panel_size * static_cast<int64_t>(sizeof(Panel));
-    const int64_t row_bytes = copies_ ? h_.taps * gathered_run_ : in_.pixel;
-    const int64_t tile_bytes = shape_.block * shape_.blocks * row_bytes * in_.planes * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
+    const int64_t tile_bytes = place_.tile_elements() * (kPlanes ? static_cast<int64_t>(sizeof(X)) : 1);
     const int64_t block_tiles = kFloat ? kMaxBlockTiles
                                 : panel_bytes <= kL1Panel
                                     ? std::clamp<int64_t>(kL1Tiles / tile_bytes, 1, kMaxBlockTiles)
@@ -720,7 +500,7 @@ class Tiles {
     // Hidden values are kept for the group's next block of panels, if there is one.
     const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
     Scratch s;
-    s.rows.reset(new Rows[static_cast<size_t>(2 * block_tiles)]);
+    s.rows.reset(new Rows<X>[static_cast<size_t>(2 * block_tiles)]);
     for (int i = 0; i < 2; ++i) {
       s.acc[i] = Buffer<int32_t>(kInt ? kMaxTileM * kLanes : 0);
       s.sum[i] = Buffer<float>(kPlanes ? kMaxTileM * kLanes : 0);
@@ -756,7 +536,7 @@ class Tiles {
           return s.hidden.get() + (keep ? t - t_begin + i : i) * h_.chunks * kHiddenChunk;
         };
         for (int64_t i = 0; i < count; ++i) {
-          locate(s.rows[turn + i], t + i, g);
+          place_.locate(s.rows[turn + i], t + i, g);
           if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
         }
         for (int64_t panel = p; panel < block_end; ++panel) {
