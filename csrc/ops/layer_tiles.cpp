@@ -208,7 +208,7 @@ class Tiles {
     for (int n = 0; n < kLanes; ++n) {
       const float bias = layer_.bias(p) != nullptr ? layer_.bias(p)[n] : 0.0f;
       s.bias[index * kLanes + n] = bias * unit_;
-      bound += layer_.scale(p, 0)[n] * most + std::abs(bias);
+      bound += std::abs(layer_.scale(p, 0)[n]) * most + std::abs(bias);
     }
     bound += s.up_bound + (e.add != nullptr ? 512.0f * std::abs(e.add_scale) : 0.0f);
     s.bounded[index] = (e.add == nullptr || e.add_codes) && bound * e.inverse_scale < 1e9f;  // a NaN is not
