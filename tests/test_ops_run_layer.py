@@ -187,7 +187,9 @@ def test_weights(isa: str, options: dict[str, Any], bits: int) -> None:
 
 @pytest.mark.parametrize("rank", [0, 5, 16, 17, 40])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("size", [(1, 7, 7), (1, 4, 3), (2, 11, 13), (1, 24, 5), (1, 9, 13), (1, 14, 16)])
+@pytest.mark.parametrize(
+    "size", [(1, 7, 7), (1, 4, 3), (2, 11, 13), (1, 24, 5), (1, 9, 13), (1, 14, 16)]
+)
 def test_whole_cache_lines_of_channels(
     isa: str, size: tuple[int, int, int], bits: int, rank: int
 ) -> None:
