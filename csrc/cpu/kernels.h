@@ -95,8 +95,8 @@ inline TileShape tile_shape(Isa isa) {
 }
 
 /// Runs of a few bytes from `taps` places of each of m rows, side by side: to[i * stride + t * bytes + j] =
-/// rows[i][tap[t] + j], j < bytes <= kShortRun. Up to kShortRun bytes from a run's start are read; what comes after the
-/// last run's end, up to a multiple of 64 bytes, may be written.
+/// rows[i][tap[t] + j], j < bytes <= kShortRun. Up to kShortRun bytes from a run's start are read. After the last row as
+/// many may be written, and rows up to a multiple of 64 bytes: stride is one.
 constexpr int kShortRun = 32;
 using CopyRunsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
                         int64_t stride);

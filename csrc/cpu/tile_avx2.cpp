@@ -385,13 +385,11 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 
 void copy_runs(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
                int64_t stride) {
-  // Run by run: a run's store takes what the one before left after its end.
-  for (int64_t t = 0; t < taps; ++t, to += bytes) {
-    uint8_t* row = to;
-    for (int i = 0; i < m; ++i, row += stride)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row),
+  // In memory's order: what a run's store leaves after its end is written over by the next run, or the next row's first.
+  for (int i = 0; i < m; ++i, to += stride)
+    for (int64_t t = 0; t < taps; ++t)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t * bytes),
                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + tap[t])));
-  }
 }
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
