@@ -161,46 +161,44 @@ struct OutputRows {
   }
 };
 
-/// A panel of more than a few steps has pushed the sums' lines out of L1, and stores to lines that are not there go one
-/// by one: they are asked for so many steps before.
-constexpr int64_t kAhead = 4;
 /// Steps of a tile before the first piece of what is pending: its sums were stored just now, and what reads them too
 /// soon waits, and keeps the products after it waiting.
 constexpr int64_t kDelay = 4;
 inline int64_t steps_before(int64_t steps) { return std::min(steps / 2, kDelay); }
 
-template <int kBlocks>
-CORA_INLINE void fetch_sums(const CodesTile& t) {
-  for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.sum + k, 1);
-  if (t.hidden == nullptr) return;
-  for (int k = 0; k < kBlocks * t.block * kLanes; k += 16) __builtin_prefetch(t.up + k, 1);
+/// A step of two blocks (or one) by 32 lanes; `between` after the multiplications of each.
+template <int kBlocks, typename Between>
+CORA_INLINE void multiply_step(const int8_t* w, const uint8_t* x0, const uint8_t* x1, int64_t stride,
+                               const Between& between) {
+  _tile_loadd(6, w, kWeightRow);
+  _tile_loadd(4, x0, stride);
+  _tile_dpbusd(0, 4, 6);
+  _tile_loadd(7, w + kRowBytes, kWeightRow);
+  _tile_dpbusd(1, 4, 7);
+  between();
+  if (kBlocks > 1) {
+    _tile_loadd(5, x1, stride);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+    between();
+  }
 }
 
-/// Two blocks (or one) by 32 lanes.
+/// All steps.
 template <int kBlocks, typename Work>
 CORA_INLINE void multiply(const CodesTile& t, Work& work) {
   start_sums<kBlocks>(t.start);
   const int64_t stride = t.x_stride, steps = t.steps;
   const int64_t* const end = t.tap + t.taps;
-  int64_t left = t.taps * steps;
-  const int64_t begin = left - steps_before(left);
+  int64_t wait = steps_before(t.taps * steps);
   const int8_t* w = t.panel;
   for (const int64_t* tap = t.tap; tap < end; ++tap) {
-    const uint8_t *x0 = t.x[0] + *tap, *x1 = kBlocks > 1 ? t.x[1] + *tap : nullptr;
+    const uint8_t *x0 = t.x[0] + *tap, *x1 = t.x[1] + *tap;
     for (int64_t s = steps; s > 0; --s, w += kStepWeights, x0 += kRowBytes, x1 += kRowBytes) {
-      if (left-- == kAhead) fetch_sums<kBlocks>(t);
-      _tile_loadd(6, w, kWeightRow);
-      _tile_loadd(4, x0, stride);
-      _tile_dpbusd(0, 4, 6);
-      _tile_loadd(7, w + kRowBytes, kWeightRow);
-      _tile_dpbusd(1, 4, 7);
-      if (left < begin) work.some();
-      if (kBlocks > 1) {
-        _tile_loadd(5, x1, stride);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-        if (left < begin) work.some();
-      }
+      --wait;
+      multiply_step<kBlocks>(w, x0, x1, stride, [&]() __attribute__((always_inline)) {
+        if (wait < 0) work.some();
+      });
     }
   }
 }
@@ -221,20 +219,10 @@ void multiply_packed(const CodesTile& t) {
   for (int64_t s = 0; s < std::min(kBefore, all); ++s) expand_step(s);
   int64_t s = 0;
   for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint8_t *x0 = t.x[0] + t.tap[tap], *x1 = kBlocks > 1 ? t.x[1] + t.tap[tap] : nullptr;
+    const uint8_t *x0 = t.x[0] + t.tap[tap], *x1 = t.x[1] + t.tap[tap];
     for (const int64_t end = s + steps; s < end; ++s, x0 += kRowBytes, x1 += kRowBytes) {
       if (s + kBefore < all) expand_step(s + kBefore);
-      const int8_t* w = ring + s % kRing * kStepWeights;
-      _tile_loadd(6, w, kWeightRow);
-      _tile_loadd(4, x0, t.x_stride);
-      _tile_dpbusd(0, 4, 6);
-      _tile_loadd(7, w + kRowBytes, kWeightRow);
-      _tile_dpbusd(1, 4, 7);
-      if (kBlocks > 1) {
-        _tile_loadd(5, x1, t.x_stride);
-        _tile_dpbusd(2, 5, 6);
-        _tile_dpbusd(3, 5, 7);
-      }
+      multiply_step<kBlocks>(ring + s % kRing * kStepWeights, x0, x1, t.x_stride, [] {});
     }
   }
 }
@@ -352,6 +340,27 @@ void codes_tile(const CodesTile& t, Finish& pending) {
     return narrow ? run<1, true, Nothing>(t, pending) : run<1, false, Nothing>(t, pending);
   }
   narrow ? CORA_SELECT(run_narrow)(t, pending) : CORA_SELECT(run_wide)(t, pending);
+}
+
+void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
+             int /*widest*/, int m, int block, int lanes, int32_t* acc) {
+  static constexpr int32_t kNothing[kLanes] = {};
+  CodesTile t{};
+  t.block = block;
+  t.blocks = m / block;
+  t.x[0] = rows[0];
+  t.x[1] = rows[m - block];
+  t.x_stride = block > 1 ? rows[1] - rows[0] : 0;
+  t.lanes = lanes;
+  t.tap = tap;
+  t.taps = taps;
+  t.steps = quads * kQuad / kRowBytes;
+  t.panel = panel;
+  t.start = kNothing;
+  t.sum = acc;
+  t.folded = true;
+  Finish none{};
+  codes_tile(t, none);
 }
 
 }  // namespace cora::cpu::amx

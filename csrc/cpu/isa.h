@@ -52,7 +52,7 @@ struct KernelTable {
 #define CORA_BEGIN_AMX                                                                                \
   CORA_PRAGMA(clang attribute push(                                                                   \
       __attribute__((target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,"   \
-                            "avx512vbmi,avx512bf16,prfchw,amx-tile,amx-int8,amx-bf16"))),                    \
+                            "avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))),                    \
       apply_to = function))
 #define CORA_END_TARGET CORA_PRAGMA(clang attribute pop)
 #else
@@ -68,7 +68,7 @@ struct KernelTable {
   CORA_PRAGMA(GCC diagnostic ignored "-Wmaybe-uninitialized") \
   CORA_PRAGMA(GCC diagnostic ignored "-Wuninitialized")       \
   CORA_PRAGMA(GCC push_options)                               \
-  CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,prfchw,amx-tile,amx-int8,amx-bf16"))
+  CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))
 #define CORA_END_TARGET CORA_PRAGMA(GCC pop_options)
 #endif
 #else

@@ -1,4 +1,4 @@
-// The matrix products on AMX: tile registers of 16 rows by 64 bytes.
+// The matrix products of floats on AMX (of codes: codes_amx.cpp): tile registers of 16 rows by 64 bytes.
 // Method: two blocks of up to 16 rows of x by 32 weight rows are two tiles by two, accumulated in four
 // more: each loaded tile is used twice, 64 cycles of multiplication for 32 of loads from L1. A block may
 // have fewer rows, then its products take as many cycles less: a line of 14 or 28 pixels wastes nothing.
@@ -22,9 +22,7 @@ namespace cora::cpu::amx {
 
 namespace {
 
-/// Elements of K a multiplication takes.
-template <typename X>
-constexpr int kStep = kRowBytes / static_cast<int>(sizeof(X));
+constexpr int kStep = kRowBytes / static_cast<int>(sizeof(Bf16));  // elements of K a multiplication takes
 
 struct alignas(64) Config {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -41,30 +39,22 @@ struct Configs {
 };
 
 /// Where the operands of a tile's products lie, one after the other: tap by tap, step by step, plane by plane.
-template <typename X, typename W>
 struct Operands {
-  const X* const* rows;
+  const Bf16* const* rows;
   int64_t stride;  // of planes
   int planes;
   const int64_t* tap;
   int64_t taps, steps;
-  const W* panel;
+  const Bf16* panel;
   int block;
 
   /// Products a tile of 16 rows by 16 lanes takes.
   int64_t count() const { return taps * steps * planes; }
   /// Between the rows of block i, in bytes.
   int64_t row_stride(int i) const {
-    return block > 1 ? (rows[i * block + 1] - rows[i * block]) * static_cast<int64_t>(sizeof(X)) : 0;
+    return block > 1 ? (rows[i * block + 1] - rows[i * block]) * static_cast<int64_t>(sizeof(Bf16)) : 0;
   }
 };
-
-// The intrinsics want the tiles' numbers literally.
-#define CORA_MULTIPLY(c, a, b)   \
-  if constexpr (sizeof(X) == 1)  \
-    _tile_dpbusd(c, a, b);       \
-  else                           \
-    _tile_dpbf16ps(c, a, b)
 
 template <int kA>
 inline void zero_sums() {
@@ -74,27 +64,27 @@ inline void zero_sums() {
   if (kA > 1) _tile_zero(3);
 }
 /// kA blocks of x by 32 lanes; `between` is called after each plane's multiplications were issued.
-template <int kA, typename X, typename W, typename Sum, typename Between>
-void multiply(const Operands<X, W>& o, Sum* sum, const Between& between) {
+template <int kA, typename Between>
+void multiply(const Operands& o, float* sum, const Between& between) {
   zero_sums<kA>();
   const int64_t stride0 = o.row_stride(0), stride1 = kA > 1 ? o.row_stride(1) : 0;
-  const int planes = sizeof(X) == 1 ? 1 : o.planes;
+  const int planes = o.planes;
   const char* w = reinterpret_cast<const char*>(o.panel);
   for (int64_t t = 0; t < o.taps; ++t) {
-    const X* x0 = o.rows[0] + o.tap[t];
-    const X* x1 = kA > 1 ? o.rows[o.block] + o.tap[t] : nullptr;
+    const Bf16* x0 = o.rows[0] + o.tap[t];
+    const Bf16* x1 = kA > 1 ? o.rows[o.block] + o.tap[t] : nullptr;
     for (int64_t s = 0; s < o.steps; ++s, w += kStepWeights) {
       _tile_loadd(6, w, kWeightRow);
       for (int p = 0; p < planes; ++p) {
-        const int64_t at = s * kStep<X> + p * o.stride;
+        const int64_t at = s * kStep + p * o.stride;
         _tile_loadd(4, x0 + at, stride0);
-        CORA_MULTIPLY(0, 4, 6);
+        _tile_dpbf16ps(0, 4, 6);
         if (p == 0) _tile_loadd(7, w + kRowBytes, kWeightRow);
-        CORA_MULTIPLY(1, 4, 7);
+        _tile_dpbf16ps(1, 4, 7);
         if (kA > 1) {
           _tile_loadd(5, x1 + at, stride1);
-          CORA_MULTIPLY(2, 5, 6);
-          CORA_MULTIPLY(3, 5, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
         }
         between();
       }
@@ -105,13 +95,13 @@ void multiply(const Operands<X, W>& o, Sum* sum, const Between& between) {
 
 /// The same by 16 lanes. Two sums a block take turns, which hides the products' latency; the second
 /// lies in the lanes that are not asked for until they are added up.
-template <int kA, typename X, typename W, typename Sum, typename Between>
-void multiply_narrow(const Operands<X, W>& o, Sum* sum, const Between& between) {
+template <int kA, typename Between>
+void multiply_narrow(const Operands& o, float* sum, const Between& between) {
   zero_sums<kA>();
   const int64_t stride0 = o.row_stride(0), stride1 = kA > 1 ? o.row_stride(1) : 0;
-  const int planes = sizeof(X) == 1 ? 1 : o.planes;
+  const int planes = o.planes;
   const char* w = reinterpret_cast<const char*>(o.panel);
-  const X *x0 = o.rows[0], *x1 = kA > 1 ? o.rows[o.block] : nullptr;
+  const Bf16 *x0 = o.rows[0], *x1 = kA > 1 ? o.rows[o.block] : nullptr;
   const int64_t count = o.count(), *tap = o.tap;
   int64_t step = 0;
   int plane = 0;
@@ -123,23 +113,23 @@ void multiply_narrow(const Operands<X, W>& o, Sum* sum, const Between& between) 
     step = 0;
     ++tap;
   };
-  const auto at = [&] { return *tap + step * kStep<X> + plane * o.stride; };
+  const auto at = [&] { return *tap + step * kStep + plane * o.stride; };
   for (int64_t i = 0; i < count; i += 2) {
     _tile_loadd(6, w, kWeightRow);
     _tile_loadd(4, x0 + at(), stride0);
-    CORA_MULTIPLY(0, 4, 6);
+    _tile_dpbf16ps(0, 4, 6);
     if (kA > 1) {
       _tile_loadd(5, x1 + at(), stride1);
-      CORA_MULTIPLY(2, 5, 6);
+      _tile_dpbf16ps(2, 5, 6);
     }
     next();
     if (i + 1 < count) {
       _tile_loadd(7, w, kWeightRow);
       _tile_loadd(4, x0 + at(), stride0);
-      CORA_MULTIPLY(1, 4, 7);
+      _tile_dpbf16ps(1, 4, 7);
       if (kA > 1) {
         _tile_loadd(5, x1 + at(), stride1);
-        CORA_MULTIPLY(3, 5, 7);
+        _tile_dpbf16ps(3, 5, 7);
       }
       next();
     }
@@ -147,23 +137,18 @@ void multiply_narrow(const Operands<X, W>& o, Sum* sum, const Between& between) 
   }
   store_sums<kA>(o.block, sum);
   for (int i = 0; i < kA * o.block; ++i, sum += kLanes)
-    if constexpr (sizeof(X) == 1)
-      _mm512_storeu_si512(sum, _mm512_add_epi32(_mm512_loadu_si512(sum), _mm512_loadu_si512(sum + 16)));
-    else
-      _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_loadu_ps(sum + 16)));
+    _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_loadu_ps(sum + 16)));
 }
-#undef CORA_MULTIPLY
 
 /// A tile's products, and meanwhile the pending epilogue.
-template <typename X, typename W, typename Sum>
-void multiply_tile(const Operands<X, W>& o, int m, int lanes, Sum* sum, Pending* pending) {
+void multiply_tile(const Operands& o, int m, int lanes, float* sum, Pending* pending) {
   const auto run = [&](const auto& between) {
     if (lanes <= 16)
       m > o.block ? multiply_narrow<2>(o, sum, between) : multiply_narrow<1>(o, sum, between);
     else
       m > o.block ? multiply<2>(o, sum, between) : multiply<1>(o, sum, between);
   };
-  if (pending == nullptr || pending->m == 0) return run([] {});
+  if (pending->m == 0) return run([] {});
   // Spread over the products, not below four rows at a time.
   const int64_t all = lanes <= 16 ? (o.count() + 1) / 2 : o.count();
   const int part = static_cast<int>(std::max<int64_t>(4, ((pending->m + all - 1) / all + 1) & ~1));
@@ -180,16 +165,10 @@ void configure(int block) {
 }
 void release() { _tile_release(); }
 
-void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
-             int /*widest*/, int m, int block, int lanes, int32_t* acc) {
-  const int64_t steps = quads * kQuad / kStep<uint8_t>;
-  multiply_tile(Operands<uint8_t, int8_t>{rows, 0, 1, tap, taps, steps, panel, block}, m, lanes, acc, nullptr);
-}
-
 void tile_bf16(const Bf16* const* rows, int64_t stride, int planes, const int64_t* tap, int64_t taps, int64_t quads,
                const Bf16* panel, int m, int block, int lanes, float* c, Pending* pending) {
-  const int64_t steps = quads * kQuad / kStep<Bf16>;
-  multiply_tile(Operands<Bf16, Bf16>{rows, stride, planes, tap, taps, steps, panel, block}, m, lanes, c, pending);
+  const int64_t steps = quads * kQuad / kStep;
+  multiply_tile(Operands{rows, stride, planes, tap, taps, steps, panel, block}, m, lanes, c, pending);
 }
 
 bool split(const float* x, int64_t count, int planes, int64_t stride, Bf16* out) {

@@ -162,7 +162,7 @@ class Tiles {
     cpu::Pending pending;
     cpu::CodesTile tile{};
     bool packed;            // panels are not expanded here but tile by tile
-    cpu::Finish finish[2];  // the last one's is at turn ^ 1
+    cpu::Finish finish[2]{};  // the last one's is at turn ^ 1
     int turn = 0;
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
