@@ -143,6 +143,11 @@ bool is_channels_last(const Tensor& t) {
   return true;
 }
 
+bool prefers_channels_last(const Tensor& t) {
+  if (!is_channels_last(t)) return false;
+  return !t.is_contiguous() || (t.stride(1) == 1 && t.stride(3) == t.size(1) && t.stride(0) != 1);
+}
+
 std::vector<int64_t> packed_shape(const char* op, const Tensor& codes, int64_t bits) {
   check_bits(op, bits);
   check_dtype(op, "codes", codes, ScalarType::Byte);

@@ -72,6 +72,10 @@ void check_activation(const char* op, const char* name, const Tensor& t, double 
 /// An image [batch, channels, H, W], dense and channels last; sizes of 1 may have any stride.
 bool is_channels_last(const Tensor& t);
 
+/// Whether what is computed from an image comes out channels last: of one channel or one pixel, which is both
+/// layouts at once, the strides tell, as they do in torch.
+bool prefers_channels_last(const Tensor& t);
+
 /// The shape of codes uint8 [..., k] when packed, and of packed bytes when unpacked.
 std::vector<int64_t> packed_shape(const char* op, const Tensor& codes, int64_t bits);
 std::vector<int64_t> unpacked_shape(const char* op, const Tensor& packed, int64_t bits, int64_t k);

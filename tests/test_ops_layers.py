@@ -14,6 +14,7 @@ import torch
 from conftest import SUPPORTED, assert_product_close
 from shapes import ALL_BITS, CONVOLUTIONS, Layer, layer
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cora import ops, reference
 
@@ -265,6 +266,34 @@ def test_conv_dtypes(isa: str, dtype: torch.dtype) -> None:
         y = conv(ops, x.to(dtype).to(memory_format=format), item, "3x3")
         assert y.is_contiguous(memory_format=format)
         check_conv(x.to(dtype).to(memory_format=format), item, "3x3")
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 1, 6, 5), (1, 1, 6, 1), (2, 1, 1, 1), (2, 3, 1, 1), (2, 3, 6, 5)]
+)
+def test_conv_layout(shape: tuple[int, ...]) -> None:
+    """One channel or one pixel is both layouts at once: the result is laid out as torch's would be."""
+    item = layer(4, shape[1] * 9, rank=1)
+    window = ([3, 3], [1, 1], [1, 1], [1, 1])
+    parts = [item.options[name] for name in ("a", "b", "adapter_scale", "bias")]
+    prepared = ops.prepare_layer(*item.args(), shape[1], *window, 1, *parts)
+    geometry = ops.layer_geometry(*item.args()[:2], 4, shape[1], *window, 1, parts[1], True)
+    for format in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(shape).to(memory_format=format)
+        want = torch.nn.functional.conv2d(x, torch.randn(4, shape[1], 3, 3), padding=1)
+        results = [
+            ops.conv2d_lowrank(x, *item.args(), *window, **item.options),
+            ops.run_layer(x, prepared, geometry),
+        ]
+        with FakeTensorMode() as mode:
+            fake = [mode.from_tensor(t) for t in (x, *item.args()[:3])]
+            options = {
+                name: mode.from_tensor(value) if isinstance(value, Tensor) else value
+                for name, value in item.options.items()
+            }
+            results.append(ops.conv2d_lowrank(*fake, item.bits, *window, **options))
+            results.append(ops.run_layer(fake[0], mode.from_tensor(prepared), geometry))
+        assert [y.stride() for y in results] == [want.stride()] * 4
 
 
 @pytest.mark.parametrize("value", [1e30, float("inf"), float("nan")], ids=str)

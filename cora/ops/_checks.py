@@ -83,6 +83,18 @@ def check_window(
         check(min(values) >= least, op, f"{name} must be >= {least}, got {list(values)}")
 
 
+def image_layout(x: Tensor) -> torch.memory_format:
+    """The layout of what is computed from x [batch, channels, H, W]: channels_last if x is.
+
+    Of one channel or one pixel, which is both layouts at once, the strides tell, as in torch.
+    """
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    strides = x.stride()
+    if last and x.is_contiguous():
+        last = strides[1] == 1 and strides[3] == x.shape[1] and strides[0] != 1
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def row_bytes(k: Any, bits: int) -> Any:
     return (k * bits + 7) // 8
 

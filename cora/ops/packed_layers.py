@@ -16,6 +16,7 @@ from ._checks import (
     check_operands,
     check_packed,
     check_window,
+    image_layout,
     pair,
 )
 from ._gradients import no_gradient
@@ -223,9 +224,8 @@ def _(
         what = f"x's padded height and width must be at least {reach} along dimension {2 + d}"
         check(padded >= reach, op, f"{what}, got {padded}")
         size.append((padded - reach) // stride[d] + 1)
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty([x.shape[0], n, *size], dtype=x.dtype, device=x.device, memory_format=layout)
+    shape, layout = [x.shape[0], n, *size], image_layout(x)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 no_gradient("linear_lowrank")

@@ -18,6 +18,7 @@ from ._checks import (
     check_shape,
     check_window,
     dtype_name,
+    image_layout,
     pair,
 )
 from ._gradients import NoGradient
@@ -300,10 +301,7 @@ def _(
         _check_float_or_codes(op, "add", add)
         check_shape(op, "add", add, output(add_halo))
     dtype = torch.uint8 if out_scale is not None else torch.float32 if codes else x.dtype
-    last = not linear and (
-        codes
-        or out_scale is not None
-        or (x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous())
-    )
-    layout = torch.channels_last if last else torch.contiguous_format
+    layout = torch.contiguous_format
+    if not linear:
+        layout = torch.channels_last if codes or out_scale is not None else image_layout(x)
     return torch.empty(output(out_halo), dtype=dtype, device=x.device, memory_format=layout)

@@ -115,7 +115,7 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, co
 
   // The result: channels-last if x is, or if one of them is codes.
   const ScalarType type = args.out_scale ? ScalarType::Byte : codes ? ScalarType::Float : x.scalar_type();
-  const bool channels_last = !linear && (codes || args.out_scale || (!x.is_contiguous() && is_channels_last(x)));
+  const bool channels_last = !linear && (codes || args.out_scale || prefers_channels_last(x));
   const std::vector<int64_t> out_shape = output_shape(x, w, shape.n, args.out_halo);
   cuda::Epilogue e{};
   Tensor out;

@@ -95,7 +95,7 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   const Window w = check_run(x, window_of(h), h.n, args);
   const bool x_codes = x.scalar_type() == ScalarType::Byte, codes = args.out_scale.has_value();
   const int64_t n = h.n, halo = args.out_halo;
-  const bool x_nhwc = h.linear || x_codes || (!x.is_contiguous() && is_channels_last(x));
+  const bool x_nhwc = h.linear || x_codes || prefers_channels_last(x);
   const bool y_nhwc = h.linear || codes || x_nhwc || w.pixels() == 1;
   const std::vector<int64_t> shape = output_shape(x, w, n, halo);
   const bool strided = !h.linear && (codes || x_nhwc);
