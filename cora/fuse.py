@@ -1,6 +1,6 @@
 """A packed model as one fused graph: layers hand each other 8-bit codes.
 
-`fuse` traces a packed model and rewrites it in two passes:
+`fuse` traces a packed model and rewrites it in three passes:
 
 1. *Layers.* A packed layer takes what follows it into its epilogue: an addition and a ReLU (ReLU6,
    Hardtanh).
@@ -9,6 +9,7 @@
    makes it: uint8, channels last, with the border that its readers pad by. A shortcut that only an
    addition reads is quantized in the range its layer's output had on the calibration data. Maximum,
    concatenation, padding and flattening work on codes as they are.
+3. *Steps.* Neighbouring layers and pools become one call of the native library.
 
 Everything else stays float and runs as it did. A code is rounded from the same float number as in the
 unfused model; what differs is that an addition reads the codes of its other operand.
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .batches import Batch, required_inputs
-from .fused import Codes, FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
+from .fused import Codes, FusedLayer, FusedModel, FusedSteps, MaxPoolCodes, MeanOfCodes
 from .modules import QuantConv2d, QuantLayer, QuantLinear
 from .tracing import trace
 
@@ -65,10 +66,12 @@ def fuse(qmodel: nn.Module, example: Any) -> FusedModel:
     _fuse_layers(gm)
     codes = _annotate(gm)
     _set_codes(gm, codes)
+    rows = _rows(gm, codes)
+    _join_steps(gm)
     gm.delete_all_unused_submodules()
     gm.graph.lint()
     gm.recompile()
-    return FusedModel(traced, _rows(gm, codes), qmodel)
+    return FusedModel(traced, rows, qmodel)
 
 
 def _shape(node: fx.Node) -> torch.Size | None:
@@ -398,6 +401,12 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
         elif window is not None and node in codes:
             pool = MaxPoolCodes(window, x, codes[node].halo)
         elif keepdim is not None:
+            flat = [user for user in node.users if _is_flatten(gm, user)]
+            if keepdim and len(flat) == len(node.users):  # as means without those dimensions are
+                keepdim, node.meta = False, flat[0].meta
+                for user in flat:
+                    user.replace_all_uses_with(node)
+                    gm.graph.erase_node(user)
             pool = MeanOfCodes(x, keepdim)
         elif (amounts := _zero_pad(gm, node)) and node in codes:
             more = codes[node].halo - x.halo  # a border is padding that is there already
@@ -411,6 +420,51 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
             name = f"codes_{node.name}"
             gm.add_submodule(name, pool)
             node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _join_steps(gm: fx.GraphModule) -> None:
+    """Pass 3: make neighbouring steps that the native library knows one call."""
+    stretch: list[fx.Node] = []
+    count = 0
+    for node in list(gm.graph.nodes):
+        module = _module(gm, node)
+        native = isinstance(module, FusedLayer | MaxPoolCodes) or (
+            isinstance(module, MeanOfCodes) and not module.keepdim
+        )
+        if native:
+            stretch.append(node)
+            continue
+        if len(stretch) > 1:
+            _join(gm, stretch, f"steps_{count}")
+            count += 1
+        stretch = []
+
+
+def _join(gm: fx.GraphModule, stretch: list[fx.Node], name: str) -> None:
+    """Replace nodes, each a module on nodes, by one `FusedSteps`."""
+    inputs = list(dict.fromkeys(arg for node in stretch for arg in node.all_input_nodes))
+    inputs = [node for node in inputs if node not in stretch]
+    number = {node: i for i, node in enumerate((*inputs, *stretch))}
+    outputs = [node for node in stretch if any(user not in number for user in node.users)]
+    steps = FusedSteps(
+        [gm.get_submodule(str(node.target)) for node in stretch],
+        [[number[arg] for arg in node.args] for node in stretch],  # type: ignore[index]
+        len(inputs),
+        [number[node] for node in outputs],
+    )
+    gm.add_submodule(name, steps)
+    with gm.graph.inserting_after(stretch[-1]):
+        call = gm.graph.call_module(name, tuple(inputs))
+    after = call
+    for i, node in enumerate(outputs):
+        result = call
+        if len(outputs) > 1:
+            with gm.graph.inserting_after(after):
+                result = after = gm.graph.call_function(operator.getitem, (call, i))
+        result.meta = node.meta
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in number)
+    for node in reversed(stretch):
+        gm.graph.erase_node(node)
 
 
 def _rows(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> list[tuple[str, str, str]]:

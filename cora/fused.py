@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import ops
 from .modules import QuantLayer
+from .ops import steps
 from .tracing import Traced, sizes_of
 
-__all__ = ["Codes", "FusedLayer", "FusedModel", "MaxPoolCodes", "MeanOfCodes"]
+__all__ = ["Codes", "FusedLayer", "FusedModel", "FusedSteps", "MaxPoolCodes", "MeanOfCodes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,23 @@ class FusedLayer(nn.Module):
             x, layer._buffers["prepared"], layer.geometry, *self.before_add, add, *self.after_add
         )
 
+    def step(self) -> tuple[steps.Step, steps.Numbers]:
+        scale, zero_point, bits, halo = self.before_add
+        add_scale, add_zero_point, add_halo, low, high, out_scale, *out = self.after_add
+        step = steps.Step(
+            steps.LAYER,
+            x_given=scale is not None,
+            x_zero_point=zero_point,
+            x_bits=bits,
+            x_halo=halo,
+            add_zero_point=add_zero_point,
+            add_halo=add_halo,
+            out_given=out_scale is not None,
+            out_zero_point=out[0],
+            out_halo=out[1],
+        )
+        return step, steps.Numbers(scale or 1.0, add_scale, low, high, out_scale or 1.0)
+
     def describe(self) -> str:
         """What it does, in words."""
         words = [type(self.layer).float_type.__name__]
@@ -102,6 +122,11 @@ class MaxPoolCodes(nn.Module):
             x, codes.zero_point, codes.halo, **self.window, out_halo=self.out_halo
         )
 
+    def step(self) -> tuple[steps.Step, steps.Numbers]:
+        zero_point, halo = self.codes.zero_point, self.codes.halo
+        ends = {"x_zero_point": zero_point, "x_halo": halo, "out_halo": self.out_halo}
+        return steps.Step(steps.MAX_POOL, **ends, **self.window), steps.Numbers()
+
 
 class MeanOfCodes(nn.Module):
     """The mean over height and width of codes, float32."""
@@ -114,6 +139,73 @@ class MeanOfCodes(nn.Module):
         codes = self.codes
         y = ops.mean_codes(x, codes.scale, codes.zero_point, codes.halo)
         return y[:, :, None, None] if self.keepdim else y
+
+    def step(self) -> tuple[steps.Step, steps.Numbers] | None:
+        codes = self.codes
+        if self.keepdim:
+            return None
+        step = steps.Step(steps.MEAN, x_zero_point=codes.zero_point, x_halo=codes.halo)
+        return step, steps.Numbers(codes.scale)
+
+
+class FusedSteps(nn.Module):
+    """A stretch of a fused graph that the native library runs in one call.
+
+    What Python and the dispatcher do between two layers costs as much as a third of a small network. Where
+    it has to be visible (while it is compiled or exported, with hooks on its steps, with gradients), and
+    on a GPU, the modules run one by one; results are the same.
+
+    Args:
+        modules: the steps, in order.
+        reads: of each, the numbers of the values it reads: of the stretch's inputs, then of the steps' results.
+        inputs: how many inputs the stretch has.
+        outputs: the numbers of the values it gives.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        reads: Sequence[Sequence[int]],
+        inputs: int,
+        outputs: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.steps, self.reads, self.outputs = nn.ModuleList(modules), list(reads), list(outputs)
+        self.list = list(modules)  # the same, quicker to walk through
+        self.layers = [module.layer for module in modules if isinstance(module, FusedLayer)]
+        readers = {value: i for i, values in enumerate(reads) for value in values}  # the last ones
+
+        def dies(value: int, i: int) -> bool:
+            return value >= inputs and value not in outputs and readers[value] == i
+
+        table: list[tuple[steps.Step, steps.Numbers]] = []
+        for i, (module, (x, *add)) in enumerate(zip(modules, reads, strict=True)):
+            step, numbers = module.step()  # type: ignore[operator]
+            before = sum(isinstance(m, FusedLayer) for m in self.list[:i])
+            step = step._replace(x=x, x_dies=dies(x, i), layer=before)
+            if add:
+                step = step._replace(add=add[0], add_dies=dies(add[0], i))
+            table.append((step, numbers))
+        self.program, self.numbers = steps.pack_steps(table)
+
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self._runs_at_once(inputs):
+            layers = [layer._buffers["prepared"] for layer in self.layers]
+            results = steps.run_steps(inputs, layers, self.program, self.numbers, self.outputs)
+        else:
+            values = list(inputs)
+            for step, reads in zip(self.list, self.reads, strict=True):
+                values.append(step(*(values[i] for i in reads)))
+            results = [values[i] for i in self.outputs]
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _runs_at_once(self, inputs: Sequence[Tensor]) -> bool:
+        if torch.compiler.is_compiling():
+            return False
+        for x in inputs:
+            if type(x) is not Tensor or x.device.type != "cpu" or x.requires_grad:
+                return False
+        return not any(step._forward_hooks or step._forward_pre_hooks for step in self.list)
 
 
 class FusedModel(nn.Module):

@@ -120,6 +120,7 @@ struct RunArgs {
   double low = -std::numeric_limits<double>::infinity(), high = std::numeric_limits<double>::infinity();  // clamp
   std::optional<double> out_scale;
   int64_t out_zero_point = 0, out_halo = 0;
+  bool in_place = false;  // nobody reads add afterwards: codes may be written over it (CPU)
 };
 
 /// Two numbers each.

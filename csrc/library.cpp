@@ -48,6 +48,7 @@ STABLE_TORCH_LIBRARY(cora, m) {
       "run_layer(Tensor x, Tensor layer, int[] geometry, float? x_scale, int x_zero_point, int x_bits, int x_halo,"
       " Tensor? add, float add_scale, int add_zero_point, int add_halo, float clamp_min, float clamp_max,"
       " float? out_scale, int out_zero_point, int out_halo) -> Tensor");
+  m.def("run_steps(Tensor[] inputs, Tensor[] layers, Tensor program, Tensor numbers, int[] outputs) -> Tensor[]");
   m.def("isa() -> str");
   m.def("set_isa(str name) -> ()");
 }

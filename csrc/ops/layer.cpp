@@ -98,11 +98,15 @@ Tensor run_layer(const Tensor& x, const Layer& layer, const RunArgs& args) {
   const bool x_nhwc = h.linear || x_codes || prefers_channels_last(x);
   const bool y_nhwc = h.linear || codes || x_nhwc || w.pixels() == 1;
   const std::vector<int64_t> shape = output_shape(x, w, n, halo);
+  // Over what is added, code by code: that is in the cache already, memory for the result may not be.
+  const bool over = args.in_place && codes && !h.linear && args.add->scalar_type() == ScalarType::Byte &&
+                    args.add_halo == halo && is_channels_last(*args.add);
   const bool strided = !h.linear && (codes || x_nhwc);
-  Tensor y = torch::stable::empty({shape.data(), shape.size()}, codes ? ScalarType::Byte : ScalarType::Float,
-                                  std::nullopt, std::nullopt, std::nullopt,
-                                  strided ? torch::headeronly::MemoryFormat::ChannelsLast
-                                          : torch::headeronly::MemoryFormat::Contiguous);
+  Tensor y = over ? *args.add
+                  : torch::stable::empty({shape.data(), shape.size()}, codes ? ScalarType::Byte : ScalarType::Float,
+                                         std::nullopt, std::nullopt, std::nullopt,
+                                         strided ? torch::headeronly::MemoryFormat::ChannelsLast
+                                                 : torch::headeronly::MemoryFormat::Contiguous);
   const ScalarType dtype = x_codes ? ScalarType::Float : x.scalar_type();
   OptTensor add;
   if (args.add.has_value()) {

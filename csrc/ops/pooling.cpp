@@ -1,6 +1,6 @@
 // cora::max_pool2d_codes, mean_codes: pooling of uint8 codes, channels_last with a border of `halo` pixels. The order of
 // codes is that of the numbers they stand for, so a maximum needs no scale; a border is no part of any window.
-#include "check.h"
+#include "ops/pooling.h"
 
 #include <algorithm>
 
@@ -64,9 +64,11 @@ void max_of(const uint8_t* __restrict x, int64_t taps, int64_t step, int64_t cou
   }
 }
 
-Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::vector<int64_t> kernel_size,
-                            std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                            bool ceil_mode, int64_t out_halo) {
+}  // namespace
+
+Tensor max_pool2d_codes(Tensor x, int64_t zero_point, int64_t x_halo, std::vector<int64_t> kernel_size,
+                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation,
+                        bool ceil_mode, int64_t out_halo) {
   const char* op = "max_pool2d_codes";
   const Codes in(op, x, zero_point, x_halo);
   check_window(op, kernel_size, stride, padding, dilation);
@@ -111,7 +113,7 @@ Tensor max_pool2d_codes_cpu(Tensor x, int64_t zero_point, int64_t x_halo, std::v
   return y;
 }
 
-Tensor mean_codes_cpu(Tensor x, double scale, int64_t zero_point, int64_t x_halo) {
+Tensor mean_codes(Tensor x, double scale, int64_t zero_point, int64_t x_halo) {
   const char* op = "mean_codes";
   const Codes in(op, x, zero_point, x_halo);
   check_scale(op, "scale", scale);
@@ -140,11 +142,9 @@ Tensor mean_codes_cpu(Tensor x, double scale, int64_t zero_point, int64_t x_halo
   return y;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
-  m.impl("max_pool2d_codes", TORCH_BOX(&max_pool2d_codes_cpu));
-  m.impl("mean_codes", TORCH_BOX(&mean_codes_cpu));
+  m.impl("max_pool2d_codes", TORCH_BOX(&max_pool2d_codes));
+  m.impl("mean_codes", TORCH_BOX(&mean_codes));
 }
 
 }  // namespace cora
