@@ -123,9 +123,12 @@ class MaxPoolCodes(nn.Module):
         )
 
     def step(self) -> tuple[steps.Step, steps.Numbers]:
-        zero_point, halo = self.codes.zero_point, self.codes.halo
-        ends = {"x_zero_point": zero_point, "x_halo": halo, "out_halo": self.out_halo}
-        return steps.Step(steps.MAX_POOL, **ends, **self.window), steps.Numbers()
+        step = steps.Step(steps.MAX_POOL, **self.window)
+        codes = self.codes
+        step = step._replace(
+            x_zero_point=codes.zero_point, x_halo=codes.halo, out_halo=self.out_halo
+        )
+        return step, steps.Numbers()
 
 
 class MeanOfCodes(nn.Module):
@@ -140,10 +143,8 @@ class MeanOfCodes(nn.Module):
         y = ops.mean_codes(x, codes.scale, codes.zero_point, codes.halo)
         return y[:, :, None, None] if self.keepdim else y
 
-    def step(self) -> tuple[steps.Step, steps.Numbers] | None:
+    def step(self) -> tuple[steps.Step, steps.Numbers]:  # without keepdim
         codes = self.codes
-        if self.keepdim:
-            return None
         step = steps.Step(steps.MEAN, x_zero_point=codes.zero_point, x_halo=codes.halo)
         return step, steps.Numbers(codes.scale)
 
@@ -190,7 +191,7 @@ class FusedSteps(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self._runs_at_once(inputs):
-            layers = [layer._buffers["prepared"] for layer in self.layers]
+            layers: Any = [layer._buffers["prepared"] for layer in self.layers]
             results = steps.run_steps(inputs, layers, self.program, self.numbers, self.outputs)
         else:
             values = list(inputs)

@@ -58,7 +58,7 @@ class Numbers(NamedTuple):
 def pack_steps(steps: Sequence[tuple[Step, Numbers]]) -> tuple[Tensor, Tensor]:
     """The tables that :func:`run_steps` reads: int64 and float64, a row for each step."""
     rows = [
-        [int(n) for field in step for n in (field if isinstance(field, list | tuple) else [field])]
+        [int(n) for field in step for n in (field if isinstance(field, Sequence) else (field,))]
         for step, _ in steps
     ]
     numbers = [list(numbers) for _, numbers in steps]

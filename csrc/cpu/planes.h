@@ -20,11 +20,14 @@ constexpr int kQuadRow = kLanes * kQuad;  // codes of a quad-row
 
 constexpr int64_t quad_row_bytes(int bits) { return kQuadRow / 8 * bits; }
 
-/// Asks for the bytes 2 KiB after `packed`, each line of them: where weights come from memory, the hardware's own
+/// Asks for the bytes some KiB after `packed`, each line of them: where weights come from memory, the hardware's own
 /// prefetching starts anew on every page. (Some of the lines only is worse than none: it misleads the hardware.)
+/// To L2: what is asked for so early would push the rest out of L1.
+template <int kAhead = 4096>
 inline void prefetch_packed(const uint8_t* packed, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(packed + 2048 + b);
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(packed + kAhead + b, 0, 2);
 }
+constexpr int kPanelAhead = 8192;  // a panel is expanded at several times the pace of a product with one row
 
 struct Planes {
   int width[3], shift[3], count;

@@ -42,6 +42,7 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
         _mm256_set1_epi32(0x01010101));
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
     __m256i codes[4];
+    prefetch_packed<kPanelAhead>(packed, quad_row_bytes(kBits));
     load_codes<kBits>(packed, codes);
     for (int g = 0; g < 4; ++g) store(panel + g * 32, _mm256_sub_epi8(codes[g], o[g]));
   }

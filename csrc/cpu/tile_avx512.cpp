@@ -82,6 +82,7 @@ void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, in
 #pragma GCC unroll 2
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
     __m512i codes[2];
+    prefetch_packed<kPanelAhead>(packed, quad_row_bytes(kBits));
     load_codes<kBits>(packed, codes);
     _mm512_storeu_si512(panel, _mm512_sub_epi8(codes[0], o[0]));
     _mm512_storeu_si512(panel + 64, _mm512_sub_epi8(codes[1], o[1]));
