@@ -184,23 +184,35 @@ CORA_INLINE void multiply_step(const int8_t* w, const uint8_t* x0, const uint8_t
   }
 }
 
-/// All steps.
-template <int kBlocks, typename Work>
-CORA_INLINE void multiply(const CodesTile& t, Work& work) {
-  start_sums<kBlocks>(t.start);
+/// All steps. kAhead: there is memory to ask for.
+template <int kBlocks, bool kAhead, typename Work>
+CORA_INLINE void multiply_all(const CodesTile& t, Work& work) {
   const int64_t stride = t.x_stride, steps = t.steps;
   const int64_t* const end = t.tap + t.taps;
   int64_t wait = steps_before(t.taps * steps);
   const int8_t* w = t.panel;
+  Ahead ahead[2] = {t.ahead[0], t.ahead[1]};
   for (const int64_t* tap = t.tap; tap < end; ++tap) {
     const uint8_t *x0 = t.x[0] + *tap, *x1 = t.x[1] + *tap;
     for (int64_t s = steps; s > 0; --s, w += kStepWeights, x0 += kRowBytes, x1 += kRowBytes) {
       --wait;
       multiply_step<kBlocks>(w, x0, x1, stride, [&]() __attribute__((always_inline)) {
         if (wait < 0) work.some();
+        if (kAhead) {
+          for (int i = 0; i < ahead[0].lines; ++i, ahead[0].from += 64) __builtin_prefetch(ahead[0].from);
+          for (int i = 0; i < ahead[1].lines; ++i, ahead[1].from += 64) __builtin_prefetch(ahead[1].from, 1);
+        }
       });
     }
   }
+}
+template <int kBlocks, typename Work>
+CORA_INLINE void multiply(const CodesTile& t, Work& work) {
+  start_sums<kBlocks>(t.start);
+  if (t.ahead[0].lines + t.ahead[1].lines > 0)
+    multiply_all<kBlocks, true>(t, work);
+  else
+    multiply_all<kBlocks, false>(t, work);
 }
 
 /// The same by a packed panel. A step's weights are expanded some steps before they are used, on the integer units and

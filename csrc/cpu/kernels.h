@@ -251,6 +251,12 @@ struct Finish {
   const int64_t *at, *add_at;  // of y and add
 };
 
+/// Memory that is needed after this tile: its lines are asked for meanwhile, so many of them in each of a block's steps.
+struct Ahead {
+  const uint8_t* from = nullptr;
+  int lines = 0;
+};
+
 struct CodesTile {
   const uint8_t* x[2];  // the first row of each of `blocks` blocks of `block` rows, x_stride apart
   int64_t x_stride;
@@ -269,6 +275,7 @@ struct CodesTile {
   int64_t rank;
   const float* bias;
   float* up;
+  Ahead ahead[2];  // read and written
 };
 /// Does a tile's products and all of `pending`.
 using CodesTileFn = void(const CodesTile& tile, Finish& pending);

@@ -164,6 +164,7 @@ class Tiles {
     bool packed;            // panels are not expanded here but tile by tile
     cpu::Finish finish[2]{};  // the last one's is at turn ^ 1
     int turn = 0;
+    cpu::Ahead ahead[2];    // of what the next tiles touch first, what is left
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
     Buffer<float> products;                    // of floats: [tiles][kMaxTileM][32]
@@ -324,6 +325,7 @@ class Tiles {
     s.tile.folded = false;
     s.tile.packed = nullptr;
     s.tile.hidden = nullptr;
+    for (cpu::Ahead& ahead : s.tile.ahead) ahead.lines = 0;
     cpu::Finish& finish = run_fused(s);
     finish.count = rows.m;
     finish.alpha = &s.a_alpha[q * kLanes];
@@ -342,6 +344,10 @@ class Tiles {
     s.tile.rank = h_.rank;
     s.tile.bias = &s.bias[index * kLanes];
     s.tile.up = s.up[s.turn].get();
+    for (int i = 0; i < 2; ++i) {
+      s.tile.ahead[i] = s.ahead[i];
+      s.ahead[i].from += int64_t{64} * s.ahead[i].lines * s.tile.blocks * s.tile.steps * h_.taps;
+    }
     cpu::Finish& finish = run_fused(s);
     const cpu::Epilogue& e = out_.epilogue;
     finish.count = rows.count;
@@ -539,6 +545,13 @@ class Tiles {
           place_.locate(s.rows[turn + i], t + i, g);
           if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
         }
+        if constexpr (kInt)
+          if (fused_) {
+            const auto next = place_.fresh(t + count < t_end ? t + count : INT64_MAX);
+            const int64_t pieces = (block_end - p) * count * 2 * h_.taps * (quads_ * kQuad / align_);
+            s.ahead[0] = {next.x, static_cast<int>(ceil_div(count * next.x_bytes / 64, pieces))};
+            s.ahead[1] = {next.y, static_cast<int>(ceil_div(count * next.y_bytes / 64, pieces))};
+          }
         for (int64_t panel = p; panel < block_end; ++panel) {
           if constexpr (kFloat) multiply_floats(s, &s.rows[turn], count, panel, panel - p);
           for (int64_t i = 0; i < count; ++i)

@@ -109,6 +109,44 @@ class TileRows {
     }
   }
 
+  /// Memory that a tile is the first to touch and that may have left L2, or not been there: of x, and of what is added
+  /// or else written.
+  struct Fresh {
+    const uint8_t *x, *y;
+    int64_t x_bytes = 0, y_bytes = 0;
+  };
+  Fresh fresh(int64_t tile) const {
+    constexpr int64_t kNear = 1024 * 1024, kL1 = 32 * 1024;  // half of L2; most of L1
+    Fresh f{};
+    const cpu::Epilogue& e = out_.epilogue;
+    const bool add = e.add != nullptr;
+    const int64_t y_size = (add ? e.add_codes : e.codes) ? 1 : 4, rows = shape_.blocks * grid_.block;
+    const int64_t x_bytes = rows * h_.stride[1] * in_.pixel * static_cast<int64_t>(sizeof(X));
+    const bool x_far = !copies_ && win_.batch * in_.image > kNear && x_bytes <= kL1;
+    const bool y_far = win_.rows() * h_.n * y_size > kNear;
+    if (!(x_far || y_far) || tile >= tiles() || h_.groups > 1) return f;
+    const int64_t b = tile * shape_.blocks, line = b / grid_.per_line, start = b % grid_.per_line * grid_.block;
+    int64_t image = line, position = start;
+    if (grid_.lines != Grid::kImages) {
+      const int64_t all = line * grid_.width + start, pixels = win_.pixels();
+      image = all / pixels;
+      position = all % pixels;
+    }
+    const int64_t y = position / grid_.columns, x = position % grid_.columns;
+    if (x_far) {  // the last line that its windows see
+      const X* row = in_.x + image * in_.image + y * h_.stride[0] * in_.line + x * h_.stride[1] * in_.pixel;
+      f.x = reinterpret_cast<const uint8_t*>(row + tap_.back() / in_.line * in_.line);
+      f.x_bytes = x_bytes;
+    }
+    if (y_far) {
+      const int64_t at = add ? image * out_.add_image + y * out_.add_line + x * out_.add_pixel
+                             : image * out_.image + y * out_.line + x * out_.pixel;
+      f.y = static_cast<const uint8_t*>(add ? e.add : e.y) + at * y_size;
+      f.y_bytes = rows * (add ? out_.add_pixel : out_.pixel) * y_size;
+    }
+    return f;
+  }
+
   /// The rows from where scale group s begins.
   const X* const* segment(Rows<X>& rows, int64_t s) const {
     if (s == 0) return rows.row;
