@@ -120,6 +120,16 @@ def _our_linear(shape: Linear, bits: int, rank: int, x: Tensor, x_bits: int, cop
     )
 
 
+READING = "reading as many bytes"
+
+
+def _reading(shape: Linear, copies: int) -> Call:
+    """A sum over what a call of the first contestant has to read."""
+    count = int(linear_bytes(shape, 4, RANK)) // 8
+    blocks = [torch.ones(count, dtype=torch.int64) for _ in range(copies)]
+    return peers.turns([block.sum for block in blocks])
+
+
 def _linear(shape: Linear, threads: int) -> Contest:
     copies = COPIES if shape.m <= 4 else 1
     x = torch.randn(shape.m, shape.k)
@@ -131,6 +141,8 @@ def _linear(shape: Linear, threads: int) -> Contest:
             (4, 8, RANK), (4, 0, RANK), (4, 8, 0), (3, 8, RANK), (2, 8, RANK),
         )
     }  # fmt: skip
+    if shape.m <= 4:
+        ours[READING] = _reading(shape, copies)
     work = peers.LinearWork(shape, x, _weights(shape.n, shape.k)[:copies])
     return _with_peers(
         ours,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import exp, log
 from typing import Any
 
-from rows import ROWS
+from rows import READING, ROWS
 
 Record = Mapping[str, Any]
 
@@ -147,6 +147,7 @@ _NETWORK = "ResNet-18 and -50 W4A8 + 5 % adapters"
 
 TARGETS = (
     Target(("linear",), _LINEAR, "read bandwidth", 0.80, _share("bytes", "read"), percent=True),
+    Target(("linear",), _LINEAR, READING, 0.80, ratio(READING), percent=True),
     Target(("linear",), _LINEAR, "torch float32", 6, ratio("torch float32")),
     Target(("linear",), _LINEAR, "best 4-bit peer", 1.6, ratio(*FOUR_BIT)),
     Target(

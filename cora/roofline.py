@@ -123,6 +123,8 @@ def _integer_products(device: torch.device) -> Iterator[tuple[Callable[[], Any],
 def time_layers(model: nn.Module, batch: Batch, roof: Roof, seconds: float) -> list[LayerTime]:
     """Time every packed layer of a model while the model runs, in the order of their first calls.
 
+    A fused model runs its layers one by one meanwhile: together they take longer than in one call.
+
     Args:
         model: packed or fused, in eval mode.
         seconds: spent on it, at least; and at least 5 runs.

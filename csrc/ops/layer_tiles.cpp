@@ -161,7 +161,7 @@ class Tiles {
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
     cpu::CodesTile tile{};
-    bool packed;            // panels are not expanded here but tile by tile
+    bool packed;            // panels are not expanded here but tile by tile, B's panel by panel
     cpu::Finish finish[2]{};  // the last one's is at turn ^ 1
     int turn = 0;
     cpu::Ahead ahead[2];    // of what the next tiles touch first, what is left
@@ -191,14 +191,18 @@ class Tiles {
         expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), layer_.offset(p, seg), layer_.scale(p, seg),
                    far, s.bytes.get(), panel);
     }
-    if (h_.adapter == AdapterKind::kInt8)
-      cpu::k_expand_up.at(up_isa_)(layer_.b<int8_t>(p), h_.rank, s.up_weights.get() + index * h_.chunks * kHiddenChunk);
+    if (!s.packed) expand_up(s, p, index);
     if (fused_) scale_bias(s, p, index);
     if constexpr (kInt)
       for (int n = 0; n < kLanes; ++n) {
         s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * in_.scale[0] * unit_;
         s.correction[index * kLanes + n] = (fused_ ? -in_.zero[0] : in_.zero[0]) * layer_.wsum(p, 0)[n];
       }
+  }
+
+  void expand_up(Scratch& s, int64_t p, int64_t index) const {
+    if (h_.adapter == AdapterKind::kInt8)
+      cpu::k_expand_up.at(up_isa_)(layer_.b<int8_t>(p), h_.rank, s.up_weights.get() + index * h_.chunks * kHiddenChunk);
   }
 
   /// A panel's bias, and whether its codes are bounded.
@@ -340,7 +344,7 @@ class Tiles {
     s.tile.bits = h_.bits;
     s.tile.offset = layer_.offset(p, 0);
     s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
-    s.tile.b = &s.up_weights[index * h_.chunks * kHiddenChunk];
+    s.tile.b = &s.up_weights[(s.packed ? 0 : index) * h_.chunks * kHiddenChunk];
     s.tile.rank = h_.rank;
     s.tile.bias = &s.bias[index * kLanes];
     s.tile.up = s.up[s.turn].get();
@@ -526,7 +530,8 @@ class Tiles {
       s.chunks = Buffer<Panel>(h_.chunks * chunk_size());
       s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
       s.a_correction = Buffer<int32_t>(kInt ? h_.chunks * kLanes : 0);
-      s.up_weights = Buffer<float>(h_.adapter == AdapterKind::kInt8 ? block_panels * h_.chunks * kHiddenChunk : 0);
+      const int64_t kept = s.packed ? 1 : block_panels;
+      s.up_weights = Buffer<float>(h_.adapter == AdapterKind::kInt8 ? kept * h_.chunks * kHiddenChunk : 0);
       s.hidden = Buffer<float>((keep ? tiles : block_tiles) * h_.chunks * kHiddenChunk);
     }
     int64_t group = -1;
@@ -553,6 +558,7 @@ class Tiles {
             s.ahead[1] = {next.y, static_cast<int>(ceil_div(count * next.y_bytes / 64, pieces))};
           }
         for (int64_t panel = p; panel < block_end; ++panel) {
+          if (s.packed) expand_up(s, panel, 0);
           if constexpr (kFloat) multiply_floats(s, &s.rows[turn], count, panel, panel - p);
           for (int64_t i = 0; i < count; ++i)
             if (fused_)
