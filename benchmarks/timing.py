@@ -1,8 +1,9 @@
-"""Medians of calls that run in turns: A B C A B C ..., so that all see the same machine."""
+"""Medians of calls that run in turns, so that all see the same machine."""
 
 from __future__ import annotations
 
 import os
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,8 +49,9 @@ def in_turns(
 ) -> dict[str, Times]:
     """Time each call in turns.
 
-    A turn is a pause, in which threads of the one before stop spinning, one call that is not timed,
-    and timed calls for some milliseconds.
+    In another order each time: a contestant that always came after the same other one would pay for the
+    threads that this leaves spinning. A turn is a pause, in which most threads of the one before stop,
+    one call that is not timed, and timed calls for some milliseconds.
 
     Args:
         calls: name -> what to time.
@@ -60,6 +62,7 @@ def in_turns(
     """
     spoiler = torch.ones(FLUSH_BYTES // 4) if flush else None
     times: dict[str, list[float]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
     count: dict[str, int] = {}
     for name, call in calls.items():
         call()
@@ -70,7 +73,7 @@ def in_turns(
     end = time.perf_counter() + seconds * len(calls)
     turns = 0
     while turns < least or time.perf_counter() < end:
-        for name, call in calls.items():
+        for name, call in shuffle.sample(list(calls.items()), len(calls)):
             if spoiler is not None:
                 spoiler.sum()
             time.sleep(0.002)
