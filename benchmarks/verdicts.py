@@ -365,9 +365,9 @@ def page(results: Mapping[str, Any], name: str, notes: str = "") -> str:
         "# Performance",
         f"`python benchmarks/performance.py` makes this page and [{name}]({name}). "
         "All contestants of a line run in turns in one process, in another order each time; times are "
-        "medians. Ratios are the peer's time over cora's. Linear layers of few rows read weights that no cache holds: half a "
-        "gibibyte is read before each turn. Codes in and out: uint8, channels last, each library in "
-        "its own layout; torch float32 and bfloat16 there work on floats. Convolutions carry a bias.",
+        "medians. Ratios are the peer's time over cora's. Linear layers of few rows read weights that no "
+        "cache holds: half a gibibyte is read before each turn. Codes in and out: uint8, channels last, each "
+        "library in its own layout; torch float32 and bfloat16 there work on floats. Convolutions carry a bias.",
         f"{facts['cpu']}, {facts['logical cores']} cores ({', '.join(facts['instructions'])}), "
         f"{facts['memory GiB']} GiB; Python {facts['python']}, {versions}; {results['date']}. "
         f"cora's level: {facts['level']}.",
