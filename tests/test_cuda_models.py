@@ -98,6 +98,18 @@ def test_model_to_cuda(dtype: torch.dtype, activation_bits: int | None) -> None:
 
 @cuda
 @needs_cuda
+def test_a_fused_model_to_cuda() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    fused = cora.fuse(packed(8), x)
+    want = fused(x)
+    there = copy.deepcopy(fused).to("cuda")
+    got = there(x.to("cuda")).cpu()
+    assert float((got - want).norm() / want.norm()) <= model_bound(torch.float32, 8)
+    assert torch.equal(there.to("cpu")(x), want)
+
+
+@cuda
+@needs_cuda
 @pytest.mark.parametrize("activation_bits", [None, 8])
 def test_model_compiles_and_exports(activation_bits: int | None) -> None:
     net = packed(activation_bits).to("cuda", torch.float16)

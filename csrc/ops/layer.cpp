@@ -30,7 +30,7 @@ Window window_of(const LayerHeader& h) {
 /// The border of a batch of images of `line` bytes a row.
 void fill_halo(uint8_t* y, const Window& w, int64_t n, int64_t halo, uint8_t zero) {
   const int64_t line = (w.out(1) + 2 * halo) * n, lines = w.out(0) + 2 * halo;
-  parallel_for(w.batch * lines, std::max<int64_t>(1, 65536 / line), [&](int64_t begin, int64_t end) {
+  parallel_for(w.batch * lines, 65536 / (2 * halo * n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       uint8_t* row = y + i * line;
       const int64_t at = i % lines;
