@@ -402,7 +402,9 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
             pool = MaxPoolCodes(window, x, codes[node].halo)
         elif keepdim is not None:
             flat = [user for user in node.users if _is_flatten(gm, user)]
-            if keepdim and len(flat) == len(node.users):  # as means without those dimensions are
+            if (
+                keepdim and flat and len(flat) == len(node.users)
+            ):  # as means without those dimensions are
                 keepdim, node.meta = False, flat[0].meta
                 for user in flat:
                     user.replace_all_uses_with(node)

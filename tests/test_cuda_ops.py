@@ -841,9 +841,8 @@ def test_every_op_has_a_cuda_answer() -> None:
     """`model.to("cuda")` may meet any op."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("cora::")]
     assert "cora::run_layer" in names
-    names.remove(
-        "cora::run_steps"
-    )  # called for CPU tensors only: FusedSteps runs single ops on a GPU
+    # Called for CPU tensors only: FusedSteps runs single ops on a GPU.
+    names.remove("cora::run_steps")
     missing = [
         name
         for name in names

@@ -61,9 +61,8 @@ def test_the_result_is_that_of_single_steps(isa: str, name: str, threads: Any) -
 
 def test_what_is_one_stretch() -> None:
     (residual,) = stretches(cora.fuse(packed("basic"), X))
-    assert (
-        len(residual.steps) == 9
-    )  # all but the last: what it gives is float, and torch's mean reads it
+    # All but the last: what it gives is float, and torch's mean reads it.
+    assert len(residual.steps) == 9
     (mobile,) = stretches(cora.fuse(packed("mobile"), X))
     assert len(mobile.steps) == 4
     model = nn.Sequential(
@@ -72,6 +71,20 @@ def test_what_is_one_stretch() -> None:
     model.extend([nn.Flatten(), nn.Linear(3, 2)])
     (whole,) = stretches(cora.fuse(quantize(model, X, activation_bits=8), X))
     assert len(whole.steps) == 5  # the mean of codes too
+
+
+def test_a_mean_that_nobody_reads() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            F.adaptive_avg_pool2d(x, 1)
+            return self.b(x)
+
+    check(cora.fuse(quantize(Unread(), X, activation_bits=8), X), X)
 
 
 class Reused(nn.Module):
