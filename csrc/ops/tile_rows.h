@@ -125,14 +125,8 @@ class TileRows {
     const bool x_far = !copies_ && win_.batch * in_.image > kNear && x_bytes <= kL1;
     const bool y_far = win_.rows() * h_.n * y_size > kNear;
     if (!(x_far || y_far) || tile >= tiles() || h_.groups > 1) return f;
-    const int64_t b = tile * shape_.blocks, line = b / grid_.per_line, start = b % grid_.per_line * grid_.block;
-    int64_t image = line, position = start;
-    if (grid_.lines != Grid::kImages) {
-      const int64_t all = line * grid_.width + start, pixels = win_.pixels();
-      image = all / pixels;
-      position = all % pixels;
-    }
-    const int64_t y = position / grid_.columns, x = position % grid_.columns;
+    const int64_t b = tile * shape_.blocks;
+    const auto [image, y, x] = place(b / grid_.per_line, b % grid_.per_line * grid_.block);
     if (x_far) {  // the last line that its windows see
       const X* row = in_.x + image * in_.image + y * h_.stride[0] * in_.line + x * h_.stride[1] * in_.pixel;
       f.x = reinterpret_cast<const uint8_t*>(row + tap_.back() / in_.line * in_.line);
@@ -223,18 +217,24 @@ class TileRows {
     else
       std::memcpy(to, from, static_cast<size_t>(bytes));
   }
+  struct Place {
+    int64_t image, y, x;
+  };
+  /// Of a position on a line.
+  Place place(int64_t line, int64_t position) const {
+    int64_t image = line;
+    if (grid_.lines != Grid::kImages) {
+      const int64_t all = line * grid_.width + position, pixels = win_.pixels();
+      image = all / pixels;
+      position = all % pixels;
+    }
+    return {image, position / grid_.columns, position % grid_.columns};
+  }
   void locate_block(Rows<X>& rows, int64_t b, const X* base) const {
     const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;
     // A block that would pass the end of its line starts earlier and drops what was done before.
     const int64_t start = shape_.strict ? std::min(wanted, grid_.width - grid_.block) : wanted;
-    const int64_t pixels = win_.pixels();
-    int64_t image = line, position = start;
-    if (grid_.lines != Grid::kImages) {
-      const int64_t all = line * grid_.width + start;
-      image = all / pixels;
-      position = all % pixels;
-    }
-    int64_t y = position / grid_.columns, x = position % grid_.columns;
+    auto [image, y, x] = place(line, start);
     const int64_t step = h_.stride[1] * in_.pixel;
     const int first = rows.m, last = first + static_cast<int>(std::min(grid_.block, grid_.width - start));
     for (int i = first; i < last;) {  // output row by output row
