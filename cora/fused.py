@@ -44,6 +44,7 @@ class FusedLayer(nn.Module):
         self.name = ""  # the layer's in the packed model
         self.low, self.high = -math.inf, math.inf
         self.adds = False
+        self.merged = False  # the layer is one of `merge.merged`
         self.range = self.own_output = None  # quantizers of its input and output, if static
         if layer.activation_bits and layer.x_scale is not None:
             self.range = _quantizer(layer.x_scale, layer.x_zero_point, layer.activation_bits)
@@ -99,6 +100,8 @@ class FusedLayer(nn.Module):
         words = [type(self.layer).float_type.__name__]
         if self.input is None and self.range is not None:
             words.insert(0, "quantize")
+        if self.merged:
+            words[-1] += f" (merged, {self.layer.bits}-bit)"
         if self.adds:
             words.append("add" if self.add is None else "add codes")
         if (self.low, self.high) != (-math.inf, math.inf):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ import cora
 from cora.batches import divergence
 from cora.fused import FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
 from cora.modules import QuantLayer
+
+fuse = partial(cora.fuse, merge=False)  # what merging changes: test_merge.py
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, **options: Any) -> nn.Sequential:
@@ -167,7 +170,7 @@ X = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 + 0.
 
 
 def test_a_residual_network() -> None:
-    fused = cora.fuse(packed("basic"), X)
+    fused = fuse(packed("basic"), X)
     codes = "-> 8-bit codes"
     assert steps(fused) == {
         "stem.0": f"quantize + Conv2d + relu {codes}",
@@ -187,7 +190,7 @@ def test_a_residual_network() -> None:
 
 
 def test_a_mobile_network() -> None:
-    assert list(steps(cora.fuse(packed("mobile"), X)).values()) == [
+    assert list(steps(fuse(packed("mobile"), X)).values()) == [
         "quantize + Conv2d + clamp(0, 6) -> 8-bit codes, halo 1",
         "Conv2d + clamp(0, 6) -> 8-bit codes",
         "Conv2d + add codes -> 8-bit codes",
@@ -198,7 +201,7 @@ def test_a_mobile_network() -> None:
 
 
 def test_a_concatenation() -> None:
-    assert list(steps(cora.fuse(packed("concat"), X)).values()) == [
+    assert list(steps(fuse(packed("concat"), X)).values()) == [
         "quantize + Conv2d + relu -> 8-bit codes, halo 2",
         "quantize + Conv2d + relu -> 8-bit codes, halo 2",
         "cat -> 8-bit codes, halo 2",
@@ -212,7 +215,7 @@ def test_a_concatenation() -> None:
 
 def test_padding_before_a_layer() -> None:
     """Even padding becomes the border of the layer before, uneven padding is done on codes."""
-    fused = cora.fuse(packed("same"), X)
+    fused = fuse(packed("same"), X)
     assert list(steps(fused).values()) == [
         "pad -> float",
         "quantize + Conv2d + clamp(0, 6) -> 8-bit codes",
@@ -229,7 +232,7 @@ def test_padding_before_a_layer() -> None:
 def test_a_model_that_branches_on_sizes() -> None:
     """Fused for the example's sizes and any batch; other sizes run unfused, and the summary says so."""
     qmodel = packed("same")
-    fused = cora.fuse(qmodel, X)
+    fused = fuse(qmodel, X)
     assert "for inputs of batchx3x8x8; others run unfused" in str(fused)
     compare(qmodel, fused, X[:1])
     x = torch.randn(2, 3, 11, 9)
@@ -240,7 +243,7 @@ def test_a_model_that_branches_on_sizes() -> None:
 
 
 def test_linear_layers() -> None:
-    rows = list(steps(cora.fuse(packed("mlp"), X)).values())
+    rows = list(steps(fuse(packed("mlp"), X)).values())
     assert rows[1:] == [
         "quantize + Linear + relu -> 8-bit codes",
         "Linear + relu -> 8-bit codes",
@@ -250,7 +253,7 @@ def test_linear_layers() -> None:
 
 @pytest.mark.parametrize("options", [{"activation_bits": None}, {"activation": "dynamic"}])
 def test_without_static_ranges_only_epilogues_are_fused(options: dict[str, Any]) -> None:
-    rows = steps(cora.fuse(packed("basic", **options), X))
+    rows = steps(fuse(packed("basic", **options), X))
     assert not any("codes" in row for row in rows.values())
     assert rows["blocks.0.parts.1.0"] == "Conv2d + add + relu -> float"
 
@@ -287,7 +290,7 @@ class Readers(nn.Module):
 )  # fmt: skip
 def test_codes_only_where_every_reader_takes_them(kind: str, is_codes: bool) -> None:
     qmodel = quantize(Readers(kind), spec=cora.QuantSpec(4), activation_bits=8)
-    fused = cora.fuse(qmodel, X)
+    fused = fuse(qmodel, X)
     assert ("codes" in steps(fused)["a"]) == is_codes
     assert any(isinstance(m, MeanOfCodes) for m in fused.modules()) == (kind == "mean")
     compare(qmodel, fused, X)
@@ -309,7 +312,7 @@ def test_layers_that_run_twice_and_odd_paddings() -> None:
             return self.line(x.flatten(2))
 
     qmodel = quantize(Twice(), spec=cora.QuantSpec(4), activation_bits=8)
-    fused = cora.fuse(qmodel, X)
+    fused = fuse(qmodel, X)
     assert sum(isinstance(m, FusedLayer) for m in fused.modules()) == 2
     compare(qmodel, fused, X)
 
@@ -332,7 +335,7 @@ def test_in_place_operations_on_a_value_that_is_read_again() -> None:
 
     qmodel = quantize(InPlace(), spec=cora.QuantSpec(8), activation_bits=8, tune=None)
     before = X.clone()
-    compare(qmodel, cora.fuse(qmodel, X), X)
+    compare(qmodel, fuse(qmodel, X), X)
     assert torch.equal(X, before)
 
 
@@ -356,7 +359,7 @@ def as_list(output: Any) -> list[Tensor]:
 def test_the_output_is_the_packed_models(name: str, activation_bits: int) -> None:
     """The distance to the float model does not grow: fusing costs nothing in accuracy."""
     qmodel = packed(name, activation_bits=activation_bits)
-    fused, x = cora.fuse(qmodel, X), torch.cat(net_batches(4, 64))
+    fused, x = fuse(qmodel, X), torch.cat(net_batches(4, 64))
     net = trained(name)
     with torch.no_grad():
         expected, got, float_output = qmodel(x), fused(x), net(x)
@@ -379,7 +382,7 @@ def test_without_additions_only_ties_differ(name: str) -> None:
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.head,
         )  # fmt: skip
     qmodel = quantize(net.eval(), spec=cora.QuantSpec(4), activation_bits=8)
-    fused, x = cora.fuse(qmodel, X), torch.cat(net_batches(4, 64))
+    fused, x = fuse(qmodel, X), torch.cat(net_batches(4, 64))
     with torch.no_grad():
         error = (fused(x) - qmodel(x)).abs() / qmodel(x).abs().max()
     assert float(error.median()) < 1e-5 and float(error.max()) < 0.02
@@ -388,7 +391,7 @@ def test_without_additions_only_ties_differ(name: str) -> None:
 def test_fewer_bits_stay_in_range() -> None:
     """4-bit codes end at 15, whatever the kernel's own limit."""
     qmodel = packed("basic", activation_bits=4)
-    fused, largest = cora.fuse(qmodel, X), []
+    fused, largest = fuse(qmodel, X), []
     for module in fused.modules():
         if isinstance(module, FusedLayer | MaxPoolCodes):
             module.register_forward_hook(
@@ -405,7 +408,7 @@ def test_fewer_bits_stay_in_range() -> None:
 def test_other_sizes() -> None:
     for name in ("basic", "bottleneck", "mobile"):
         qmodel = packed(name)
-        fused = cora.fuse(qmodel, X)
+        fused = fuse(qmodel, X)
         for shape in ((1, 3, 8, 8), (2, 3, 19, 13), (0, 3, 8, 8)):
             x = torch.randn(shape)
             if shape[0]:
@@ -415,7 +418,7 @@ def test_other_sizes() -> None:
 
 
 def test_inference_mode_memory_formats_and_threads(threads: Any) -> None:
-    fused = cora.fuse(packed("basic"), X)
+    fused = fuse(packed("basic"), X)
     with torch.inference_mode():
         y = fused(X)
         assert torch.equal(fused(X.contiguous(memory_format=torch.channels_last)), y)
@@ -426,7 +429,7 @@ def test_inference_mode_memory_formats_and_threads(threads: Any) -> None:
 
 def test_copies() -> None:
     qmodel = packed("bottleneck")
-    fused = cora.fuse(qmodel, X)
+    fused = fuse(qmodel, X)
     with torch.no_grad():
         y, unfused = fused(X), qmodel(X)
         for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
@@ -442,12 +445,12 @@ def test_a_loaded_file(tmp_path: Any) -> None:
     cora.save(qmodel, tmp_path / "m.safetensors")
     loaded = cora.load(tmp_path / "m.safetensors", ResNet())
     with torch.no_grad():
-        assert torch.equal(cora.fuse(loaded, X)(X), cora.fuse(qmodel, X)(X))
+        assert torch.equal(fuse(loaded, X)(X), fuse(qmodel, X)(X))
 
 
 @pytest.mark.parametrize("name", ["basic", "concat"])
 def test_compile_and_export(name: str) -> None:
-    fused = cora.fuse(packed(name), X)
+    fused = fuse(packed(name), X)
     with torch.no_grad():
         expected, part = fused(X), fused(X[:3])
         compiled = torch.compile(fused, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -473,7 +476,7 @@ def test_keyword_and_two_inputs() -> None:
     batch = {"second": torch.randn(20, 6), "first": torch.randn(20, 4)}
     qmodel = quantize(Two(), [batch], activation_bits=8, rank_budget=0.5)
     for example in (batch, (batch["first"], batch["second"])):
-        fused = cora.fuse(qmodel, example)
+        fused = fuse(qmodel, example)
         assert "add" in steps(fused)["a"]
         with torch.no_grad():
             torch.testing.assert_close(fused(**batch), qmodel(**batch), atol=0.05, rtol=0.05)
@@ -494,7 +497,7 @@ def test_a_table_cut_to_the_length_of_the_input() -> None:
     x = torch.randn(20, 5, 4)
     qmodel = quantize(Places(), [x], activation_bits=8, rank_budget=0.5)
     before = set(vars(qmodel))
-    fused = cora.fuse(qmodel, x)
+    fused = fuse(qmodel, x)
     assert "for inputs of batchx5x4; others run unfused" in str(fused)
     assert set(vars(qmodel)) == before
     with torch.no_grad():
@@ -528,7 +531,7 @@ def test_options_that_the_example_leaves_out() -> None:
 
     x = torch.randn(20, 4)
     qmodel = quantize(Options(), [x], activation_bits=8, rank_budget=0.5)
-    fused = cora.fuse(qmodel, x)
+    fused = fuse(qmodel, x)
     mask = torch.rand(20, 3)
     with torch.no_grad():
         for kwargs in ({}, {"scale": 2.0}, {"mask": None, "head": "b"}, {"twice": False}):
@@ -548,13 +551,13 @@ def test_options_that_the_example_leaves_out() -> None:
     for args, kwargs in (((x, None, 1.0, "b", True), {}), ((x,), {"x": x}), ((x,), {"y": x})):
         with pytest.raises(TypeError):
             fused(*args, **kwargs)
-    masked = cora.fuse(qmodel, {"x": x, "mask": mask})
+    masked = fuse(qmodel, {"x": x, "mask": mask})
     with torch.no_grad():
         torch.testing.assert_close(masked(x, mask), qmodel(x, mask), atol=0.05, rtol=0.05)
         assert torch.equal(masked(x), qmodel(x))
     assert "mask given" in str(masked)
     options = {"x": x, "mask": None, "head": "c", "twice": True}
-    other = cora.fuse(qmodel, options)
+    other = fuse(qmodel, options)
     with torch.no_grad():
         torch.testing.assert_close(other(**options), qmodel(**options), atol=0.05, rtol=0.05)
         assert torch.equal(other(x), qmodel(x))
@@ -565,13 +568,13 @@ def test_a_layer_alone() -> None:
     qmodel = quantize(nn.Linear(4, 6), torch.randn(20, 4), activation_bits=8, rank_budget=0.5)
     x = torch.randn(3, 4)
     with torch.no_grad():
-        assert torch.equal(cora.fuse(qmodel, x)(x), qmodel(x))
+        assert torch.equal(fuse(qmodel, x)(x), qmodel(x))
 
 
 def test_half_precision_stays_float_between_layers() -> None:
     qmodel = packed("basic").bfloat16()
     x = X.bfloat16()
-    fused = cora.fuse(qmodel, x)
+    fused = fuse(qmodel, x)
     assert not any("codes" in row for row in steps(fused).values())
     with torch.no_grad():
         assert fused(x).dtype == torch.bfloat16
@@ -588,10 +591,10 @@ def test_errors() -> None:
 
     qmodel = quantize(Flow(), torch.ones(20, 4), rank_budget=0.5)
     with pytest.raises(ValueError, match="qmodel: torch.fx cannot trace Flow"):
-        cora.fuse(qmodel, torch.ones(2, 4))
+        fuse(qmodel, torch.ones(2, 4))
     with pytest.raises(ValueError, match="example: a batch of 3 items must say which are inputs"):
-        cora.fuse(packed("mlp"), (X, X, X))
+        fuse(packed("mlp"), (X, X, X))
     with pytest.raises(ValueError, match="expected a model in eval mode"):
-        cora.fuse(packed("mlp").train(), X)
+        fuse(packed("mlp").train(), X)
     with pytest.raises(ValueError, match="expected a model with packed layers, found none"):
-        cora.fuse(trained_net(), X)
+        fuse(trained_net(), X)

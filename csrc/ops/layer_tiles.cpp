@@ -56,11 +56,13 @@ class Tiles {
 
   void run() const {
     const int64_t threads = torch::stable::get_num_threads(), panels = h_.groups * h_.panels;
-    // The split that leaves the slowest thread least: expanding a panel costs about one tile of it.
+    // The split that leaves the slowest thread least: expanding a panel costs about one tile of it. Threads that split
+    // the panels read all of x and write to the same lines of y, which costs an eighth.
     int64_t n_parts = 1, best = INT64_MAX;
     for (int64_t parts = 1; parts <= std::min(threads, panels); ++parts) {
       const int64_t tiles = ceil_div(tiles_, threads / parts), share = ceil_div(panels, parts);
-      const int64_t cost = share * (tiles + 1) + tiles * h_.chunks * ceil_div(share, h_.panels);
+      const int64_t work = share * (tiles + 1) + tiles * h_.chunks * ceil_div(share, h_.panels);
+      const int64_t cost = parts > 1 ? 9 * work : 8 * work;
       if (cost < best) {
         best = cost;
         n_parts = parts;
