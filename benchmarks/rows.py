@@ -321,8 +321,10 @@ def _network(name: str, batch: int, threads: int) -> Contest:
     x = pictures[:batch].clone()
     packed_model = packed_network(name)
     ours: dict[str, Call] = {}
-    whole = cora.fuse(packed_model, x)
+    # As users get it, and with every adapter beside its codes.
+    whole, beside = cora.fuse(packed_model, x), cora.fuse(packed_model, x, merge=False)
     ours["cora W4A8"] = lambda: whole(x)
+    ours["cora W4A8, no adapter merged"] = lambda: beside(x)
     last = x.contiguous(memory_format=torch.channels_last)
     ours["cora W4A8, layer by layer"] = lambda: packed_model(last)
     work = peers.NetworkWork(name, model, x, pictures.split(8))

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .batches import Batch, required_inputs
-from .fused import Codes, FusedLayer, FusedModel, FusedSteps, MaxPoolCodes, MeanOfCodes
+from .fused import Codes, FusedLayer, FusedModel, FusedSteps, MaxPoolCodes, Mean, MeanOfCodes
 from .merge import is_worth_merging, merged, merging_is_faster
 from .modules import QuantConv2d, QuantLayer, QuantLinear
 from .tracing import trace
@@ -405,11 +405,7 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
         pool: nn.Module | None = None
         if isinstance(module, FusedLayer):
             module.set_codes(x, add, codes.get(node))
-        elif x is None:
-            continue
-        elif window is not None and node in codes:
-            pool = MaxPoolCodes(window, x, codes[node].halo)
-        elif keepdim is not None:
+        elif keepdim is not None and (x is not None or _is_layer_of_pixels(gm, node.args[0])):
             flat = [user for user in node.users if _is_flatten(gm, user)]
             if (
                 keepdim and flat and len(flat) == len(node.users)
@@ -418,7 +414,11 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
                 for user in flat:
                     user.replace_all_uses_with(node)
                     gm.graph.erase_node(user)
-            pool = MeanOfCodes(x, keepdim)
+            pool = Mean(keepdim) if x is None else MeanOfCodes(x, keepdim)
+        elif x is None:
+            continue
+        elif window is not None and node in codes:
+            pool = MaxPoolCodes(window, x, codes[node].halo)
         elif (amounts := _zero_pad(gm, node)) and node in codes:
             more = codes[node].halo - x.halo  # a border is padding that is there already
             node.op, node.target = "call_function", F.pad
@@ -428,9 +428,14 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
                 node.replace_all_uses_with(node.args[0])
                 gm.graph.erase_node(node)
         if pool is not None:
-            name = f"codes_{node.name}"
+            name = f"pooled_{node.name}"
             gm.add_submodule(name, pool)
             node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _is_layer_of_pixels(gm: fx.GraphModule, node: Any) -> bool:
+    module = _module(gm, node) if isinstance(node, fx.Node) else None
+    return isinstance(module, FusedLayer) and len(_shape(node) or ()) == 4
 
 
 def _join_steps(gm: fx.GraphModule) -> None:
@@ -440,7 +445,7 @@ def _join_steps(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         module = _module(gm, node)
         native = isinstance(module, FusedLayer | MaxPoolCodes) or (
-            isinstance(module, MeanOfCodes) and not module.keepdim
+            isinstance(module, Mean | MeanOfCodes) and not module.keepdim
         )
         if native:
             stretch.append(node)

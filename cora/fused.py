@@ -15,7 +15,7 @@ from .modules import QuantLayer
 from .ops import steps
 from .tracing import Traced, sizes_of
 
-__all__ = ["Codes", "FusedLayer", "FusedModel", "FusedSteps", "MaxPoolCodes", "MeanOfCodes"]
+__all__ = ["Codes", "FusedLayer", "FusedModel", "FusedSteps", "MaxPoolCodes", "Mean", "MeanOfCodes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,21 @@ class MeanOfCodes(nn.Module):
         codes = self.codes
         step = steps.Step(steps.MEAN, x_zero_point=codes.zero_point, x_halo=codes.halo)
         return step, steps.Numbers(codes.scale)
+
+
+class Mean(nn.Module):
+    """The mean over height and width of floats."""
+
+    def __init__(self, keepdim: bool) -> None:
+        super().__init__()
+        self.keepdim = keepdim
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.mean_pixels(x)
+        return y[:, :, None, None] if self.keepdim else y
+
+    def step(self) -> tuple[steps.Step, steps.Numbers]:  # without keepdim
+        return steps.Step(steps.MEAN_PIXELS), steps.Numbers()
 
 
 class FusedSteps(nn.Module):

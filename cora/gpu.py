@@ -16,6 +16,7 @@ __all__ = [
     "lowrank_factors",
     "max_pool2d_codes",
     "mean_codes",
+    "mean_pixels",
     "quantization_error",
 ]
 
@@ -163,3 +164,7 @@ def mean_codes(x: Tensor, scale: float, zero_point: int, x_halo: int) -> Tensor:
     total = inner.sum((2, 3), dtype=torch.int64) - zero_point * pixels
     unit = float(torch.tensor(scale, dtype=torch.float32)) / pixels
     return (total.double() * unit).float()
+
+
+def mean_pixels(x: Tensor) -> Tensor:
+    return x.mean((2, 3))

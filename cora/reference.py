@@ -24,6 +24,7 @@ __all__ = [
     "lowrank_factors",
     "max_pool2d_codes",
     "mean_codes",
+    "mean_pixels",
     "pack_bits",
     "prepare_layer",
     "quantization_error",
@@ -154,6 +155,11 @@ def mean_codes(x: Tensor, scale: float, zero_point: int, x_halo: int = 0) -> Ten
     """Mean of the numbers, in float64."""
     s = torch.tensor(scale, dtype=torch.float32).double()
     return ((_without_halo(x, x_halo).double() - zero_point) * s).mean((2, 3)).float()
+
+
+def mean_pixels(x: Tensor) -> Tensor:
+    """Mean of the pixels, in float64."""
+    return x.double().mean((2, 3)).to(x.dtype)
 
 
 def _without_halo(codes: Tensor, halo: int) -> Tensor:

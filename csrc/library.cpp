@@ -23,6 +23,7 @@ STABLE_TORCH_LIBRARY(cora, m) {
       "max_pool2d_codes(Tensor x, int zero_point, int x_halo, int[2] kernel_size, int[2] stride, int[2] padding,"
       " int[2] dilation, bool ceil_mode, int out_halo) -> Tensor");
   m.def("mean_codes(Tensor x, float scale, int zero_point, int x_halo) -> Tensor");
+  m.def("mean_pixels(Tensor x) -> Tensor");
   m.def("pack_bits(Tensor codes, int bits) -> Tensor");
   m.def("unpack_bits(Tensor packed, int bits, int k) -> Tensor");
   m.def("dequantize_packed(Tensor packed, Tensor scale, Tensor zero_point, int bits, int k) -> Tensor");

@@ -815,6 +815,8 @@ def test_pooling_in_plain_torch() -> None:
     assert torch.equal(got, torch.ops.cora.max_pool2d_codes(x, 3, 1, *window, 2))
     mean = gpu.mean_codes(x, 0.1, 3, 1)
     assert torch.allclose(mean, torch.ops.cora.mean_codes(x, 0.1, 3, 1), rtol=1e-6)
+    pixels = torch.randn(2, 5, 9, 8)
+    assert torch.allclose(gpu.mean_pixels(pixels), torch.ops.cora.mean_pixels(pixels), atol=1e-6)
 
 
 # --- Prepared layers are the same bytes each time --------------------------------------------------

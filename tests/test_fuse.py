@@ -182,8 +182,7 @@ def test_a_residual_network() -> None:
         "blocks.1.downsample.0": f"Conv2d + add codes + relu {codes}, halo 1",
         "blocks.2.parts.0.0": f"Conv2d + relu {codes}, halo 1",
         "blocks.2.parts.1.0": "Conv2d + add codes + relu -> float",
-        "avgpool": "AdaptiveAvgPool2d -> float",
-        "flatten": "flatten -> float",
+        "avgpool": "Mean -> float",  # and flattened
         "fc": "quantize + Linear -> float",
     }
     assert all(name in str(fused) for name in steps(fused))
@@ -195,7 +194,7 @@ def test_a_mobile_network() -> None:
         "Conv2d + clamp(0, 6) -> 8-bit codes",
         "Conv2d + add codes -> 8-bit codes",
         "Conv2d + clamp(0, 4) -> float",
-        "mean -> float",
+        "Mean -> float",
         "quantize + Linear -> float",
     ]
 

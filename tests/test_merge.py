@@ -1,4 +1,4 @@
-"""Layers merged with their adapters when a model is fused: which, and that they compute the same but for rounding."""
+"""Layers merged with their adapters when a model is fused: which ones, and the same numbers but for rounding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class Net(nn.Module):
 
 def packed(**options: Any) -> nn.Module:
     return quantize(
-        Net().eval(), X, **{"spec": QuantSpec(3), "rank_budget": 0.1, "activation_bits": 8, **options}
+        Net().eval(),
+        X,
+        **{"spec": QuantSpec(3), "rank_budget": 0.1, "activation_bits": 8, **options},
     )
 
 
@@ -102,7 +104,12 @@ def test_which_layers() -> None:
 def test_a_network() -> None:
     qmodel = packed()
     apart, together = cora.fuse(qmodel, X, merge=False), cora.fuse(qmodel, X, merge=True)
-    assert merged_layers(apart) == [] and merged_layers(together) == ["stem", "twice", "twice", "wide"]
+    assert merged_layers(apart) == [] and merged_layers(together) == [
+        "stem",
+        "twice",
+        "twice",
+        "wide",
+    ]
     own = {id(m) for m in together.modules() if isinstance(m, QuantLayer)}
     theirs = {id(m) for m in qmodel.modules() if isinstance(m, QuantLayer)}
     assert len(own) == 4 and len(own & theirs) == 1  # one for both calls; the head is shared

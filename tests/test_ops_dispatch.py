@@ -76,6 +76,7 @@ def samples() -> dict[str, tuple[Any, tuple[Any, ...]]]:
             OPS.mean_codes,
             (ops.quantize_activation(image, 0.1, 3, 8, 1), 0.1, 3, 1),
         ),
+        "mean_pixels": (OPS.mean_pixels, (image,)),
         "pack_bits": (OPS.pack_bits, (codes, 4)),
         "unpack_bits": (OPS.unpack_bits, (packed, 4, 12)),
         "dequantize_packed": (OPS.dequantize_packed, (packed, scale, zero_point, 4, 12)),

@@ -343,6 +343,15 @@ SHAPE_ERRORS = [
         "cora::mean_codes: x must have dtype uint8, got float32",
     ),
     (lambda: ops.mean_codes(codes(1, 2, 6, 6), 0.0, 0), "scale must be finite and > 0, got 0"),
+    (lambda: ops.mean_pixels(codes(1, 2, 6, 6)), "cora::mean_pixels: x must have dtype float"),
+    (
+        lambda: ops.mean_pixels(torch.zeros(2, 6, 6)),
+        r"x must have 4 dimensions, got shape \[2, 6, 6\]",
+    ),
+    (
+        lambda: ops.mean_pixels(torch.zeros(1, 2, 0, 6)),
+        r"x must hold pixels, got shape \[1, 2, 0, 6\]",
+    ),
     (
         lambda: ops.pack_bits(torch.zeros(3), 4),
         "cora::pack_bits: codes must have dtype uint8, got float32",

@@ -53,12 +53,26 @@ def test_mean(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5 * scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 9, 11), (1, 600, 7, 7), (3, 5, 1, 1), (0, 3, 2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mean_of_pixels(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(4)) + 100).to(dtype)
+    expected = reference.mean_pixels(x)
+    for laid_out in (x, x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT):
+        got = ops.mean_pixels(laid_out)
+        assert got.dtype == dtype and got.is_contiguous()
+        torch.testing.assert_close(got, expected, atol=0.0, rtol=torch.finfo(dtype).eps)
+    assert torch.equal(ops.mean_pixels(x[:, 1:, :, ::2]), ops.mean_pixels(x[:, 1:, :, ::2].clone()))
+
+
 def test_mean_of_many_pixels() -> None:
     x = torch.full((1, 2, 300, 70000), 255, dtype=torch.uint8).contiguous(
         memory_format=torch.channels_last
     )
     assert ops.mean_codes(x, 1.0, 0).tolist() == [[255.0, 255.0]]
     assert ops.mean_codes(x, 1.0, 255).tolist() == [[0.0, 0.0]]
+    y = torch.full((1, 2, 300, 7000), 0.1)
+    assert torch.equal(ops.mean_pixels(y), torch.full((1, 2), 0.1))
 
 
 def test_a_window_that_misses_the_image() -> None:
@@ -74,6 +88,10 @@ def test_threads(threads: Any) -> None:
     for count in (1, 2):
         threads(count)
         results.append(
-            (ops.max_pool2d_codes(x, 20, 1, 3, 2, 1, out_halo=1), ops.mean_codes(x, 0.1, 20, 1))
+            (
+                ops.max_pool2d_codes(x, 20, 1, 3, 2, 1, out_halo=1),
+                ops.mean_codes(x, 0.1, 20, 1),
+                ops.mean_pixels(x.float()),
+            )
         )
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

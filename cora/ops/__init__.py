@@ -11,7 +11,13 @@ tensor, in eager mode and when traced.
 """
 
 from ._native import isa, set_isa
-from .activation import dequantize_activation, max_pool2d_codes, mean_codes, quantize_activation
+from .activation import (
+    dequantize_activation,
+    max_pool2d_codes,
+    mean_codes,
+    mean_pixels,
+    quantize_activation,
+)
 from .lowrank import lowrank_factors, residual_svd_init
 from .packed_layers import conv2d_lowrank, linear_lowrank
 from .packing import dequantize_packed, pack_bits, unpack_bits
@@ -38,6 +44,7 @@ __all__ = [
     "lowrank_factors",
     "max_pool2d_codes",
     "mean_codes",
+    "mean_pixels",
     "pack_bits",
     "prepare_layer",
     "quantization_error",

@@ -11,7 +11,13 @@ from .. import gpu
 from . import _native
 from ._checks import Pair, check, check_bits, check_dtype, check_float, check_window, pair
 
-__all__ = ["dequantize_activation", "max_pool2d_codes", "mean_codes", "quantize_activation"]
+__all__ = [
+    "dequantize_activation",
+    "max_pool2d_codes",
+    "mean_codes",
+    "mean_pixels",
+    "quantize_activation",
+]
 
 
 def quantize_activation(
@@ -127,6 +133,18 @@ def mean_codes(x: Tensor, scale: float, zero_point: int, x_halo: int = 0) -> Ten
     return _native.ops.mean_codes.default(x, scale, zero_point, x_halo)
 
 
+def mean_pixels(x: Tensor) -> Tensor:
+    """Mean over height and width, summed in float64 (by torch on a GPU).
+
+    Args:
+        x: float32, float16 or bfloat16 [batch, channels, H, W].
+
+    Returns:
+        [batch, channels], of x's dtype.
+    """
+    return _native.ops.mean_pixels.default(x)
+
+
 def _check_image(op: str, x: Tensor, zero_point: int, halo: int) -> None:
     check_dtype(op, "x", x, torch.uint8)
     check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
@@ -178,5 +196,15 @@ def _(x: Tensor, scale: float, zero_point: int, x_halo: int) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
+@torch.library.register_fake("cora::mean_pixels")
+def _(x: Tensor) -> Tensor:
+    op = "mean_pixels"
+    check_float(op, "x", x)
+    check(x.dim() == 4, op, f"x must have 4 dimensions, got shape {list(x.shape)}")
+    check(x.shape[2] > 0 and x.shape[3] > 0, op, f"x must hold pixels, got shape {list(x.shape)}")
+    return x.new_empty(x.shape[:2])
+
+
 torch.library.register_kernel("cora::max_pool2d_codes", "cuda", gpu.max_pool2d_codes)
 torch.library.register_kernel("cora::mean_codes", "cuda", gpu.mean_codes)
+torch.library.register_kernel("cora::mean_pixels", "cuda", gpu.mean_pixels)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from . import _native
 
-__all__ = ["LAYER", "MAX_POOL", "MEAN", "Numbers", "Step", "pack_steps", "run_steps"]
+__all__ = ["LAYER", "MAX_POOL", "MEAN", "MEAN_PIXELS", "Numbers", "Step", "pack_steps", "run_steps"]
 
-LAYER, MAX_POOL, MEAN = range(3)  # kinds: run_layer, max_pool2d_codes, mean_codes
+# Kinds: run_layer, max_pool2d_codes, mean_codes, mean_pixels.
+LAYER, MAX_POOL, MEAN, MEAN_PIXELS = range(4)
 
 
 class Step(NamedTuple):

@@ -1,5 +1,6 @@
 // cora::max_pool2d_codes, mean_codes: pooling of uint8 codes, channels_last with a border of `halo` pixels. The order of
 // codes is that of the numbers they stand for, so a maximum needs no scale; a border is no part of any window.
+// cora::mean_pixels: the mean of floats.
 #include "ops/pooling.h"
 
 #include <algorithm>
@@ -142,9 +143,41 @@ Tensor mean_codes(Tensor x, double scale, int64_t zero_point, int64_t x_halo) {
   return y;
 }
 
+Tensor mean_pixels(Tensor x) {
+  const char* op = "mean_pixels";
+  const ScalarType dtype = x.scalar_type();
+  check_float(op, "x", x);
+  CORA_CHECK(op, x.dim() == 4, "x must have 4 dimensions, got shape ", shape_text(x));
+  const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  CORA_CHECK(op, height >= 1 && width >= 1, "x must hold pixels, got shape ", shape_text(x));
+  const Tensor floats = to_dtype(x, ScalarType::Float);
+  Tensor y = empty({batch, channels}, ScalarType::Float);
+  float* to = mutable_data<float>(y);
+  const float* first = data<float>(floats);
+  const int64_t image = floats.stride(0), channel = floats.stride(1), line = floats.stride(2), pixel = floats.stride(3);
+  const double pixels = static_cast<double>(height * width);
+  constexpr int64_t kBlock = 256;  // channels a task sums at once
+  const int64_t blocks = (channels + kBlock - 1) / kBlock;
+  parallel_for(batch * blocks, kGrain / (4 * kBlock * height * width), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / blocks, at = i % blocks * kBlock, count = std::min(kBlock, channels - at);
+      double total[kBlock] = {};
+      for (int64_t h = 0; h < height; ++h) {
+        const float* from = first + b * image + at * channel + h * line;
+        for (int64_t w = 0; w < width; ++w, from += pixel)
+          for (int64_t n = 0; n < count; ++n) total[n] += static_cast<double>(from[n * channel]);
+      }
+      float* out = to + b * channels + at;
+      for (int64_t n = 0; n < count; ++n) out[n] = static_cast<float>(total[n] / pixels);
+    }
+  });
+  return to_dtype(y, dtype);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cora, CPU, m) {
   m.impl("max_pool2d_codes", TORCH_BOX(&max_pool2d_codes));
   m.impl("mean_codes", TORCH_BOX(&mean_codes));
+  m.impl("mean_pixels", TORCH_BOX(&mean_pixels));
 }
 
 }  // namespace cora

@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kOp = "run_steps";
 
-enum Kind : int64_t { kLayer, kMaxPool, kMean };
+enum Kind : int64_t { kLayer, kMaxPool, kMean, kMeanPixels };
 
 /// A row of `program`, int64, as cora/ops/steps.py writes it. Values are numbered: the inputs first, then each step's.
 struct Step {
@@ -65,7 +65,8 @@ Tensor run_step(const Step& s, const Numbers& v, const std::vector<Tensor>& laye
     return max_pool2d_codes(x, s.x_zero_point, s.x_halo, pair(s.kernel_size), pair(s.stride), pair(s.padding),
                             pair(s.dilation), s.ceil_mode != 0, s.out_halo);
   if (s.kind == kMean) return mean_codes(x, v.x_scale, s.x_zero_point, s.x_halo);
-  CORA_CHECK(kOp, s.kind == kLayer, "kind must be ", kLayer, "..", kMean, ", got ", s.kind);
+  if (s.kind == kMeanPixels) return mean_pixels(x);
+  CORA_CHECK(kOp, s.kind == kLayer, "kind must be ", kLayer, "..", kMeanPixels, ", got ", s.kind);
   CORA_CHECK(kOp, s.layer >= 0 && s.layer < static_cast<int64_t>(layers.size()), "layer must be 0..",
              static_cast<int64_t>(layers.size()) - 1, ", got ", s.layer);
   RunArgs args{};
