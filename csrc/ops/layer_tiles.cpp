@@ -50,6 +50,8 @@ class Tiles {
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
         a_quads_(round_up(h_.run, align_) / kQuad),
+        ready_(kInt && h_.ready && quads_ == layer.quads()),
+        a_ready_(kInt && h_.a_ready && a_quads_ == layer.a_quads()),
         place_(layer, window, input, output, isa_, align_, !direct_, fused_,
                ceil_div(h_.panels * h_.groups, fitting_panels())),
         tiles_(place_.tiles()) {}
@@ -94,6 +96,7 @@ class Tiles {
   const bool pipelined_;           // the epilogue is done during the next product
   const int64_t align_;            // elements of K a run is padded to
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
+  const bool ready_, a_ready_;     // panels (A's) are read as they are stored
   const TileRows<X> place_;
   const int64_t tiles_;
 
@@ -182,16 +185,17 @@ class Tiles {
 
   void expand_panel(Scratch& s, int64_t p, int64_t index) const {
     for (int64_t seg = 0; seg < h_.segments; ++seg) {
-      Panel* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
+      Panel* panel = s.panels.get() + (s.packed || ready_ ? 0 : (index * h_.segments + seg) * segment_size());
+      const uint8_t* offset = layer_.stored_offset(p, seg);
       const int32_t* far = layer_.far(p, seg);
       if constexpr (kInt) {
-        if (!s.packed) expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, layer_.offset(p, seg), panel);
+        if (!s.packed && !ready_) expand(layer_.codes(p, seg), h_.bits, layer_.quads(), quads_, offset, panel);
         s.widest[index * h_.segments + seg] = widest(layer_.offset(p, seg));
       } else if constexpr (kPlanes)
-        expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, layer_.offset(p, seg), far, panel);
+        expand_bf16(layer_.codes(p, seg), h_.bits, layer_.segment_run(), quads_, offset, far, panel);
       else
-        expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), layer_.offset(p, seg), layer_.scale(p, seg),
-                   far, s.bytes.get(), panel);
+        expand_f32(layer_.codes(p, seg), h_.bits, layer_.segment_run(), offset, layer_.scale(p, seg), far,
+                   s.bytes.get(), panel);
     }
     if (!s.packed) expand_up(s, p, index);
     if (fused_) scale_bias(s, p, index);
@@ -224,15 +228,15 @@ class Tiles {
   void expand_chunks(Scratch& s, int64_t g) const {
     static constexpr int32_t kNear[kLanes] = {};
     uint8_t offset[kLanes];
-    std::fill_n(offset, kLanes, uint8_t{128});
+    std::fill_n(offset, kLanes, static_cast<uint8_t>(h_.a_ready ? 0 : 128));
     s.up_bound = 0.0f;
     for (int64_t q = 0; q < h_.chunks; ++q) {
       const int64_t at = g * h_.chunks + q;
-      Panel* panel = s.chunks.get() + q * chunk_size();
+      Panel* panel = s.chunks.get() + (a_ready_ ? 0 : q * chunk_size());
       if (h_.adapter == AdapterKind::kFloat) {
         if constexpr (kFloat) std::memcpy(panel, layer_.a<float>(at), static_cast<size_t>(layer_.a_size()));
       } else if constexpr (kInt) {
-        expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
+        if (!a_ready_) expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
         for (int n = 0; n < kLanes; ++n) {
           s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0] * unit_;
           s.up_bound += 128.0f * 255.0f * static_cast<float>(h_.taps * h_.run * h_.a_widest) *
@@ -245,6 +249,18 @@ class Tiles {
         expand_f32(layer_.a<uint8_t>(at), 8, h_.run, offset, layer_.a_scale(at), kNear, s.bytes.get(), panel);
       }
     }
+  }
+
+  const Panel* panel(const Scratch& s, int64_t p, int64_t index, int64_t seg) const {
+    if constexpr (kInt)
+      if (ready_) return reinterpret_cast<const int8_t*>(layer_.codes(p, seg));
+    return s.panels.get() + (s.packed ? 0 : (index * h_.segments + seg) * segment_size());
+  }
+  /// at: of the chunk over all groups, q within its own.
+  const Panel* chunk(const Scratch& s, int64_t at, int64_t q) const {
+    if constexpr (kInt)
+      if (a_ready_) return layer_.a<int8_t>(at);
+    return s.chunks.get() + q * chunk_size();
   }
 
   // --- One tile ----------------------------------------------------------------------------------
@@ -270,12 +286,11 @@ class Tiles {
         for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
       } else if constexpr (kPlanes) {
         cpu::k_tile_bf16.at(isa_)(rows.row, rows.plane, in_.planes, rows.tap, h_.taps, a_quads_,
-                                  s.chunks.get() + q * chunk_size(), rows.m, block_of(rows), lanes, c, &s.pending);
+                                  chunk(s, at, q), rows.m, block_of(rows), lanes, c, &s.pending);
         cpu::k_rescale.at(isa_)(c, rows.m, layer_.a_scale(at), false, c);
       } else {
         std::fill_n(c, rows.m * kLanes, 0.0f);
-        cpu::k_tile_f32.at(isa_)(rows.row, rows.tap, h_.taps, h_.run, s.chunks.get() + q * chunk_size(), rows.m, lanes,
-                                 c);
+        cpu::k_tile_f32.at(isa_)(rows.row, rows.tap, h_.taps, h_.run, chunk(s, at, q), rows.m, lanes, c);
       }
       cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
     }
@@ -283,11 +298,11 @@ class Tiles {
 
   void hidden_from_codes(Scratch& s, const Rows<X>& rows, int64_t at, int64_t q, int lanes, void* u) const {
     static constexpr int32_t kZero[kMaxTileM] = {};
-    if (fused_) return hidden_fused(s, rows, q, lanes, u);
+    if (fused_) return hidden_fused(s, rows, at, q, lanes, u);
     alignas(64) int32_t acc[kMaxTileM * kLanes];
     cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
-                            reinterpret_cast<const int8_t*>(s.chunks.get() + q * chunk_size()), h_.a_widest, rows.m,
-                            block_of(rows), lanes, acc);
+                            reinterpret_cast<const int8_t*>(chunk(s, at, q)), h_.a_widest, rows.m, block_of(rows), lanes,
+                            acc);
     if (in_.uniform)
       return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
                                                  lanes, u);
@@ -326,8 +341,8 @@ class Tiles {
     s.turn ^= 1;
     return finish;
   }
-  void hidden_fused(Scratch& s, const Rows<X>& rows, int64_t q, int lanes, void* u) const {
-    set_tile(s, rows, s.chunks.get() + q * chunk_size(), a_quads_, &s.a_correction[q * kLanes], lanes);
+  void hidden_fused(Scratch& s, const Rows<X>& rows, int64_t at, int64_t q, int lanes, void* u) const {
+    set_tile(s, rows, chunk(s, at, q), a_quads_, &s.a_correction[q * kLanes], lanes);
     s.tile.folded = false;
     s.tile.packed = nullptr;
     s.tile.hidden = nullptr;
@@ -339,8 +354,7 @@ class Tiles {
   }
   void multiply_fused(Scratch& s, const Rows<X>& rows, int64_t p, int64_t index, const float* hidden) const {
     const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
-    set_tile(s, rows, s.panels.get() + (s.packed ? 0 : index) * segment_size(), quads_, &s.correction[index * kLanes],
-             lanes_of(layer_.group_n(), first));
+    set_tile(s, rows, panel(s, p, index, 0), quads_, &s.correction[index * kLanes], lanes_of(layer_.group_n(), first));
     s.tile.folded = true;
     s.tile.packed = s.packed ? layer_.codes(p, 0) : nullptr;
     s.tile.bits = h_.bits;
@@ -396,16 +410,16 @@ class Tiles {
     const int64_t run = layer_.segment_run(), taps = std::max<int64_t>(1, kStretch / run);
     std::fill_n(s.products.get(), count * kMaxTileM * kLanes, 0.0f);
     for (int64_t seg = 0; seg < h_.segments; ++seg) {
-      const float* panel = s.panels.get() + (index * h_.segments + seg) * segment_size();
+      const float* w = panel(s, p, index, seg);
       for (int64_t t = 0; t < h_.taps; t += taps)
         for (int64_t k = 0; k < run; k += kStretch) {
           const int64_t some = std::min(taps, h_.taps - t), length = std::min(kStretch, run - k);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t from = rows[i].tap[t] + k;
             cpu::k_tile_f32.at(isa_)(place_.segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length,
-                                     panel, rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
+                                     w, rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
           }
-          panel += some * length * kLanes;
+          w += some * length * kLanes;
         }
     }
   }
@@ -414,14 +428,13 @@ class Tiles {
   void multiply(Scratch& s, Rows<X>& rows, int64_t p, int64_t index, const float* hidden, const float* product) const {
     const int64_t first = p % h_.panels * kLanes;
     const int lanes = lanes_of(layer_.group_n(), first);
-    const Panel* panel = s.panels.get() + index * h_.segments * segment_size();
     float* const up = s.up[s.turn].get();
     alignas(64) float c[kMaxTileM * kLanes];
     cpu::Epilogue e = out_.epilogue;
     if constexpr (kInt) {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
-        cpu::k_tile_s8.at(isa_)(place_.segment(rows, seg), rows.tap, h_.taps, quads_, panel + seg * segment_size(),
+        cpu::k_tile_s8.at(isa_)(place_.segment(rows, seg), rows.tap, h_.taps, quads_, panel(s, p, index, seg),
                                 s.widest[index * h_.segments + seg], rows.m, block_of(rows), lanes, acc);
         if (!direct_) requantize(rows, p, seg, acc, c);
       }
@@ -437,7 +450,7 @@ class Tiles {
       float* const sum = s.sum[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
         cpu::k_tile_bf16.at(isa_)(place_.segment(rows, seg), rows.plane, in_.planes, rows.tap, h_.taps, quads_,
-                                  panel + seg * segment_size(), rows.m, block_of(rows), lanes,
+                                  panel(s, p, index, seg), rows.m, block_of(rows), lanes,
                                   h_.segments > 1 ? c : sum, &s.pending);
         if (h_.segments > 1) cpu::k_rescale.at(isa_)(c, rows.m, layer_.scale(p, seg), seg > 0, sum);
       }
@@ -518,8 +531,8 @@ class Tiles {
       s.sum[i] = Buffer<float>(kPlanes ? kMaxTileM * kLanes : 0);
       s.up[i] = Buffer<float>(h_.rank > 0 ? kMaxTileM * kLanes : 0);
     }
-    s.packed = fused_ && tiles <= kFewTiles && layer_.quads() == quads_;
-    s.panels = Buffer<Panel>(s.packed ? 0 : block_panels * panel_size);
+    s.packed = fused_ && !ready_ && tiles <= kFewTiles && layer_.quads() == quads_;
+    s.panels = Buffer<Panel>(s.packed || ready_ ? 0 : block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
     s.bias = Buffer<float>(fused_ ? block_panels * kLanes : 0);
     s.bounded = Buffer<bool>(fused_ ? block_panels : 0);
@@ -529,7 +542,7 @@ class Tiles {
     s.products = Buffer<float>(kFloat ? block_tiles * kMaxTileM * kLanes : 0);
     if (kFloat) s.bytes = Buffer<int8_t>(h_.taps * (round_up(h_.run, kQuad)) * kLanes);
     if (h_.rank > 0) {
-      s.chunks = Buffer<Panel>(h_.chunks * chunk_size());
+      s.chunks = Buffer<Panel>(a_ready_ ? 0 : h_.chunks * chunk_size());
       s.a_alpha = Buffer<float>(kInt ? h_.chunks * kLanes : 0);
       s.a_correction = Buffer<int32_t>(kInt ? h_.chunks * kLanes : 0);
       const int64_t kept = s.packed ? 1 : block_panels;

@@ -118,6 +118,7 @@ void fill_panel(const LayerHeader& h, const LayerSource& source, int64_t p, uint
                 exists ? codes[lane * k + natural_index(h, t, s * run + at_run)] : offset[lane];
             row[lane * kQuad + j] = code;
             wsum[lane] += code - offset[lane];
+            if (h.ready) row[lane * kQuad + j] = static_cast<uint8_t>(code - 128);
           }
         cpu::pack_quad_row(row, h.bits, out);
       }
@@ -154,13 +155,20 @@ void fill_chunk(const LayerHeader& h, const LayerSource& source, int64_t q, uint
         if (h.adapter == AdapterKind::kInt8) {
           const int8_t value = exists ? source.a_codes[from] : int8_t{0};
           const int64_t to = ((t * runs + e) / kQuad * kLanes + lane) * kQuad + e % kQuad;
-          mutable_at<uint8_t>(blob, h.a + q * view.a_size())[to] = static_cast<uint8_t>(value + 128);
+          mutable_at<uint8_t>(blob, h.a + q * view.a_size())[to] =
+              static_cast<uint8_t>(h.a_ready ? value : value + 128);
           sum[lane] += value;
         } else {
           mutable_at<float>(blob, h.a + q * view.a_size())[(t * runs + e) * kLanes + lane] =
               exists ? source.a_float[from] : 0.0f;
         }
       }
+}
+
+/// Whether every weight's offset is 128.
+bool has_middle_offsets(const LayerSource& source, int bits) {
+  const int32_t* end = source.zero_point + source.q.rows * source.q.groups;
+  return std::all_of(source.zero_point, end, [&](int32_t zero) { return weight_offset(zero, bits) == 128; });
 }
 
 /// The largest |code - zero_point|.
@@ -258,6 +266,9 @@ Tensor prepare_layer(const LayerArgs& args, const Window& window) {
   const int64_t widest = widest_weight(source, h.bits);
   h.narrow = widest * 255 * source.q.group_size <= INT32_MAX;
   h.bf16 = widest <= cpu::kExactBf16;
+  // Few rows of a linear layer are multiplied by codes as they are.
+  h.ready = !h.linear && !h.depthwise && h.bits == 8 && has_middle_offsets(source, h.bits);
+  h.a_ready = !h.linear && int8;
   h.a_widest = int8 ? widest_a(source.a_codes, a->numel()) : 0;
   h.depthwise ? plan_depthwise(h, source) : plan_arrays(h);
 

@@ -35,6 +35,7 @@ struct LayerHeader {
   AdapterKind adapter;
   bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
   bool bf16;                                      // code - zero_point is exact in bfloat16
+  bool ready, a_ready;                            // 8-bit codes (of an int8 A) are stored less their offset, 128
   int64_t planes;                                 // of a depthwise layer: int8 values whose sum is a weight
   // Offsets of the arrays below, in bytes; depthwise.cpp says which it has.
   int64_t codes, offset, scale, zero_point, wsum, far_zero, bias, a, a_scale, a_sum, b, merged;
@@ -78,6 +79,11 @@ struct Layer {
     return at<uint8_t>(h->codes) + (p * h->segments + s) * segment_bytes();
   }
   const uint8_t* offset(int64_t p, int64_t s) const { return lanes<uint8_t>(h->offset, p, s); }
+  /// What is to be subtracted from codes as they are stored.
+  const uint8_t* stored_offset(int64_t p, int64_t s) const {
+    static constexpr uint8_t kNone[cpu::kLanes] = {};
+    return h->ready ? kNone : offset(p, s);
+  }
   const float* scale(int64_t p, int64_t s) const { return lanes<float>(h->scale, p, s); }
   const int32_t* zero_point(int64_t p, int64_t s) const { return lanes<int32_t>(h->zero_point, p, s); }
   /// zero_point - offset: what of a zero-point does not fit the int8 weights.
@@ -91,7 +97,7 @@ struct Layer {
     return h->has_bias ? at<float>(h->bias) + p * cpu::kLanes : nullptr;
   }
   // The adapter, q counting chunks over all groups: A as quad-rows [taps][a_quads] of
-  // 8-bit codes with zero-point 128, or floats [taps][run][32]; B int8 or float [rank][32] a panel.
+  // 8-bit codes with zero-point 128 (or less it: a_ready), or floats [taps][run][32]; B int8 or float [rank][32] a panel.
   int64_t a_size() const {
     return h->adapter == AdapterKind::kInt8 ? h->taps * a_quads() * cpu::kQuadRow
                                             : h->taps * h->run * cpu::kLanes * int64_t{sizeof(float)};
