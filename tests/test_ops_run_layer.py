@@ -112,8 +112,10 @@ def check(
     return got
 
 
-def convolution(name: str) -> tuple[Any, ...]:
-    b, c, h, w, outputs, groups, kernel, stride, padding, dilation = CONVOLUTIONS[name]
+def convolution(conv: str | tuple[Any, ...]) -> tuple[Any, ...]:
+    if isinstance(conv, str):
+        conv = CONVOLUTIONS[conv]
+    b, c, h, w, outputs, groups, kernel, stride, padding, dilation = conv
     window = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
     size = [
         (s + 2 * p - d * (k - 1) - 1) // t + 1
@@ -141,6 +143,48 @@ def test_convolutions(isa: str, kind: str, name: str) -> None:
     ):
         x = made_input(kind, shape)
         check(x, {**weights, "groups": groups}, shape[1], plain, out, (kind, add, clamp, output))
+
+
+# As CONVOLUTIONS: lines of a few bytes, which are interleaved; of many rows, of odd widths, without overlap.
+FEW_CHANNELS = {
+    "rgb": (3, 3, 9, 37, 40, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "rgb, stride 2": (2, 3, 17, 18, 16, 1, (3, 3), (2, 2), (1, 1), (1, 1)),
+    "rgba": (1, 4, 6, 70, 12, 1, (4, 4), (1, 1), (0, 2), (1, 1)),
+    "grey": (2, 1, 8, 9, 33, 1, (3, 3), (1, 1), (1, 1), (1, 1)),
+    "tall": (1, 2, 24, 9, 7, 1, (11, 3), (2, 1), (5, 1), (1, 1)),
+    "patches": (2, 3, 12, 16, 24, 1, (4, 4), (4, 4), (0, 0), (1, 1)),
+    "gaps": (1, 3, 12, 15, 8, 1, (2, 2), (3, 3), (0, 0), (1, 1)),
+    "dilated rows": (1, 5, 11, 8, 9, 1, (3, 2), (1, 1), (2, 0), (2, 1)),
+    "sixteen": (1, 16, 6, 7, 8, 1, (2, 2), (1, 2), (0, 0), (1, 1)),
+    "one column": (1, 3, 9, 3, 8, 1, (3, 3), (1, 1), (1, 0), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+@pytest.mark.parametrize("kind", ["float", "static", "dynamic", "codes", "codes-3"])
+def test_few_channels(isa: str, kind: str, name: str) -> None:
+    shape, n, k, groups, window, out = convolution(FEW_CHANNELS[name])
+    weights = operands(n, k, groups, rank=3)
+    for add, output in (("none", "codes-1"), ("codes", "codes"), ("none", "float")):
+        x = made_input(kind, shape)
+        plain = {key: value for key, value in window.items() if key != "groups"}
+        check(x, weights, shape[1], plain, out, (kind, add, "relu", output))
+
+
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("kind", ["float", "static", "codes-1"])
+@pytest.mark.parametrize("size", [3, 9])
+def test_symmetric_codes_of_8_bits(isa: str, kind: str, channels: int, size: int) -> None:
+    """Their panels are stored as the kernels read them."""
+    conv = (2, channels, size, size, 70, 1, (3, 3), (1, 1), (1, 1), (1, 1))
+    shape, n, k, _, window, out = convolution(conv)
+    plain = {key: value for key, value in window.items() if key != "groups"}
+    for rank in (0, 20):
+        weights = operands(n, k, 1, bits=8, rank=rank)
+        weights["zero_point"] = torch.full_like(weights["zero_point"], 128)
+        for add, output in (("none", "codes-1"), ("float", "float")):
+            x = made_input(kind, shape)
+            check(x, weights, channels, plain, out, (kind, add, "relu", output))
 
 
 @pytest.mark.parametrize("m", [0, 1, 3, 5, 37])

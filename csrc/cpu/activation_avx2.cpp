@@ -103,6 +103,23 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
   }
 }
 
+namespace {
+
+/// kMove bytes at a time: what follows a pixel is written over by the next one.
+template <int kMove>
+void interleave_moves(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count,
+                      uint8_t* to) {
+  for (int64_t x = 0; x < count; ++x, from += bytes)
+    for (int64_t y = 0; y < lines; ++y, to += bytes) std::memcpy(to, from + line[y], kMove);
+}
+
+}  // namespace
+
+void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count, uint8_t* to) {
+  (bytes <= 4 ? interleave_moves<4> : bytes <= 8 ? interleave_moves<8> : interleave_moves<16>)(from, line, lines, bytes,
+                                                                                           count, to);
+}
+
 }  // namespace cora::cpu::avx2
 
 CORA_END_TARGET

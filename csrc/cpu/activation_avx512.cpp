@@ -193,6 +193,58 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
   }
 }
 
+namespace {
+
+constexpr int kGroup = 8, kMostPairs = 4, kMostBytes = 4;  // pixels of a line; pairs of lines; bytes of a pixel
+
+/// Where the bytes of kGroup pixels of each line go: `from` and `mask` of each vector of the result and pair of lines,
+/// which lie in a vector's halves.
+struct Interleaving {
+  int64_t lines = 0, bytes = 0;
+  int pairs, vectors;
+  alignas(64) uint8_t from[kMostPairs][kMostPairs][64];
+  __mmask64 mask[kMostPairs][kMostPairs];
+
+  static bool fits(int64_t lines, int64_t bytes) { return lines <= 2 * kMostPairs && bytes <= kMostBytes; }
+  void fill(int64_t new_lines, int64_t new_bytes) {
+    lines = new_lines;
+    bytes = new_bytes;
+    pairs = static_cast<int>((lines + 1) / 2);
+    const int64_t all = kGroup * lines * bytes;
+    vectors = static_cast<int>((all + 63) / 64);
+    for (int v = 0; v < vectors; ++v)
+      for (int p = 0; p < pairs; ++p) mask[v][p] = 0;
+    for (int64_t i = 0; i < all; ++i) {
+      const int64_t x = i / (lines * bytes), y = i / bytes % lines, j = i % bytes;
+      from[i / 64][y / 2][i % 64] = static_cast<uint8_t>(y % 2 * 32 + x * bytes + j);
+      mask[i / 64][y / 2] |= __mmask64{1} << i % 64;
+    }
+  }
+};
+
+}  // namespace
+
+void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count, uint8_t* to) {
+  if (!Interleaving::fits(lines, bytes)) return avx2::interleave(from, line, lines, bytes, count, to);
+  thread_local Interleaving of;  // of the thread's last layer
+  if (of.lines != lines || of.bytes != bytes) of.fill(lines, bytes);
+  const int pairs = of.pairs, vectors = of.vectors;
+  for (int64_t x = 0; x < count; x += kGroup, from += kGroup * bytes, to += kGroup * lines * bytes) {
+    __m512i x_of[kMostPairs];
+    for (int p = 0; p < pairs; ++p) {
+      const uint8_t *first = from + line[2 * p], *second = from + line[std::min<int64_t>(2 * p + 1, lines - 1)];
+      x_of[p] = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first))),
+                                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
+    }
+    for (int v = 0; v < vectors; ++v) {
+      __m512i out = _mm512_setzero_si512();
+      for (int p = 0; p < pairs; ++p)
+        out = _mm512_mask_permutexvar_epi8(out, of.mask[v][p], _mm512_load_si512(of.from[v][p]), x_of[p]);
+      _mm512_storeu_si512(to + 64 * v, out);
+    }
+  }
+}
+
 }  // namespace cora::cpu::avx512
 
 CORA_END_TARGET

@@ -1,6 +1,7 @@
 // Ranges and codes of activations: the baseline of every level and the arithmetic the others must match.
 #include "cpu/kernels.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace cora::cpu::scalar {
@@ -34,6 +35,11 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
                         int64_t ldo) {
   for (int64_t c = 0; c < cols; ++c)
     for (int64_t r = 0; r < rows; ++r) out[c * ldo + r] = code(x[r * ldx + c], p);
+}
+
+void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count, uint8_t* to) {
+  for (int64_t x = 0; x < count; ++x, from += bytes)
+    for (int64_t y = 0; y < lines; ++y) to = std::copy_n(from + line[y], bytes, to);
 }
 
 }  // namespace cora::cpu::scalar

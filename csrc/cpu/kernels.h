@@ -94,12 +94,12 @@ inline TileShape tile_shape(Isa isa) {
   return isa == Isa::kAmx ? TileShape{16, 2, 64, true} : TileShape{12, 1, kQuad, false};
 }
 
-/// Runs of a few bytes from `taps` places of each of m rows, side by side: to[i * stride + t * bytes + j] =
-/// rows[i][tap[t] + j], j < bytes <= kShortRun. Up to kShortRun bytes from a run's start are read. After the last row as
-/// many may be written, and rows up to a multiple of 64 bytes: stride is one.
-constexpr int kShortRun = 32;
-using CopyRunsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
-                        int64_t stride);
+/// Lines of pixels of a few bytes, interleaved: to[(x * lines + y) * bytes + j] = from[line[y] + x * bytes + j], for x <
+/// count, y < lines, j < bytes <= 16. Past a line's end up to 64 bytes may be read, past that of `to` kInterleaveSlack
+/// be written.
+constexpr int64_t kInterleaveSlack = 320;
+using InterleaveFn = void(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count,
+                          uint8_t* to);
 
 /// Packed quad-rows (cpu/planes.h) -> int8 code - offset[lane], [rows][32][4]. offset [32]: the difference fits.
 using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel);
@@ -349,7 +349,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(QuantizeTransposeFn, quantize_transpose)        \
   _(RangeFn, range)                                 \
   _(UnpackRowFn, unpack_row)                        \
-  _(CopyRunsFn, copy_runs)                          \
+  _(InterleaveFn, interleave)                       \
   _(DequantizeFn, dequantize)                       \
   _(ExpandFn, expand)                               \
   _(PanelF32Fn, panel_f32)                          \

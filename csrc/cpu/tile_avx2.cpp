@@ -384,15 +384,6 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
     }
 }
 
-void copy_runs(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
-               int64_t stride) {
-  // In memory's order: what a run's store leaves after its end is written over by the next run, or the next row's first.
-  for (int i = 0; i < m; ++i, to += stride)
-    for (int64_t t = 0; t < taps; ++t)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + t * bytes),
-                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[i] + tap[t])));
-}
-
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int widest, int m, int /*block*/, int lanes, int32_t* acc) {
   static constexpr TileS8 kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,

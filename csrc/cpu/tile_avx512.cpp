@@ -324,28 +324,6 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
   }
 }
 
-void copy_runs(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
-               int64_t stride) {
-  // Vector by vector of a row: each run that reaches into it is a masked load, so that lines are written whole.
-  for (int64_t first = 0; first < taps * bytes; first += 64) {
-    constexpr int kMost = 64;  // runs are not empty
-    __mmask64 mask[kMost];
-    int64_t from[kMost];
-    int pieces = 0;
-    for (int64_t t = first / bytes; t < taps && t * bytes < first + 64; ++t, ++pieces) {
-      const int64_t begin = t * bytes - first, end = begin + bytes;
-      mask[pieces] = mask64(end) & ~mask64(begin < 0 ? 0 : begin);
-      from[pieces] = tap[t] - begin;
-    }
-    uint8_t* row = to + first;
-    for (int i = 0; i < m; ++i, row += stride) {
-      __m512i v = _mm512_setzero_si512();
-      for (int p = 0; p < pieces; ++p) v = _mm512_mask_loadu_epi8(v, mask[p], rows[i] + from[p]);
-      _mm512_storeu_si512(row, v);
-    }
-  }
-}
-
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int /*widest*/, int m, int /*block*/, int lanes, int32_t* acc) {
   static constexpr decltype(&tile_s8_fixed<1, 1>) kTiles[kTileM][2] = {CORA_TILES(tile_s8_fixed)};

@@ -89,12 +89,6 @@ void quantized_hidden(const int32_t* acc, const int32_t* correction, const float
     static_cast<float*>(u)[i] = static_cast<float>(acc[i] - correction[i % kLanes]) * alpha[i % kLanes];
 }
 
-void copy_runs(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t bytes, int m, uint8_t* to,
-               int64_t stride) {
-  for (int i = 0; i < m; ++i)
-    for (int64_t t = 0; t < taps; ++t) std::copy_n(rows[i] + tap[t], bytes, to + i * stride + t * bytes);
-}
-
 void expand_up(const int8_t* b, int64_t rank, void* out) { std::copy_n(b, rank * kLanes, static_cast<float*>(out)); }
 
 void up_project(const void* u, int m, int /*block*/, int64_t rank, const void* b, float* up) {

@@ -77,8 +77,8 @@ bool run_planes(const Tensor& x, ScalarType dtype, const Layer& layer, const Win
   if (cpu::active_isa() != cpu::Isa::kAmx || !h.bf16 || h.adapter == AdapterKind::kFloat || h.depthwise ||
       few_rows(h, w) || layer.segment_run() < kShortestPlaneRun)
     return false;
-  // Lines that are copied together are split and copied for every use; a transposition splits on its way.
-  const bool copied = h.walk == Walk::kCopied;
+  // Lines that are interleaved are split and copied for every row; a transposition splits on its way.
+  const bool copied = h.walk == Walk::kColumns;
   const int64_t kernels = copied ? 1 : h.kernel[0] * h.kernel[1], strides = copied ? 1 : h.stride[0] * h.stride[1];
   if (!h.linear && (copied || !nchw) && h.n / h.groups * kernels / strides < kFewestPlaneUses) return false;
   // Bits of the significand, eight a plane.

@@ -82,7 +82,7 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
     // Read in place where its border is wide enough and no kernel reads past its end.
     const bool aligned = !kCodes || layer.h->depthwise ||
                          (layer.segment_run() % cpu::tile_shape(cpu::active_isa()).align == 0 &&
-                          layer.h->walk != Walk::kCopied);
+                          layer.h->walk != Walk::kColumns);
     if (halo >= w.padding[0] && halo >= w.padding[1] && aligned) {
       in.line = line;
       in.image = image;

@@ -161,6 +161,7 @@ class Tiles {
 
   /// What a task keeps of its panels and its group's adapter.
   struct Scratch {
+    Columns<X> columns;
     std::unique_ptr<Rows<X>[]> rows;  // two blocks of tiles: a pending epilogue may refer to the one before
     Buffer<int32_t> acc[2];
     Buffer<float> sum[2], up[2];
@@ -525,6 +526,7 @@ class Tiles {
     // Hidden values are kept for the group's next block of panels, if there is one.
     const bool keep = block_panels < std::min(p_end - p_begin, h_.panels);
     Scratch s;
+    s.columns = place_.columns(2 * block_tiles);
     s.rows.reset(new Rows<X>[static_cast<size_t>(2 * block_tiles)]);
     for (int i = 0; i < 2; ++i) {
       s.acc[i] = Buffer<int32_t>(kInt ? kMaxTileM * kLanes : 0);
@@ -562,7 +564,7 @@ class Tiles {
           return s.hidden.get() + (keep ? t - t_begin + i : i) * h_.chunks * kHiddenChunk;
         };
         for (int64_t i = 0; i < count; ++i) {
-          place_.locate(s.rows[turn + i], t + i, g);
+          place_.locate(s.rows[turn + i], t + i, g, s.columns);
           if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
         }
         if constexpr (kInt)

@@ -30,7 +30,7 @@ void plan_walk(LayerHeader& h, int64_t scale_groups) {
     h.run = h.kernel[1] * cg;
     constexpr int64_t kStep = 64;  // of K, on the level with the longest
     if (h.taps * round_up(h.run, kStep) >= 2 * round_up(h.taps * h.run, kStep)) {
-      h.walk = Walk::kCopied;
+      h.walk = Walk::kColumns;
       h.run *= h.taps;
       h.taps = 1;
     }
@@ -46,9 +46,9 @@ int64_t natural_index(const LayerHeader& h, int64_t t, int64_t k) {
   if (h.walk == Walk::kNatural) return k;
   const int64_t taps = h.kernel[0] * h.kernel[1], cg = h.channels / h.groups;
   if (h.walk == Walk::kTaps) return k * taps + t;
-  if (h.walk == Walk::kCopied) {
-    t = k / (h.kernel[1] * cg);
-    k %= h.kernel[1] * cg;
+  if (h.walk == Walk::kColumns) {
+    const int64_t column = k / (h.kernel[0] * cg), row = k / cg % h.kernel[0];
+    return (k % cg * h.kernel[0] + row) * h.kernel[1] + column;
   }
   return (k % cg * h.kernel[0] + t) * h.kernel[1] + k / cg;
 }

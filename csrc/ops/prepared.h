@@ -19,7 +19,8 @@ namespace cora {
 enum class Walk : int32_t {
   kTaps,     // tap by tap, a group's channels contiguous
   kLines,    // kernel row by kernel row, (column, channel) contiguous: longer runs
-  kCopied,   // the same in one run, x being copied together: for few channels, whose lines are short
+  kColumns,  // kernel column by kernel column, (row, channel) contiguous, in one run: for few channels, whose lines are
+             // short. The input lines that an output row sees, interleaved, hold every window of the row in place
   kNatural,  // channel by channel, also copied: for scale groups that cut through a channel's taps
 };
 

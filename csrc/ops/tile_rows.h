@@ -6,6 +6,7 @@
 
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace cora {
@@ -41,6 +42,14 @@ struct Rows {
   Buffer<X> copy;
 };
 
+/// The input lines that an output row's windows see, interleaved: [column][kernel row][channel]. Of the rows that a
+/// task's tiles are at, in turns.
+template <typename X>
+struct Columns {
+  Buffer<X> storage;
+  std::vector<int64_t> row;  // whose columns a slot holds
+};
+
 /// Finds the rows of a layer's tiles.
 template <typename X>
 class TileRows {
@@ -63,7 +72,9 @@ class TileRows {
         tap_(tap_offsets()),
         gathered_tap_(static_cast<size_t>(h_.taps)),
         grid_(plan_grid(passes)),
-        copies_(grid_.copied || h_.walk == Walk::kNatural || h_.walk == Walk::kCopied) {
+        copies_(grid_.copied || h_.walk == Walk::kNatural),
+        column_(h_.walk == Walk::kColumns ? h_.run / h_.kernel[1] : in_.pixel),
+        columns_size_(round_up(((win_.out(1) - 1) * h_.stride[1] + h_.kernel[1]) * column_ + cpu::kInterleaveSlack, 64)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
   }
 
@@ -71,20 +82,28 @@ class TileRows {
   /// Rows of a block.
   int block() const { return static_cast<int>(grid_.block); }
   /// Between a block's rows, in elements, where the level wants one distance.
-  int64_t row_stride() const { return copies_ ? h_.taps * gathered_run_ : h_.stride[1] * in_.pixel; }
+  int64_t row_stride() const { return copies_ ? h_.taps * gathered_run_ : h_.stride[1] * column_; }
   /// Elements that a tile brings to the cache, about.
   int64_t tile_elements() const {
-    return shape_.block * shape_.blocks * (copies_ ? h_.taps * gathered_run_ : in_.pixel) * in_.planes;
+    return shape_.block * shape_.blocks * (copies_ ? h_.taps * gathered_run_ : column_) * in_.planes;
   }
 
+  /// Room for what `tiles` tiles at a time look at.
+  Columns<X> columns(int64_t tiles) const {
+    const int64_t slots = h_.walk == Walk::kColumns ? tiles * shape_.blocks : 0, all = slots * in_.planes * columns_size_;
+    Columns<X> c{Buffer<X>(all), std::vector<int64_t>(static_cast<size_t>(slots), -1)};
+    // What is past a run is multiplied by zeros, so it must be finite.
+    if (!kInt) std::memset(c.storage.get(), 0, static_cast<size_t>(all) * sizeof(X));
+    return c;
+  }
   /// A tile's rows, a group's channels of them, copied where the kernels cannot take them in place.
-  void locate(Rows<X>& rows, int64_t tile, int64_t g) const {
+  void locate(Rows<X>& rows, int64_t tile, int64_t g, Columns<X>& columns) const {
     rows.m = rows.count = 0;
     rows.tap = tap_.data();
-    rows.plane = in_.plane;
+    rows.plane = h_.walk == Walk::kColumns ? columns_size_ : in_.plane;
     const X* const base = in_.x + g * layer_.group_channels();
     for (int64_t b = tile * shape_.blocks; b < std::min((tile + 1) * shape_.blocks, grid_.blocks()); ++b)
-      locate_block(rows, b, base);
+      locate_block(rows, b, base, columns);
     if (h_.walk == Walk::kNatural) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t c = 0; c < layer_.group_channels(); ++c)
@@ -92,15 +111,6 @@ class TileRows {
             for (int64_t kx = 0; kx < h_.kernel[1]; ++kx)
               *to++ = from[ky * h_.dilation[0] * in_.line + kx * h_.dilation[1] * in_.pixel + c];
       });
-    } else if (h_.walk == Walk::kCopied) {
-      const int64_t line = h_.run / h_.kernel[0];
-      if (kInt && line <= cpu::kShortRun) {
-        copy_short_lines(rows, line);
-      } else {
-        copy_rows(rows, [&](const X* from, X* to) {
-          for (int64_t y = 0; y < h_.kernel[0]; ++y, to += line) copy_line(from + tap_[y], line, to);
-        });
-      }
     } else if (grid_.copied) {
       copy_rows(rows, [&](const X* from, X* to) {
         for (int64_t t = 0; t < h_.taps; ++t, to += gathered_run_)
@@ -122,7 +132,7 @@ class TileRows {
     const bool add = e.add != nullptr;
     const int64_t y_size = (add ? e.add_codes : e.codes) ? 1 : 4, rows = shape_.blocks * grid_.block;
     const int64_t x_bytes = rows * h_.stride[1] * in_.pixel * static_cast<int64_t>(sizeof(X));
-    const bool x_far = !copies_ && win_.batch * in_.image > kNear && x_bytes <= kL1;
+    const bool x_far = !copies_ && h_.walk != Walk::kColumns && win_.batch * in_.image > kNear && x_bytes <= kL1;
     const bool y_far = win_.rows() * h_.n * y_size > kNear;
     if (!(x_far || y_far) || tile >= tiles() || h_.groups > 1) return f;
     const int64_t b = tile * shape_.blocks;
@@ -164,10 +174,11 @@ class TileRows {
   std::vector<int64_t> gathered_tap_;
   const Grid grid_;
   const bool copies_;  // tiles' rows are copied together
+  const int64_t column_, columns_size_;  // elements of an input column, and of all that an output row's windows see
 
   std::vector<int64_t> tap_offsets() const {
     std::vector<int64_t> offsets;
-    const bool lines = h_.walk == Walk::kLines || h_.walk == Walk::kCopied;
+    const bool lines = h_.walk == Walk::kLines || h_.walk == Walk::kColumns;
     for (int64_t y = 0; y < h_.kernel[0]; ++y)
       for (int64_t x = 0; x < (lines ? 1 : h_.kernel[1]); ++x)
         offsets.push_back(y * h_.dilation[0] * in_.line + x * h_.dilation[1] * in_.pixel);
@@ -192,7 +203,8 @@ class TileRows {
     const int64_t columns = in_.line / in_.pixel, width = win_.out(1);
     const bool dense = h_.stride[0] == 1 && h_.stride[1] == 1;
     const bool one_run = dense && columns == width && in_.image == win_.out(0) * in_.line;
-    const bool always = h_.walk == Walk::kNatural || h_.walk == Walk::kCopied;
+    if (h_.walk == Walk::kColumns) return make_grid(Grid::kRows, width, false);
+    const bool always = h_.walk == Walk::kNatural;
     const Grid batch = make_grid(Grid::kBatch, width, always || (shape_.strict && !one_run));
     if (!batch.copied || always) return batch;
     // Cycles of a product: a block's rows, but not less than what loading the weights takes; and of copies.
@@ -208,15 +220,6 @@ class TileRows {
     return best;
   }
 
-  /// A few bytes at once; what follows them is overwritten by the next line, or is padding.
-  static void copy_line(const X* from, int64_t count, X* to) {
-    constexpr int64_t kBytes = 64;
-    const int64_t bytes = count * static_cast<int64_t>(sizeof(X));
-    if (kPlanes && bytes <= kBytes)
-      std::memcpy(to, from, kBytes);  // a constant: two moves instead of a call
-    else
-      std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
   struct Place {
     int64_t image, y, x;
   };
@@ -230,17 +233,40 @@ class TileRows {
     }
     return {image, position / grid_.columns, position % grid_.columns};
   }
-  void locate_block(Rows<X>& rows, int64_t b, const X* base) const {
+  /// An output row's columns, made if they are not there.
+  const X* interleaved(Columns<X>& columns, int64_t row) const {
+    const int64_t slots = static_cast<int64_t>(columns.row.size()), slot = row % slots;
+    X* const to = columns.storage.get() + slot * in_.planes * columns_size_;
+    if (std::exchange(columns.row[static_cast<size_t>(slot)], row) == row) return to;
+    const X* from = in_.x + row / win_.out(0) * in_.image + row % win_.out(0) * h_.stride[0] * in_.line;
+    const int64_t count = (win_.out(1) - 1) * h_.stride[1] + h_.kernel[1], c = in_.pixel;
+    for (int p = 0; p < in_.planes; ++p)
+      interleave(from + p * in_.plane, c, count, to + p * columns_size_);
+    return to;
+  }
+  /// The lines at tap_.
+  void interleave(const X* from, int64_t c, int64_t count, X* to) const {
+    if constexpr (kInt) {
+      cpu::k_interleave.at(isa_)(from, tap_.data(), h_.kernel[0], c, count, to);
+    } else {
+      for (int64_t x = 0; x < count; ++x, from += c)
+        for (int64_t y = 0; y < h_.kernel[0]; ++y) to = std::copy_n(from + tap_[y], c, to);
+    }
+  }
+  void locate_block(Rows<X>& rows, int64_t b, const X* base, Columns<X>& columns) const {
     const int64_t line = b / grid_.per_line, wanted = b % grid_.per_line * grid_.block;
     // A block that would pass the end of its line starts earlier and drops what was done before.
     const int64_t start = shape_.strict ? std::min(wanted, grid_.width - grid_.block) : wanted;
     auto [image, y, x] = place(line, start);
-    const int64_t step = h_.stride[1] * in_.pixel;
+    const int64_t step = h_.stride[1] * column_;
+    const X* const line_columns = h_.walk == Walk::kColumns ? interleaved(columns, line) : nullptr;
     const int first = rows.m, last = first + static_cast<int>(std::min(grid_.block, grid_.width - start));
     for (int i = first; i < last;) {  // output row by output row
       const int end = static_cast<int>(std::min<int64_t>(last, i + grid_.columns - x));
       const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
-      const X* row = base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
+      const X* row = line_columns != nullptr
+                         ? line_columns + x * step
+                         : base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
       const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
       const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
       if constexpr (kInt)
@@ -291,12 +317,6 @@ class TileRows {
       for (int i = 0; i < rows.m; ++i)
         copy(rows.row[i] + p * in_.plane, rows.copy.get() + (p * cpu::kMaxTileM + i) * size);
     use_copy(rows, size);
-  }
-  void copy_short_lines(Rows<X>& rows, int64_t line) const {
-    make_copy(rows, gathered_run_);
-    if constexpr (kInt)
-      cpu::k_copy_runs.at(isa_)(rows.row, tap_.data(), h_.kernel[0], line, rows.m, rows.copy.get(), gathered_run_);
-    use_copy(rows, gathered_run_);
   }
   void make_copy(Rows<X>& rows, int64_t size) const {
     if (rows.copy.get() != nullptr) return;
