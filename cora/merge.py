@@ -2,19 +2,23 @@
 
 An adapter costs a layer the more the fewer output channels it has: A's rows are computed a vector at a
 time, whatever the rank, and B's part once an output. Where a layer's weight is small, that costs more
-time than 8-bit codes of What + B A cost memory. Rounding a 4-bit weight's sum to them adds 0.4 % to the
-squared error that its own rounding left, as their steps are a seventeenth of its.
+time than 8-bit codes of What + B A cost memory. Their steps are a seventeenth of those of 4 bits.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
 
 from . import ops
-from .lowrank import unfold
-from .modules import QuantLayer, quantize_weight
+from .lowrank import quantize_adapter, unfold
+from .modules import QuantLayer, QuantWeight
 from .quantizer import QuantSpec
+from .rounding import Feedback, Rounded, quantize_matrix
 
 __all__ = ["is_worth_merging", "merged", "merging_is_faster"]
 
@@ -23,6 +27,9 @@ _MAX_BITS = 5  # of more the merged codes' rounding would be felt
 # and ResNet-50, one image and eight).
 _MAX_WEIGHTS = 640 * 1024
 _MIN_POSITIONS = 32  # fewer use each weight too seldom for its reading not to count
+# Of neighbouring pixels of a channel: what is known of inputs without looking at them. ResNet-20 with
+# 3-bit layers and adapters: KL 0.0194 unmerged, 0.0207 rounded to nearest, 0.0196 with it.
+_CORRELATION = 0.5
 
 
 def merging_is_faster() -> bool:
@@ -53,14 +60,39 @@ def merged(layer: QuantLayer) -> QuantLayer:
     Args:
         layer: the packed layer, which stays as it is.
     """
+    shape = layer.shape
     transposed = getattr(layer, "transposed", False)
-    matrix = unfold(layer.weight, transposed, layer.shape.groups)
-    spec = QuantSpec(bits=8, symmetric=True, clip="minmax", rounding="nearest")
-    plain = layer.to_float()
-    result = type(layer)(plain, quantize_weight(matrix, layer.shape, spec), layer.activation_bits)
+    matrix = unfold(layer.weight, transposed, shape.groups)
+    rounded = _rounded(matrix, math.prod(getattr(layer, "kernel_size", ())))
+    a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
+    adapter = quantize_adapter(a, b, 8, shape.groups)
+    weight = QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
+    result = type(layer)(layer.to_float(), weight, layer.activation_bits)
     if layer.x_scale is not None and layer.x_zero_point is not None:
         result.set_activation_range(layer.x_scale, layer.x_zero_point)
     if layer.y_scale is not None and layer.y_zero_point is not None:
         result.set_output_range(layer.y_scale, layer.y_zero_point)
     result.float_bias = layer.float_bias
     return result.train(layer.training)
+
+
+def _rounded(matrix: Tensor, taps: int) -> Rounded:
+    """8-bit codes of a matrix [N, K], an error passed on among the `taps` weights of a channel."""
+    spec = QuantSpec(bits=8, symmetric=True, clip="minmax", rounding="nearest")
+    rounded = quantize_matrix(matrix, spec)
+    if taps == 1:
+        return rounded
+    channels = matrix.shape[1] // taps
+    moment = _CORRELATION + (1 - _CORRELATION) * torch.eye(taps, device=matrix.device)
+    feedback = Feedback.of(moment[None])
+    codes, _ = ops.error_feedback(
+        matrix.reshape(-1, taps).contiguous(),
+        rounded.qparams.scale.repeat_interleave(channels, 0),
+        rounded.qparams.zero_point.repeat_interleave(channels, 0),
+        8,
+        feedback.factor,
+        feedback.order,
+    )
+    codes = codes.reshape(matrix.shape)
+    values = rounded.qparams.scale * (codes - rounded.qparams.zero_point)
+    return replace(rounded, codes=codes, dequantized=values)
