@@ -3,7 +3,7 @@
 `fuse` traces a packed model and rewrites it in three passes:
 
 1. *Layers.* A packed layer takes what follows it into its epilogue: an addition and a ReLU (ReLU6,
-   Hardtanh). A small one's adapter and scale groups are merged into 8-bit codes (merge.py).
+   Hardtanh). A small one's adapter and scale groups are merged into 8-bit codes (recode.py).
 2. *Codes.* A tensor that only packed layers of one static input range read (or additions, max pools,
    global averages, concatenations on the way to such layers) is quantized once, by the layer that
    makes it: uint8, channels last, with the border that its readers pad by. A shortcut that only an
@@ -30,8 +30,8 @@ from torch import fx, nn
 
 from .batches import Batch, required_inputs
 from .fused import Codes, FusedLayer, FusedModel, FusedSteps, MaxPoolCodes, Mean, MeanOfCodes
-from .merge import is_worth_merging, merged, merging_is_faster
 from .modules import QuantConv2d, QuantLayer, QuantLinear
+from .recode import evenly_padded, is_worth_merging, merged, merging_is_faster
 from .tracing import trace
 
 __all__ = ["fuse"]
@@ -66,8 +66,10 @@ def fuse(qmodel: nn.Module, example: Any, merge: bool | None = None) -> FusedMod
         qmodel = nn.Sequential(qmodel)
     traced = trace(qmodel, Batch(example, required_inputs(qmodel), "example"))
     gm = traced.graph_module
+    merge = merging_is_faster() if merge is None else merge
     _make_functional(gm)
-    _fuse_layers(gm, merging_is_faster() if merge is None else merge)
+    _even_padding(gm, merge)
+    _fuse_layers(gm, merge)
     codes = _annotate(gm)
     _set_codes(gm, codes)
     rows = _rows(gm, codes)
@@ -251,6 +253,35 @@ def _make_functional(gm: fx.GraphModule) -> None:
         if inplace:
             for user in [user for user in source.users if order[user] > order[node]]:
                 user.replace_input_with(source, node)
+
+
+def _even_padding(gm: fx.GraphModule, merge: bool) -> None:
+    """Take zero padding before a layer, and its own where it is uneven, into one that pads both sides alike."""
+    calls = Counter(node.target for node in gm.graph.nodes if node.op == "call_module")
+    for node in list(gm.graph.nodes):
+        layer = _module(gm, node)
+        if type(layer) is not QuantConv2d or calls[node.target] > 1:
+            continue
+        if layer.padding_mode != "zeros" or len(_shape(node) or ()) != 4:
+            continue
+        before = node.args[0]
+        amounts = _zero_pad(gm, before) if len(before.users) == 1 else None
+        left, right, top, bottom = (
+            a + b
+            for a, b in zip(amounts or [0] * 4, layer._reversed_padding_repeated_twice, strict=True)
+        )
+        if not amounts and (left, top) == (right, bottom):
+            continue
+        sides = [(top, bottom), (left, right)]
+        even = evenly_padded(layer, sides)
+        if even is None and merge and layer.activation_bits:
+            even = evenly_padded(merged(layer), sides)
+        if even is None:
+            continue
+        gm.add_submodule(str(node.target), even)
+        if amounts:
+            node.args = (before.args[0],)
+            gm.graph.erase_node(before)
 
 
 def _fuse_layers(gm: fx.GraphModule, merge: bool) -> None:

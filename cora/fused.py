@@ -44,7 +44,7 @@ class FusedLayer(nn.Module):
         self.name = ""  # the layer's in the packed model
         self.low, self.high = -math.inf, math.inf
         self.adds = False
-        self.merged = False  # the layer is one of `merge.merged`
+        self.merged = False  # the layer is one of `recode.merged`
         self.range = self.own_output = None  # quantizers of its input and output, if static
         if layer.activation_bits and layer.x_scale is not None:
             self.range = _quantizer(layer.x_scale, layer.x_zero_point, layer.activation_bits)

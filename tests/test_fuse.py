@@ -19,7 +19,7 @@ from cora.batches import divergence
 from cora.fused import FusedLayer, FusedModel, MaxPoolCodes, MeanOfCodes
 from cora.modules import QuantLayer
 
-fuse = partial(cora.fuse, merge=False)  # what merging changes: test_merge.py
+fuse = partial(cora.fuse, merge=False)  # what merging changes: test_recode.py
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int, **options: Any) -> nn.Sequential:
@@ -213,12 +213,10 @@ def test_a_concatenation() -> None:
 
 
 def test_padding_before_a_layer() -> None:
-    """Even padding becomes the border of the layer before, uneven padding is done on codes."""
+    """It becomes the layer's own, uneven padding by a wider kernel, and the border of the layer before."""
     fused = fuse(packed("same"), X)
     assert list(steps(fused).values()) == [
-        "pad -> float",
-        "quantize + Conv2d + clamp(0, 6) -> 8-bit codes",
-        "pad -> 8-bit codes",
+        "quantize + Conv2d + clamp(0, 6) -> 8-bit codes, halo 1",
         "Conv2d + clamp(0, 6) -> 8-bit codes, halo 2",
         "Conv2d + relu -> 8-bit codes, halo 1",
         "Conv2d -> float",
@@ -312,7 +310,7 @@ def test_layers_that_run_twice_and_odd_paddings() -> None:
 
     qmodel = quantize(Twice(), spec=cora.QuantSpec(4), activation_bits=8)
     fused = fuse(qmodel, X)
-    assert sum(isinstance(m, FusedLayer) for m in fused.modules()) == 2
+    assert sum(isinstance(m, FusedLayer) for m in fused.modules()) == 3
     compare(qmodel, fused, X)
 
 

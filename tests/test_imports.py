@@ -16,7 +16,7 @@ CORA = Path(__file__).parents[1] / "cora"
 # A module may import those of lower layers; the right-hand ones are optional or stand beside.
 LAYERS = {
     "cli": 16, "commands": 15, "compare": 14, "serialization": 13, "convert": 12, "roofline": 11,
-    "choose": 11, "diagnosis": 11, "fuse": 11, "fused": 10, "merge": 4, "joint": 10, "report": 10,
+    "choose": 11, "diagnosis": 11, "fuse": 11, "fused": 10, "recode": 4, "joint": 10, "report": 10,
     "tracing": 9, "fitting": 9, "search": 9, "planning": 9, "tuning": 9,
     "allocation": 8, "biases": 8, "evaluation": 8, "drift": 8,
     "curvature": 7, "calibration": 6, "activation_ranges": 5, "restructure": 5,

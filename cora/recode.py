@@ -1,8 +1,11 @@
-"""Layers whose low-rank adapter is merged into their codes, for speed.
+"""Packed layers by other codes, which run faster when a model is fused.
 
-An adapter costs a layer the more the fewer output channels it has: A's rows are computed a vector at a
-time, whatever the rank, and B's part once an output. Where a layer's weight is small, that costs more
+*Merged.* An adapter costs a layer the more the fewer output channels it has: A's rows are computed a vector
+at a time, whatever the rank, and B's part once an output. Where a layer's weight is small, that costs more
 time than 8-bit codes of What + B A cost memory. Their steps are a seventeenth of those of 4 bits.
+
+*Evenly padded.* Kernels pad both sides alike. What TensorFlow's "same" pads, one more after than before, is
+the same with the larger amount on both sides and a kernel that is wider by a row or column of zeros.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from . import ops
-from .lowrank import quantize_adapter, unfold
-from .modules import QuantLayer, QuantWeight
+from .lowrank import LayerShape, quantize_adapter, unfold
+from .modules import QuantConv2d, QuantLayer, QuantWeight
 from .quantizer import QuantSpec
 from .rounding import Feedback, Rounded, quantize_matrix
 
-__all__ = ["is_worth_merging", "merged", "merging_is_faster"]
+__all__ = ["evenly_padded", "is_worth_merging", "merged", "merging_is_faster"]
+
+_Layer = TypeVar("_Layer", bound=QuantLayer)
 
 _MAX_BITS = 5  # of more the merged codes' rounding would be felt
 # Weights of a merged layer: beyond, reading them takes as long as the adapter (measured on ResNet-18
@@ -54,7 +61,7 @@ def is_worth_merging(layer: QuantLayer, shape: Sequence[int]) -> bool:
     )
 
 
-def merged(layer: QuantLayer) -> QuantLayer:
+def merged(layer: _Layer) -> _Layer:
     """A layer of 8-bit codes, one scale an output channel, no adapter, of the same weight but for rounding.
 
     Args:
@@ -67,7 +74,67 @@ def merged(layer: QuantLayer) -> QuantLayer:
     a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
     adapter = quantize_adapter(a, b, 8, shape.groups)
     weight = QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
-    result = type(layer)(layer.to_float(), weight, layer.activation_bits)
+    return _restated(layer, layer.to_float(), weight)
+
+
+def evenly_padded(layer: QuantConv2d, sides: Sequence[tuple[int, int]]) -> QuantConv2d | None:
+    """A layer of the same results that pads by the larger amount on both sides; None if its codes cannot say so.
+
+    Args:
+        layer: the packed layer, which stays as it is; its own padding is not looked at.
+        sides: zeros to pad by before and after, vertically and horizontally.
+    """
+    packed = layer.packed_weight()
+    qparams, zero = packed.qparams, packed.qparams.zero_point
+    uneven = [before != after for before, after in sides]
+    if any(u and d != 1 for u, d in zip(uneven, layer.dilation, strict=True)):
+        return None
+    if qparams.scale.shape[1] > 1 or int(zero.min()) < 0 or int(zero.max()) >= 2**qparams.bits:
+        return None  # no code of theirs is a zero
+    padding = [max(side) for side in sides]
+    wider = [
+        p - amount
+        for p, side in reversed(list(zip(padding, sides, strict=True)))
+        for amount in side
+    ]
+
+    channels = packed.shape.columns // math.prod(layer.kernel_size)
+
+    def widened(rows: Tensor) -> Tensor:
+        kernels = F.pad(rows.reshape(-1, *layer.kernel_size), wider)
+        return kernels.reshape(len(rows), channels * kernels.shape[1:].numel())
+
+    codes = ops.unpack_bits(packed.codes, qparams.bits, packed.shape.columns)
+    codes = (widened(codes.int() - zero) + zero).to(torch.uint8)
+    conv = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        (layer.kernel_size[0] + wider[2] + wider[3], layer.kernel_size[1] + wider[0] + wider[1]),
+        _pair(layer.stride),
+        _pair(padding),
+        _pair(layer.dilation),
+        layer.groups,
+        bias=layer.bias is not None,
+        device=layer.codes.device,
+    )
+    if layer.bias is not None:
+        conv.bias = nn.Parameter(layer.bias.clone())
+    weight = QuantWeight(
+        ops.pack_bits(codes, qparams.bits),
+        qparams,
+        replace(packed.adapter, a=widened(packed.adapter.a)),
+        LayerShape(packed.shape.rows, codes.shape[1], packed.shape.groups),
+    )
+    return _restated(layer, conv, weight)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], values[1]
+
+
+def _restated(layer: _Layer, plain: nn.Module, weight: QuantWeight) -> _Layer:
+    """A layer with all that `layer` has beside its weight and geometry."""
+    result = type(layer)(plain, weight, layer.activation_bits)
     if layer.x_scale is not None and layer.x_zero_point is not None:
         result.set_activation_range(layer.x_scale, layer.x_zero_point)
     if layer.y_scale is not None and layer.y_zero_point is not None:
