@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TypeVar
 
 import torch
@@ -30,9 +31,9 @@ __all__ = ["evenly_padded", "is_worth_merging", "merged", "merging_is_faster"]
 _Layer = TypeVar("_Layer", bound=QuantLayer)
 
 _MAX_BITS = 5  # of more the merged codes' rounding would be felt
-# Weights of a merged layer: beyond, reading them takes as long as the adapter (measured on ResNet-18
-# and ResNet-50, one image and eight).
-_MAX_WEIGHTS = 640 * 1024
+# Weights of a merged layer: beyond, reading them takes nearly as long as the adapter (measured on
+# ResNet-18 and ResNet-50, one image and eight), and they take more memory than that is worth.
+_MAX_WEIGHTS = 2**19
 _MIN_POSITIONS = 32  # fewer use each weight too seldom for its reading not to count
 # Of neighbouring pixels of a channel: what is known of inputs without looking at them. ResNet-20 with
 # 3-bit layers and adapters: KL 0.0194 unmerged, 0.0207 rounded to nearest, 0.0196 with it.
@@ -74,7 +75,7 @@ def merged(layer: _Layer) -> _Layer:
     a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
     adapter = quantize_adapter(a, b, 8, shape.groups)
     weight = QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
-    return _restated(layer, layer.to_float(), weight)
+    return _restated(layer, weight, layer)
 
 
 def evenly_padded(layer: QuantConv2d, sides: Sequence[tuple[int, int]]) -> QuantConv2d | None:
@@ -114,27 +115,30 @@ def evenly_padded(layer: QuantConv2d, sides: Sequence[tuple[int, int]]) -> Quant
         _pair(padding),
         _pair(layer.dilation),
         layer.groups,
-        bias=layer.bias is not None,
-        device=layer.codes.device,
+        device="meta",
     )
-    if layer.bias is not None:
-        conv.bias = nn.Parameter(layer.bias.clone())
     weight = QuantWeight(
         ops.pack_bits(codes, qparams.bits),
         qparams,
         replace(packed.adapter, a=widened(packed.adapter.a)),
         LayerShape(packed.shape.rows, codes.shape[1], packed.shape.groups),
     )
-    return _restated(layer, conv, weight)
+    return _restated(layer, weight, conv)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def _restated(layer: _Layer, plain: nn.Module, weight: QuantWeight) -> _Layer:
-    """A layer with all that `layer` has beside its weight and geometry."""
-    result = type(layer)(plain, weight, layer.activation_bits)
+def _restated(layer: _Layer, weight: QuantWeight, shaped: QuantLayer | nn.Conv2d) -> _Layer:
+    """A layer with the geometry of `shaped` and all that `layer` has beside its weight."""
+    shape = shaped.weight_shape if isinstance(shaped, QuantLayer) else shaped.weight.shape
+    like = SimpleNamespace(
+        **{name: getattr(shaped, name) for name in layer._geometry},
+        weight=torch.empty(shape, device="meta"),
+        bias=layer.bias,
+    )
+    result = type(layer)(like, weight, layer.activation_bits)
     if layer.x_scale is not None and layer.x_zero_point is not None:
         result.set_activation_range(layer.x_scale, layer.x_zero_point)
     if layer.y_scale is not None and layer.y_zero_point is not None:

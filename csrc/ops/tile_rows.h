@@ -1,5 +1,5 @@
 // Which output positions make up a tile, and where their rows of x lie: in place where a level can take them so, copied
-// together where it cannot.
+// together where it cannot; of few channels in the interleaved lines of an output row.
 #pragma once
 
 #include "ops/layer.h"
