@@ -49,7 +49,7 @@ def fuse(qmodel: nn.Module, example: Any, merge: bool | None = None) -> FusedMod
             of a model that branches on sizes only the example's run fused (any batch size does), and of
             one with options (a mask that may be None) only those that the example has.
         merge: whether small layers (at most 5 bits, 8-bit inputs) run on 8-bit codes of their weight and
-            adapter, faster than beside it and in up to a megabyte more memory each; by default where this CPU
+            adapter, faster than beside it and in up to half a megabyte more memory each; by default where this CPU
             multiplies such codes as fast as narrow ones, which AVX2 does not.
 
     Returns:

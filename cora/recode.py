@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .lowrank import LayerShape, quantize_adapter, unfold
+from .lowrank import LayerShape, quantize_adapter
 from .modules import QuantConv2d, QuantLayer, QuantWeight
-from .quantizer import QuantSpec
-from .rounding import Feedback, Rounded, quantize_matrix
+from .quantizer import QuantSpec, choose_qparams
+from .rounding import Feedback
 
 __all__ = ["evenly_padded", "is_worth_merging", "merged", "merging_is_faster"]
 
@@ -33,7 +33,7 @@ _Layer = TypeVar("_Layer", bound=QuantLayer)
 _MAX_BITS = 5  # of more the merged codes' rounding would be felt
 # Weights of a merged layer: beyond, reading them takes nearly as long as the adapter (measured on
 # ResNet-18 and ResNet-50, one image and eight), and they take more memory than that is worth.
-_MAX_WEIGHTS = 2**19
+_MAX_WEIGHTS = 2**18
 _MIN_POSITIONS = 32  # fewer use each weight too seldom for its reading not to count
 # Of neighbouring pixels of a channel: what is known of inputs without looking at them. ResNet-20 with
 # 3-bit layers and adapters: KL 0.0194 unmerged, 0.0207 rounded to nearest, 0.0196 with it.
@@ -68,14 +68,7 @@ def merged(layer: _Layer) -> _Layer:
     Args:
         layer: the packed layer, which stays as it is.
     """
-    shape = layer.shape
-    transposed = getattr(layer, "transposed", False)
-    matrix = unfold(layer.weight, transposed, shape.groups)
-    rounded = _rounded(matrix, math.prod(getattr(layer, "kernel_size", ())))
-    a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
-    adapter = quantize_adapter(a, b, 8, shape.groups)
-    weight = QuantWeight(rounded.packed(), rounded.qparams, adapter, shape)
-    return _restated(layer, weight, layer)
+    return _restated(layer, _merged_weight(layer), layer)
 
 
 def evenly_padded(layer: QuantConv2d, sides: Sequence[tuple[int, int]]) -> QuantConv2d | None:
@@ -147,23 +140,21 @@ def _restated(layer: _Layer, weight: QuantWeight, shaped: QuantLayer | nn.Conv2d
     return result.train(layer.training)
 
 
-def _rounded(matrix: Tensor, taps: int) -> Rounded:
-    """8-bit codes of a matrix [N, K], an error passed on among the `taps` weights of a channel."""
-    spec = QuantSpec(bits=8, symmetric=True, clip="minmax", rounding="nearest")
-    rounded = quantize_matrix(matrix, spec)
-    if taps == 1:
-        return rounded
-    channels = matrix.shape[1] // taps
+def _merged_weight(layer: QuantLayer) -> QuantWeight:
+    """8-bit codes of a layer's weight, an error passed on among the weights of a channel."""
+    shape, taps = layer.shape, math.prod(getattr(layer, "kernel_size", ()))
+    matrix = layer.matrix()
+    qparams = choose_qparams(matrix, QuantSpec(bits=8, symmetric=True, clip="minmax"))
     moment = _CORRELATION + (1 - _CORRELATION) * torch.eye(taps, device=matrix.device)
     feedback = Feedback.of(moment[None])
     codes, _ = ops.error_feedback(
-        matrix.reshape(-1, taps).contiguous(),
-        rounded.qparams.scale.repeat_interleave(channels, 0),
-        rounded.qparams.zero_point.repeat_interleave(channels, 0),
+        matrix.reshape(-1, taps),
+        qparams.scale.repeat_interleave(shape.columns // taps, 0),
+        qparams.zero_point.repeat_interleave(shape.columns // taps, 0),
         8,
         feedback.factor,
         feedback.order,
     )
-    codes = codes.reshape(matrix.shape)
-    values = rounded.qparams.scale * (codes - rounded.qparams.zero_point)
-    return replace(rounded, codes=codes, dequantized=values)
+    a, b = matrix.new_zeros(0, shape.columns), matrix.new_zeros(shape.rows, 0)
+    adapter = quantize_adapter(a, b, 8, shape.groups)
+    return QuantWeight(codes.reshape(shape.rows, shape.columns), qparams, adapter, shape)
