@@ -51,7 +51,7 @@ def timed(model: nn.Module) -> dict[str, LayerTime]:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["packed", "fused"])
 def test_operations_are_exact(packed: nn.Module, fused: bool) -> None:
-    model = cora.fuse(packed, torch.randn(2, 3, 12, 12)) if fused else packed
+    model = cora.fuse(packed, torch.randn(2, 3, 12, 12), merge=False) if fused else packed
     found = timed(model)
     positions = 2 * 6 * 6
     rank = {name: packed.get_submodule(name).rank for name in found}
@@ -67,10 +67,15 @@ def test_operations_are_exact(packed: nn.Module, fused: bool) -> None:
 
 def test_fused_layers_move_fewer_bytes(packed: nn.Module) -> None:
     before = timed(packed)
-    after = timed(cora.fuse(packed, torch.randn(2, 3, 12, 12)))
+    after = timed(cora.fuse(packed, torch.randn(2, 3, 12, 12), merge=False))
     # conv: its output is codes with a border of one pixel instead of float32.
     positions = 2 * 6 * 6
     assert before["conv"].bytes - after["conv"].bytes == 16 * (4 * positions - 2 * 8 * 8)
+
+
+def test_merged_layers_have_no_adapter(packed: nn.Module) -> None:
+    found = timed(cora.fuse(packed, torch.randn(2, 3, 12, 12), merge=True))
+    assert found["conv"].operations == 2 * 2 * 6 * 6 * 16 * 27
 
 
 def test_hooks_are_removed(packed: nn.Module) -> None:
