@@ -361,7 +361,7 @@ class Tiles {
     s.tile.bits = h_.bits;
     s.tile.offset = layer_.offset(p, 0);
     s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
-    s.tile.b = &s.up_weights[(s.packed ? 0 : index) * h_.chunks * kHiddenChunk];
+    s.tile.b = s.up_weights.get() + (s.packed ? 0 : index) * h_.chunks * kHiddenChunk;  // none without an adapter
     s.tile.rank = h_.rank;
     s.tile.bias = &s.bias[index * kLanes];
     s.tile.up = s.up[s.turn].get();
