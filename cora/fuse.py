@@ -3,7 +3,8 @@
 `fuse` traces a packed model and rewrites it in three passes:
 
 1. *Layers.* A packed layer takes what follows it into its epilogue: an addition and a ReLU (ReLU6,
-   Hardtanh). A small one's adapter and scale groups are merged into 8-bit codes (recode.py).
+   Hardtanh); zero padding before it becomes its own. A small one's adapter and scale groups are merged
+   into 8-bit codes (recode.py).
 2. *Codes.* A tensor that only packed layers of one static input range read (or additions, max pools,
    global averages, concatenations on the way to such layers) is quantized once, by the layer that
    makes it: uint8, channels last, with the border that its readers pad by. A shortcut that only an
@@ -18,7 +19,6 @@ unfused model; what differs is that an addition reads the codes of its other ope
 from __future__ import annotations
 
 import copy
-import math
 import operator
 from collections import Counter
 from dataclasses import replace
@@ -31,6 +31,18 @@ from torch import fx, nn
 from .batches import Batch, required_inputs
 from .fused import Codes, FusedLayer, FusedModel, FusedSteps, MaxPoolCodes, Mean, MeanOfCodes
 from .modules import QuantConv2d, QuantLayer, QuantLinear
+from .nodes import (
+    clamp_of,
+    is_cat,
+    is_flatten,
+    is_identity,
+    max_pool_of,
+    mean_of,
+    module_of,
+    name_of,
+    shape_of,
+    zero_pad_of,
+)
 from .recode import evenly_padded, is_worth_merging, merged, merging_is_faster
 from .tracing import trace
 
@@ -80,126 +92,12 @@ def fuse(qmodel: nn.Module, example: Any, merge: bool | None = None) -> FusedMod
     return FusedModel(traced, rows, qmodel)
 
 
-def _shape(node: fx.Node) -> torch.Size | None:
-    return getattr(node.meta.get("tensor_meta"), "shape", None)
-
-
-# --- What a node does ----------------------------------------------------------------------------
-
 _OUT_OF_PLACE = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
 }
-
-
-def _module(gm: fx.GraphModule, node: fx.Node) -> Any:
-    """The module that a node calls, or None."""
-    return gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-def _name(node: fx.Node) -> str:
-    if node.op not in ("call_function", "call_method"):
-        return ""
-    return (
-        "max_pool2d"
-        if node.target is F.max_pool2d
-        else getattr(node.target, "__name__", str(node.target))
-    )
-
-
-def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
-def _clamp(gm: fx.GraphModule, node: fx.Node) -> tuple[float, float] | None:
-    """The bounds of a ReLU and its like."""
-    module, name = _module(gm, node), _name(node)
-    if type(module) is nn.ReLU or name == "relu":
-        return 0.0, math.inf
-    if isinstance(module, nn.Hardtanh):  # ReLU6 is one
-        return float(module.min_val), float(module.max_val)
-    if name == "relu6":
-        return 0.0, 6.0
-    if name in ("hardtanh", "clamp", "clip"):
-        ends = (-1.0, 1.0) if name == "hardtanh" else (None, None)
-        key = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
-        low, high = (_argument(node, i + 1, key[i], ends[i]) for i in range(2))
-        low, high = -math.inf if low is None else low, math.inf if high is None else high
-        if isinstance(low, int | float) and isinstance(high, int | float):
-            return float(low), float(high)
-    return None
-
-
-def _max_pool(gm: fx.GraphModule, node: fx.Node) -> dict[str, Any] | None:
-    """The window of a max pool over height and width."""
-    module = _module(gm, node)
-    keys = ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    if type(module) is nn.MaxPool2d:
-        window = {key: getattr(module, key) for key in keys}
-    elif _name(node) == "max_pool2d":
-        defaults = (None, None, 0, 1, False, False)
-        window = {key: _argument(node, i + 1, key, defaults[i]) for i, key in enumerate(keys)}
-    else:
-        return None
-    if window.pop("return_indices") or len(_shape(node) or ()) != 4:
-        return None
-    window["stride"] = window["stride"] or window["kernel_size"]
-    pairs = {key: [v, v] if isinstance(v, int) else list(v) for key, v in window.items()}
-    return {**pairs, "ceil_mode": bool(window["ceil_mode"])}
-
-
-def _mean(gm: fx.GraphModule, node: fx.Node) -> bool | None:
-    """Whether a mean over height and width keeps those dimensions; None if it is no such mean."""
-    module, name = _module(gm, node), _name(node)
-    if type(module) is nn.AdaptiveAvgPool2d or name == "adaptive_avg_pool2d":
-        size = module.output_size if module else _argument(node, 1, "output_size", None)
-        return True if size in (1, (1, 1), [1, 1]) else None
-    if name == "mean" and "dtype" not in node.kwargs:
-        dims = _argument(node, 1, "dim", None)
-        if isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]:
-            return bool(_argument(node, 2, "keepdim", False))
-    return None
-
-
-def _zero_pad(gm: fx.GraphModule, node: fx.Node) -> list[int] | None:
-    """The amounts (left, right, top, bottom) of zero padding of height and width."""
-    module = _module(gm, node)
-    amounts: Any = None
-    if type(module) is nn.ZeroPad2d:
-        amounts = module.padding
-    elif _name(node) == "pad" and _argument(node, 2, "mode", "constant") == "constant":
-        amounts = _argument(node, 1, "pad", None) if not _argument(node, 3, "value", 0) else None
-    fits = isinstance(amounts, list | tuple) and len(amounts) == 4 == len(_shape(node) or ())
-    return list(amounts) if fits and all(isinstance(a, int) and a >= 0 for a in amounts) else None
-
-
-def _is_flatten(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module = _module(gm, node)
-    if type(module) is nn.Flatten:
-        return (module.start_dim, module.end_dim) == (1, -1)
-    ends = _argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)
-    return _name(node) == "flatten" and ends == (1, -1)
-
-
-def _is_cat(node: fx.Node) -> bool:
-    return _name(node) in ("cat", "concat", "concatenate") and _argument(node, 1, "dim", 0) in (
-        1,
-        -3,
-    )
-
-
-def _is_identity(gm: fx.GraphModule, node: fx.Node) -> bool:
-    module, name = _module(gm, node), _name(node)
-    if module is not None:
-        return isinstance(module, nn.Identity | nn.modules.dropout._DropoutNd)
-    return name == "contiguous" or (
-        "dropout" in name and _argument(node, 2, "training", True) is False
-    )
-
-
-# --- The passes ----------------------------------------------------------------------------------
 
 
 def _function(name: str) -> Any:
@@ -217,7 +115,7 @@ _VIEWS = frozenset((
 
 def _base(node: fx.Node) -> fx.Node:
     """The node whose memory a node's result may share; the node itself if it has its own."""
-    while _name(node) in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
+    while name_of(node) in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -228,8 +126,8 @@ def _make_functional(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not node.args or not isinstance(node.args[0], fx.Node):
             continue
-        source, module, name = node.args[0], _module(gm, node), _name(node)
-        if _is_identity(gm, node):
+        source, module, name = node.args[0], module_of(gm, node), name_of(node)
+        if is_identity(gm, node):
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
             continue
@@ -259,13 +157,13 @@ def _even_padding(gm: fx.GraphModule, merge: bool) -> None:
     """Take zero padding before a layer, and its own where it is uneven, into one that pads both sides alike."""
     calls = Counter(node.target for node in gm.graph.nodes if node.op == "call_module")
     for node in list(gm.graph.nodes):
-        layer = _module(gm, node)
+        layer = module_of(gm, node)
         if type(layer) is not QuantConv2d or calls[node.target] > 1:
             continue
-        if layer.padding_mode != "zeros" or len(_shape(node) or ()) != 4:
+        if layer.padding_mode != "zeros" or len(shape_of(node) or ()) != 4:
             continue
         before = node.args[0]
-        amounts = _zero_pad(gm, before) if len(before.users) == 1 else None
+        amounts = zero_pad_of(gm, before) if len(before.users) == 1 else None
         left, right, top, bottom = (
             a + b
             for a, b in zip(amounts or [0] * 4, layer._reversed_padding_repeated_twice, strict=True)
@@ -286,7 +184,7 @@ def _even_padding(gm: fx.GraphModule, merge: bool) -> None:
 
 def _fuse_layers(gm: fx.GraphModule, merge: bool) -> None:
     """Pass 1: replace each packed layer, with what follows it, by a `FusedLayer`."""
-    layers = {node: _module(gm, node) for node in gm.graph.nodes}
+    layers = {node: module_of(gm, node) for node in gm.graph.nodes}
     names: Counter[str] = Counter()
     mergers: dict[QuantLayer, QuantLayer] = {}  # a layer may run more than once
     # Backwards: where both operands of an addition are layers, the later one takes it.
@@ -294,14 +192,14 @@ def _fuse_layers(gm: fx.GraphModule, merge: bool) -> None:
         if not _is_fusible(layer, node):
             continue
         fused = FusedLayer(layer)
-        if merge and is_worth_merging(layer, _shape(node) or ()):
+        if merge and is_worth_merging(layer, shape_of(node) or ()):
             if layer not in mergers:
                 mergers[layer] = merged(layer)
             fused.layer, fused.merged = mergers[layer], True
         chain, args = [node], [node.args[0]]
         while len(chain[-1].users) == 1:
             user = next(iter(chain[-1].users))
-            if (bounds := _clamp(gm, user)) is not None:
+            if (bounds := clamp_of(gm, user)) is not None:
                 fused.low, fused.high = bounds
             elif len(args) == 1 and (other := _other_operand(user, chain[-1])) is not None:
                 args.append(other)
@@ -331,7 +229,7 @@ def _is_fusible(layer: nn.Module | None, node: fx.Node) -> bool:
     """Whether the op can run a layer: all linear ones, 2-d convolutions padded evenly by zeros."""
     if isinstance(layer, QuantLinear):
         return True
-    if not isinstance(layer, QuantConv2d) or len(_shape(node) or ()) != 4:
+    if not isinstance(layer, QuantConv2d) or len(shape_of(node) or ()) != 4:
         return False
     both = layer._reversed_padding_repeated_twice
     return layer.padding_mode == "zeros" and both[0::2] == both[1::2]
@@ -343,21 +241,21 @@ def _padding(layer: QuantConv2d) -> tuple[int, int]:
 
 def _other_operand(node: fx.Node, operand: fx.Node) -> fx.Node | None:
     """What an addition adds to `operand`: another tensor of its shape."""
-    if _name(node) != "add" or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+    if name_of(node) != "add" or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
         return None
     others = [arg for arg in node.args if arg is not operand]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return None
-    same = _shape(others[0]) is not None and _shape(others[0]) == _shape(operand)
+    same = shape_of(others[0]) is not None and shape_of(others[0]) == shape_of(operand)
     return others[0] if same else None
 
 
 def _annotate(gm: fx.GraphModule) -> dict[fx.Node, Codes]:
     """Pass 2: the values that are codes. All that could be are assumed to be until a reader objects."""
     nodes = list(gm.graph.nodes)
-    moved = {n for n in nodes if _max_pool(gm, n) or _is_flatten(gm, n) or _is_cat(n)}
-    moved |= {n for n in nodes if _zero_pad(gm, n)}
-    able = moved | {n for n in nodes if isinstance(_module(gm, n), FusedLayer)}
+    moved = {n for n in nodes if max_pool_of(gm, n) or is_flatten(gm, n) or is_cat(n)}
+    moved |= {n for n in nodes if zero_pad_of(gm, n)}
+    able = moved | {n for n in nodes if isinstance(module_of(gm, n), FusedLayer)}
     able = {n for n in able if getattr(n.meta.get("tensor_meta"), "dtype", None) == torch.float32}
     while True:
         codes: dict[fx.Node, Codes] = {}
@@ -379,7 +277,7 @@ def _demand(gm: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> C
     """
     found: set[Codes] = set()
     for user in node.users:
-        fused = _module(gm, user)
+        fused = module_of(gm, user)
         if isinstance(fused, FusedLayer):
             if user.args[0] is node:
                 if fused.range is None:
@@ -387,33 +285,33 @@ def _demand(gm: fx.GraphModule, node: fx.Node, codes: dict[fx.Node, Codes]) -> C
                 found.add(fused.range)
         elif user in codes:
             found.add(codes[user])
-        elif _mean(gm, user) is None:
+        elif mean_of(gm, user) is None:
             return None
     if not found:
-        return getattr(_module(gm, node), "own_output", None)
+        return getattr(module_of(gm, node), "own_output", None)
     return found.pop() if len(found) == 1 else None
 
 
 def _with_halos(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> dict[fx.Node, Codes]:
     """Give each value the border that its readers pad by; a concatenation's inputs have its own."""
     halos = dict.fromkeys(codes, 0)
-    plain = {n for n in codes if len(_shape(n) or ()) != 4}
+    plain = {n for n in codes if len(shape_of(n) or ()) != 4}
     for node in codes:
         for user in node.users:
-            fused = _module(gm, user)
+            fused = module_of(gm, user)
             if isinstance(fused, FusedLayer) and isinstance(fused.layer, QuantConv2d):
                 if user.args[0] is node and max(_padding(fused.layer)) <= _MAX_HALO:
                     halos[node] = max(halos[node], *_padding(fused.layer))
-            elif isinstance(fused, FusedLayer) or _is_flatten(gm, user):
+            elif isinstance(fused, FusedLayer) or is_flatten(gm, user):
                 plain.add(node)
-            elif (amounts := _zero_pad(gm, user)) and len(set(amounts)) == 1:
+            elif (amounts := zero_pad_of(gm, user)) and len(set(amounts)) == 1:
                 border = amounts[0] + halos[user]  # the padding is the border
                 halos[node] = max(halos[node], border if border <= _MAX_HALO else 0)
     changed = True
     while changed:
         changed = False
         for node in codes:
-            if not _is_cat(node):
+            if not is_cat(node):
                 continue
             group = {node, *node.all_input_nodes}
             halo = 0 if group & plain else max(halos[member] for member in group)
@@ -432,12 +330,12 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
         for node in gm.graph.nodes
     }
     for node, (x, add, *_) in reads.items():
-        module, window, keepdim = _module(gm, node), _max_pool(gm, node), _mean(gm, node)
+        module, window, keepdim = module_of(gm, node), max_pool_of(gm, node), mean_of(gm, node)
         pool: nn.Module | None = None
         if isinstance(module, FusedLayer):
             module.set_codes(x, add, codes.get(node))
         elif keepdim is not None and (x is not None or _is_layer_of_pixels(gm, node.args[0])):
-            flat = [user for user in node.users if _is_flatten(gm, user)]
+            flat = [user for user in node.users if is_flatten(gm, user)]
             if (
                 keepdim and flat and len(flat) == len(node.users)
             ):  # as means without those dimensions are
@@ -450,7 +348,7 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
             continue
         elif window is not None and node in codes:
             pool = MaxPoolCodes(window, x, codes[node].halo)
-        elif (amounts := _zero_pad(gm, node)) and node in codes:
+        elif (amounts := zero_pad_of(gm, node)) and node in codes:
             more = codes[node].halo - x.halo  # a border is padding that is there already
             node.op, node.target = "call_function", F.pad
             node.args = (node.args[0], [amount + more for amount in amounts])
@@ -465,8 +363,8 @@ def _set_codes(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> None:
 
 
 def _is_layer_of_pixels(gm: fx.GraphModule, node: Any) -> bool:
-    module = _module(gm, node) if isinstance(node, fx.Node) else None
-    return isinstance(module, FusedLayer) and len(_shape(node) or ()) == 4
+    module = module_of(gm, node) if isinstance(node, fx.Node) else None
+    return isinstance(module, FusedLayer) and len(shape_of(node) or ()) == 4
 
 
 def _join_steps(gm: fx.GraphModule) -> None:
@@ -474,7 +372,7 @@ def _join_steps(gm: fx.GraphModule) -> None:
     stretch: list[fx.Node] = []
     count = 0
     for node in list(gm.graph.nodes):
-        module = _module(gm, node)
+        module = module_of(gm, node)
         native = isinstance(module, FusedLayer | MaxPoolCodes) or (
             isinstance(module, Mean | MeanOfCodes) and not module.keepdim
         )
@@ -518,8 +416,8 @@ def _rows(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> list[tuple[str, st
     """The summary's lines: what, with what fused into it, giving what."""
     rows = []
     for node in gm.graph.nodes:
-        module = _module(gm, node)
-        if node.op not in ("call_module", "call_function", "call_method") or _shape(node) is None:
+        module = module_of(gm, node)
+        if node.op not in ("call_module", "call_function", "call_method") or shape_of(node) is None:
             continue
         what = module.name if isinstance(module, FusedLayer) else node.name
         if isinstance(module, FusedLayer):
@@ -527,6 +425,6 @@ def _rows(gm: fx.GraphModule, codes: dict[fx.Node, Codes]) -> list[tuple[str, st
         elif module is not None:
             does = type(module).__name__
         else:
-            does = _name(node)
+            does = name_of(node)
         rows.append((what, does, f"-> {codes.get(node, 'float')}"))
     return rows

@@ -22,7 +22,7 @@ LAYERS = {
     "curvature": 7, "calibration": 6, "activation_ranges": 5, "restructure": 5,
     "attention": 4, "fold": 4, "batches": 3, "moments": 3,
     "embedding": 3, "recurrent": 3, "modules": 3, "lowrank": 2, "rounding": 2,
-    "quantizer": 1, "ops": 0, "gpu": -1, "files": 0, "tables": 0,
+    "quantizer": 1, "ops": 0, "gpu": -1, "files": 0, "nodes": 0, "tables": 0,
 }  # fmt: skip
 CORE = sorted(LAYERS.keys() - {"cli", "commands"})
 
