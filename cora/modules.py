@@ -226,7 +226,7 @@ class QuantLayer(nn.Module):
         """Fix the input's quantizer by a scale and a zero-point of one element each."""
         self.x_scale = scale.reshape(1).float()
         self.x_zero_point = zero_point.reshape(1).to(torch.int32)
-        self.prepare()
+        self._read_range()
 
     def set_output_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Say what the output's codes would be; the layer itself gives floats."""
@@ -240,11 +240,9 @@ class QuantLayer(nn.Module):
 
     def prepare(self) -> None:
         """Bring `prepared` up to date with the buffers."""
-        self._range: tuple[float | None, int] = (None, 0)
+        self._read_range()
         if any(buffer.is_meta for buffer in self.buffers()):
             return
-        if self.x_scale is not None and self.x_zero_point is not None:
-            self._range = (float(self.x_scale), int(self.x_zero_point))
         if (geometry := self._kernel_geometry()) is None:
             return
         channels, kernel, stride, padding, dilation, groups = geometry
@@ -277,6 +275,17 @@ class QuantLayer(nn.Module):
             self.adapter_b,
             self.bias is not None,
         )
+
+    def _read_range(self) -> None:
+        """The input's quantizer as numbers, which a call takes."""
+        self._range: tuple[float | None, int] = (None, 0)
+        scale, zero_point = self.x_scale, self.x_zero_point
+        if (
+            scale is not None
+            and zero_point is not None
+            and not (scale.is_meta or zero_point.is_meta)
+        ):
+            self._range = (float(scale), int(zero_point))
 
     def _kernel_geometry(self) -> _KernelGeometry | None:
         """(channels, kernel, stride, padding, dilation, groups) of the kernel that runs this layer:

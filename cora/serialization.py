@@ -274,13 +274,11 @@ def _unpack_layer(
     adapter = Adapter(a, b, tensors.get("adapter_scale"), adapter_bits)
     weight = QuantWeight(tensors["codes"], _unpack_qparams(config, tensors), adapter, shape)
     layer = QUANT_LAYERS[type(float_layer)](float_layer, weight, config["activation_bits"])
-    layer.bias = tensors.get("bias")
+    layer.set_bias(tensors.get("bias"))
     if "x_scale" in tensors:
         layer.set_activation_range(tensors["x_scale"], tensors["x_zero_point"])
     if "y_scale" in tensors:
         layer.set_output_range(tensors["y_scale"], tensors["y_zero_point"])
-    else:
-        layer.prepare()
     return layer.eval()
 
 
