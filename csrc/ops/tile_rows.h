@@ -90,7 +90,8 @@ class TileRows {
 
   /// Room for what `tiles` tiles at a time look at.
   Columns<X> columns(int64_t tiles) const {
-    const int64_t slots = h_.walk == Walk::kColumns ? tiles * shape_.blocks : 0, all = slots * in_.planes * columns_size_;
+    if (h_.walk != Walk::kColumns) return {};
+    const int64_t slots = tiles * shape_.blocks, all = slots * in_.planes * columns_size_;
     Columns<X> c{Buffer<X>(all), std::vector<int64_t>(static_cast<size_t>(slots), -1)};
     // What is past a run is multiplied by zeros, so it must be finite.
     if (!kInt) std::memset(c.storage.get(), 0, static_cast<size_t>(all) * sizeof(X));
@@ -312,20 +313,15 @@ class TileRows {
   template <typename Copy>
   void copy_rows(Rows<X>& rows, const Copy& copy) const {
     const int64_t size = h_.taps * gathered_run_;
-    make_copy(rows, size);
+    if (rows.copy.get() == nullptr) {
+      const int64_t all = in_.planes * cpu::kMaxTileM * size;
+      rows.copy = Buffer<X>(all);
+      // What is past a run is multiplied by zeros, so it must be finite.
+      if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
+    }
     for (int p = 0; p < in_.planes; ++p)  // in memory's order
       for (int i = 0; i < rows.m; ++i)
         copy(rows.row[i] + p * in_.plane, rows.copy.get() + (p * cpu::kMaxTileM + i) * size);
-    use_copy(rows, size);
-  }
-  void make_copy(Rows<X>& rows, int64_t size) const {
-    if (rows.copy.get() != nullptr) return;
-    const int64_t all = in_.planes * cpu::kMaxTileM * size;
-    rows.copy = Buffer<X>(all);
-    // What is past a run is multiplied by zeros, so it must be finite.
-    if (kPlanes) std::memset(rows.copy.get(), 0, static_cast<size_t>(all) * sizeof(X) + kSlack);
-  }
-  void use_copy(Rows<X>& rows, int64_t size) const {
     for (int i = 0; i < rows.m; ++i) rows.row[i] = rows.copy.get() + i * size;
     rows.tap = gathered_tap_.data();
     rows.plane = cpu::kMaxTileM * size;
