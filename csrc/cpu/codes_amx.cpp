@@ -53,15 +53,32 @@ class ByPairs : Kind {
   int at_ = 0, end_, piece_;
 };
 
+/// What rows with zero-points of their own have too much in their sums.
+struct RowZeros {
+  const int32_t* zx;
+  __m512i wsum[2];
+
+  explicit RowZeros(const Finish& f) : zx(f.zx) {
+    for (int h = 0; h < 2; ++h) wsum[h] = _mm512_loadu_si512(f.wsum + 16 * h);
+  }
+  CORA_INLINE __m512i subtract(__m512i sum, int64_t row, int h) const {
+    return _mm512_sub_epi32(sum, _mm512_mullo_epi32(_mm512_set1_epi32(zx[row]), wsum[h]));
+  }
+};
+struct NoZeros {
+  explicit NoZeros(const Finish&) {}
+  CORA_INLINE __m512i subtract(__m512i sum, int64_t, int) const { return sum; }
+};
+
 /// Sums of A's lanes -> hidden values. kNarrow: 16 lanes, of which there are two sums. An odd row is followed by one
 /// that nobody reads.
-template <bool kNarrow>
-struct HiddenRows {
+template <bool kNarrow, typename Zeros>
+struct HiddenRows : Zeros {
   const int32_t* sum;
   char* hidden;
   __m512 alpha[2];
 
-  explicit HiddenRows(const Finish& f) : sum(f.sum), hidden(static_cast<char*>(f.hidden)) {
+  explicit HiddenRows(const Finish& f) : Zeros(f), sum(f.sum), hidden(static_cast<char*>(f.hidden)) {
     for (int h = 0; h < 2; ++h) alpha[h] = _mm512_loadu_ps(f.alpha + 16 * h);
   }
   CORA_INLINE void pair(int first) const {
@@ -69,19 +86,21 @@ struct HiddenRows {
       for (int h = 0; h < (kNarrow ? 1 : 2); ++h) {
         __m512i v = _mm512_loadu_si512(sum + i * kLanes + 16 * h);
         if (kNarrow) v = _mm512_add_epi32(v, _mm512_loadu_si512(sum + i * kLanes + 16));
+        v = Zeros::subtract(v, i, h);
         store_split(_mm512_mul_ps(_mm512_cvtepi32_ps(v), alpha[h]), hidden + (h * kMaxTileM + i) * kRowBytes);
       }
   }
 };
 
-/// kBounded: every code's number is known to be an integer's.
-enum class Out { kFloats, kCodes, kBounded };
+/// kByRow: floats, of rows with scales of their own. kBounded: codes, each one's number is known to be an integer's.
+enum class Out { kFloats, kByRow, kCodes, kBounded };
 
 /// Sums -> outputs, as `Epilogue` says it, two rows at a time: their codes are packed together. With an adapter what
 /// makes codes is in units of their scale from the start (Finish).
 template <bool kUp, Out kOut, Added kAdd>
-struct OutputRows {
+struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
   const int32_t* sum;
+  const float* sx;
   const float* up;
   const uint8_t *from, *add;
   const int64_t *at, *add_at;
@@ -90,10 +109,13 @@ struct OutputRows {
   __m512 alpha[2], bias[2], low, high, inverse, add_scale, add_zero;
   __m512i zero, least, most, order;
 
-  static constexpr bool kCodes = kOut != Out::kFloats, kScaled = kUp && kCodes;
+  static constexpr bool kByRow = kOut == Out::kByRow;
+  static constexpr bool kCodes = kOut != Out::kFloats && !kByRow, kScaled = kUp && kCodes;
 
   explicit OutputRows(const Finish& f)
-      : sum(f.sum),
+      : std::conditional_t<kByRow, RowZeros, NoZeros>(f),
+        sum(f.sum),
+        sx(f.sx),
         up(f.up),
         from(f.from),
         add(static_cast<const uint8_t*>(f.add)),
@@ -124,9 +146,13 @@ struct OutputRows {
     return _mm512_sub_ps(_mm512_castsi512_ps(_mm512_or_si512(code, _mm512_set1_epi32(0x4b000000))), add_zero);
   }
   CORA_INLINE __m512 value(int i, int h) const {
-    const int64_t k = int64_t{from[i]} * kLanes + 16 * h;
-    __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sum + k));
-    v = _mm512_fmadd_ps(v, alpha[h], kUp ? _mm512_loadu_ps(up + k) : bias[h]);
+    const int64_t row = from[i], k = row * kLanes + 16 * h;
+    __m512 v = _mm512_cvtepi32_ps(this->subtract(_mm512_loadu_si512(sum + k), row, h));
+    if (kByRow && !kUp)
+      v = _mm512_mul_ps(v, alpha[h]);
+    else
+      v = _mm512_fmadd_ps(v, alpha[h], kUp ? _mm512_loadu_ps(up + k) : bias[h]);
+    if (kByRow) v = _mm512_fmadd_ps(v, _mm512_set1_ps(sx[row]), bias[h]);
     if (kAdd == Added::kCodes) {
       v = _mm512_fmadd_ps(added_code(add + add_at[i] + 16 * h, masks[h]), add_scale, v);
     } else if (kAdd == Added::kFloats) {
@@ -324,16 +350,20 @@ void finish_all(const CodesTile&, const Finish& pending) {
 #define CORA_ADDED(Run, up, out)                                                                          \
   {Run<ByPairs<OutputRows<up, out, Added::kNothing>>>, Run<ByPairs<OutputRows<up, out, Added::kFloats>>>, \
    Run<ByPairs<OutputRows<up, out, Added::kCodes>>>}
-#define CORA_OUTS(Run, up) \
-  {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kCodes), CORA_ADDED(Run, up, Out::kBounded)}
+#define CORA_OUTS(Run, up)                                               \
+  {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kByRow), \
+   CORA_ADDED(Run, up, Out::kCodes), CORA_ADDED(Run, up, Out::kBounded)}
+#define CORA_HIDDEN(Run, Zeros) {Run<ByPairs<HiddenRows<false, Zeros>>>, Run<ByPairs<HiddenRows<true, Zeros>>>}
 #define CORA_SELECT(Run)                                                                                               \
   [&] {                                                                                                                \
     using Fn = void(const CodesTile&, const Finish&);                                                                  \
-    static constexpr Fn* kOutputs[2][3][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};                            \
+    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};                            \
+    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};                      \
     if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                                     \
-    if (pending.hidden != nullptr)                                                                                     \
-      return static_cast<Fn*>(pending.lanes <= 16 ? Run<ByPairs<HiddenRows<true>>> : Run<ByPairs<HiddenRows<false>>>); \
-    const Out out = !pending.e->codes ? Out::kFloats : pending.bounded ? Out::kBounded : Out::kCodes;                  \
+    const bool by_row = pending.zx != nullptr;                                                                         \
+    if (pending.hidden != nullptr) return kHidden[by_row][pending.lanes <= 16];                                        \
+    const Out codes = pending.bounded ? Out::kBounded : Out::kCodes;                                                   \
+    const Out out = pending.e->codes ? codes : by_row ? Out::kByRow : Out::kFloats;                                    \
     return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)];                    \
   }()
 

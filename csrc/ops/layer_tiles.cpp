@@ -43,8 +43,12 @@ class Tiles {
         inline_(h_.rank <= cpu::kInlineRank && isa_ != Isa::kAmx),  // a tile product is cheaper there
         up_isa_(h_.adapter == AdapterKind::kInt8 && !inline_ ? isa_ : std::min(isa_, Isa::kAvx512)),
         shape_(cpu::tile_shape(isa_)),
-        direct_(kInt && h_.segments == 1 && !h_.far && input.uniform && h_.adapter != AdapterKind::kFloat),
+        by_row_(kInt && !input.uniform),
+        direct_(kInt && h_.segments == 1 && !h_.far && h_.adapter != AdapterKind::kFloat &&
+                (!by_row_ || (isa_ == Isa::kAmx && !output.epilogue.codes))),
         fused_(isa_ == Isa::kAmx && direct_),
+        x_scale_(kInt && !by_row_ ? input.scale[0] : 1.0f),
+        x_zero_(!kInt || by_row_ ? 0 : fused_ ? -input.zero[0] : input.zero[0]),
         unit_(fused_ && h_.rank > 0 && output.epilogue.codes ? output.epilogue.inverse_scale : 1.0f),
         pipelined_(isa_ == Isa::kAmx && kPlanes),
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
@@ -52,7 +56,7 @@ class Tiles {
         a_quads_(round_up(h_.run, align_) / kQuad),
         ready_(kInt && h_.ready && quads_ == layer.quads()),
         a_ready_(kInt && h_.a_ready && a_quads_ == layer.a_quads()),
-        place_(layer, window, input, output, isa_, align_, !direct_, fused_,
+        place_(layer, window, input, output, isa_, align_, !direct_ || by_row_, fused_,
                ceil_div(h_.panels * h_.groups, fitting_panels())),
         tiles_(place_.tiles()) {}
 
@@ -90,8 +94,11 @@ class Tiles {
   const bool inline_;  // the epilogue multiplies by B
   const Isa up_isa_;
   const cpu::TileShape shape_;
+  const bool by_row_;              // rows of x have scales and zero-points of their own
   const bool direct_;              // a tile's integers go straight to the epilogue
   const bool fused_;               // which is part of the kernel (cpu/codes_amx.cpp)
+  const float x_scale_;            // of codes, where all have one
+  const int32_t x_zero_;           // and their zero-point; fused: negative
   const float unit_;               // of what it computes: with an adapter, and codes to become of it, their scale
   const bool pipelined_;           // the epilogue is done during the next product
   const int64_t align_;            // elements of K a run is padded to
@@ -202,8 +209,8 @@ class Tiles {
     if (fused_) scale_bias(s, p, index);
     if constexpr (kInt)
       for (int n = 0; n < kLanes; ++n) {
-        s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * in_.scale[0] * unit_;
-        s.correction[index * kLanes + n] = (fused_ ? -in_.zero[0] : in_.zero[0]) * layer_.wsum(p, 0)[n];
+        s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * x_scale_ * unit_;
+        s.correction[index * kLanes + n] = x_zero_ * layer_.wsum(p, 0)[n];
       }
   }
 
@@ -215,7 +222,7 @@ class Tiles {
   /// A panel's bias, and whether its codes are bounded.
   void scale_bias(Scratch& s, int64_t p, int64_t index) const {
     const cpu::Epilogue& e = out_.epilogue;
-    const float most = 255.0f * static_cast<float>(h_.taps * h_.run * s.widest[index]) * in_.scale[0];
+    const float most = 255.0f * static_cast<float>(h_.taps * h_.run * s.widest[index]) * x_scale_;
     float bound = 0.0f;
     for (int n = 0; n < kLanes; ++n) {
       const float bias = layer_.bias(p) != nullptr ? layer_.bias(p)[n] : 0.0f;
@@ -239,10 +246,10 @@ class Tiles {
       } else if constexpr (kInt) {
         if (!a_ready_) expand(layer_.a<uint8_t>(at), 8, layer_.a_quads(), a_quads_, offset, panel);
         for (int n = 0; n < kLanes; ++n) {
-          s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * in_.scale[0] * unit_;
+          s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * x_scale_ * unit_;
           s.up_bound += 128.0f * 255.0f * static_cast<float>(h_.taps * h_.run * h_.a_widest) *
-                        std::abs(layer_.a_scale(at)[n]) * in_.scale[0];
-          s.a_correction[q * kLanes + n] = (fused_ ? -in_.zero[0] : in_.zero[0]) * layer_.a_sum(at)[n];
+                        std::abs(layer_.a_scale(at)[n]) * x_scale_;
+          s.a_correction[q * kLanes + n] = x_zero_ * layer_.a_sum(at)[n];
         }
       } else if constexpr (kPlanes) {
         expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, panel);
@@ -352,6 +359,8 @@ class Tiles {
     finish.count = rows.m;
     finish.alpha = &s.a_alpha[q * kLanes];
     finish.hidden = u;
+    finish.zx = by_row_ ? rows.zx : nullptr;
+    finish.wsum = layer_.a_sum(at);
   }
   void multiply_fused(Scratch& s, const Rows<X>& rows, int64_t p, int64_t index, const float* hidden) const {
     const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
@@ -363,7 +372,7 @@ class Tiles {
     s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
     s.tile.b = s.up_weights.get() + (s.packed ? 0 : index) * h_.chunks * kHiddenChunk;  // none without an adapter
     s.tile.rank = h_.rank;
-    s.tile.bias = &s.bias[index * kLanes];
+    s.tile.bias = by_row_ ? kNoBias : &s.bias[index * kLanes];
     s.tile.up = s.up[s.turn].get();
     for (int i = 0; i < 2; ++i) {
       s.tile.ahead[i] = s.ahead[i];
@@ -374,17 +383,21 @@ class Tiles {
     finish.count = rows.count;
     finish.alpha = &s.alpha[index * kLanes];
     finish.hidden = nullptr;
+    finish.zx = by_row_ ? rows.zx : nullptr;
+    finish.wsum = layer_.wsum(p, 0);
+    finish.sx = rows.sx;
     finish.e = &e;
     finish.added = e.add == nullptr ? cpu::Added::kNothing : e.add_codes ? cpu::Added::kCodes : cpu::Added::kFloats;
     finish.bounded = s.bounded[index];
     finish.up = h_.rank > 0 ? s.tile.up : nullptr;
-    finish.bias = s.tile.bias;
+    finish.bias = &s.bias[index * kLanes];
     finish.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
     finish.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
     finish.from = rows.from;
     finish.at = rows.at;
     finish.add_at = rows.add_at;
   }
+  static constexpr float kNoBias[kLanes] = {};
   int block_of(const Rows<X>& rows) const { return std::min(rows.m, place_.block()); }
 
   /// Quantised input, float adapter: x - zx as floats, exact, then the float tile.
@@ -569,7 +582,7 @@ class Tiles {
         }
         if constexpr (kInt)
           if (fused_) {
-            const auto next = place_.fresh(t + count < t_end ? t + count : INT64_MAX);
+            const auto next = place_.fresh(t + count < t_end ? t + count : INT64_MAX, block_end - p == h_.panels);
             const int64_t pieces = (block_end - p) * count * 2 * h_.taps * (quads_ * kQuad / align_);
             s.ahead[0] = {next.x, static_cast<int>(ceil_div(count * next.x_bytes / 64, pieces))};
             s.ahead[1] = {next.y, static_cast<int>(ceil_div(count * next.y_bytes / 64, pieces))};

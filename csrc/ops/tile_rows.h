@@ -126,7 +126,8 @@ class TileRows {
     const uint8_t *x, *y;
     int64_t x_bytes = 0, y_bytes = 0;
   };
-  Fresh fresh(int64_t tile) const {
+  /// whole: all channels of it.
+  Fresh fresh(int64_t tile, bool whole) const {
     constexpr int64_t kNear = 1024 * 1024, kL1 = 32 * 1024;  // half of L2; most of L1
     Fresh f{};
     const cpu::Epilogue& e = out_.epilogue;
@@ -134,7 +135,7 @@ class TileRows {
     const int64_t y_size = (add ? e.add_codes : e.codes) ? 1 : 4, rows = shape_.blocks * grid_.block;
     const int64_t x_bytes = rows * h_.stride[1] * in_.pixel * static_cast<int64_t>(sizeof(X));
     const bool x_far = !copies_ && h_.walk != Walk::kColumns && win_.batch * in_.image > kNear && x_bytes <= kL1;
-    const bool y_far = win_.rows() * h_.n * y_size > kNear;
+    const bool y_far = whole && win_.rows() * h_.n * y_size > kNear;
     if (!(x_far || y_far) || tile >= tiles() || h_.groups > 1) return f;
     const int64_t b = tile * shape_.blocks;
     const auto [image, y, x] = place(b / grid_.per_line, b % grid_.per_line * grid_.block);
