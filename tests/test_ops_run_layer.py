@@ -304,6 +304,37 @@ def test_codes_agree_over_levels(name: str, add: str) -> None:
         assert torch.equal(result, results[0])
 
 
+@pytest.mark.parametrize("rows", [1, 3, 9, 33, 70])
+@pytest.mark.parametrize("k", [64, 130, 32704, 32832])
+def test_rows_of_their_own_agree_over_levels(k: int, rows: int) -> None:
+    """Rows with scales and zero-points of their own, and the largest sums of weights: the same bits on every level, and
+    the exact integers' values."""
+    n, before = 37, ops.isa()["level"]
+    codes = torch.randint(0, 2, (n, k), dtype=torch.uint8)
+    codes[:5] = 0  # weights of -128
+    x = torch.randn(rows, k)
+    x[::2] = -x[::2].abs()  # zero-points of 255
+    scale, bias = torch.rand(n, 1) + 0.5, torch.randn(n)
+    zero_point = torch.full((n, 1), 128, dtype=torch.int32)
+    prepared = ops.prepare_layer(codes, scale, zero_point, 8, bias=bias, channels=k)
+    results = []
+    try:
+        for level in SUPPORTED:
+            ops.set_isa(level)
+            results.append(ops.run_layer(x, prepared, [n], None, 0, 8))
+    finally:
+        ops.set_isa(before)
+    for result in results[1:]:
+        assert torch.equal(result, results[0])
+    low, high = x.amin(1, True).clamp_max(0), x.amax(1, True).clamp_min(0)
+    step = (high - low) / 255
+    zero = (-low / step).round().clamp(0, 255).double()
+    q = ((x / step).round().double() + zero).clamp(0, 255)
+    sums = (q - zero) @ (codes.double() - 128).T
+    expected = sums * scale.double().T * step.double() + bias
+    torch.testing.assert_close(results[0].double(), expected, rtol=2e-6, atol=1e-4)
+
+
 def test_codes_in_place_of_floats(isa: str) -> None:
     """A layer reads the same from floats that it quantizes as from their codes, whatever their border."""
     shape, n, k, groups, window, _ = convolution("3x3")

@@ -246,7 +246,8 @@ struct Finish {
   bool bounded;            // no number of a code leaves the integers' range
   const float *up, *bias;  // up holds the bias already; or null. With it, codes: up and alpha are in units of their scale
   // Not null, of floats and hidden values: rows have scales and zero-points of their own. Then zx[i] * wsum[n] is still
-  // to be subtracted, hidden values stay without their row's scale, and the output is fma(alpha * sum + up, sx[i], bias).
+  // to be subtracted (0 <= zx < 256, |wsum| < 2^22), hidden values stay without their row's scale, and the output is
+  // fma(alpha * sum + up, sx[i], bias).
   const int32_t *zx = nullptr, *wsum;
   const float* sx;
   void* y;

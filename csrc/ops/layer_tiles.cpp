@@ -23,6 +23,7 @@ using cpu::kQuadRow;
 
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 12 * 1024, kMaxBlockTiles = 8;
+constexpr int64_t kLongRows = 32768;  // of K: sums of so many weights may be 2^22
 constexpr int64_t kFewTiles = 2;  // expanding a panel for each of them is cheaper than writing it to L2
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
@@ -45,7 +46,7 @@ class Tiles {
         shape_(cpu::tile_shape(isa_)),
         by_row_(kInt && !input.uniform),
         direct_(kInt && h_.segments == 1 && !h_.far && h_.adapter != AdapterKind::kFloat &&
-                (!by_row_ || (isa_ == Isa::kAmx && !output.epilogue.codes))),
+                (!by_row_ || (isa_ == Isa::kAmx && !output.epilogue.codes && h_.taps * h_.run < kLongRows))),
         fused_(isa_ == Isa::kAmx && direct_),
         x_scale_(kInt && !by_row_ ? input.scale[0] : 1.0f),
         x_zero_(!kInt || by_row_ ? 0 : fused_ ? -input.zero[0] : input.zero[0]),
