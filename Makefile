@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+NATIVE := $(shell find csrc benchmarks tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 BUILD := pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/* csrc/*/*)
 
 # A data folder beside the project is taken when none is named.
@@ -38,6 +39,7 @@ performance: $(VENV)/.peers
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 	$(BIN)/mypy
 
 clean:
@@ -63,5 +65,5 @@ $(VENV)/.peers: $(VENV)/.test
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.test
-	$(PIP) mypy ruff types-tqdm
+	$(PIP) clang-format mypy ruff types-tqdm
 	touch $@

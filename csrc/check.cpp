@@ -188,8 +188,7 @@ Window make_window(const char* op, bool linear, int64_t channels, const std::vec
   window.channels = channels;
   window.groups = groups;
   CORA_CHECK(op, channels >= 1, "channels must be >= 1, got ", channels);
-  CORA_CHECK(op, groups >= 1 && channels % groups == 0, "groups must divide the ", channels, " channels, got ",
-             groups);
+  CORA_CHECK(op, groups >= 1 && channels % groups == 0, "groups must divide the ", channels, " channels, got ", groups);
   if (linear) return window;
   check_window(op, kernel_size, stride, padding, dilation);
   for (size_t d = 0; d < 2; ++d) {
@@ -270,8 +269,7 @@ Window check_run(const Tensor& x, Window w, int64_t n, const RunArgs& v) {
     CORA_CHECK(op, !w.linear || halo == 0, name, " must be 0 for a linear layer, got ", halo);
   }
   CORA_CHECK(op, codes || v.x_halo == 0, "x_halo must be 0 unless x holds codes, got ", v.x_halo);
-  CORA_CHECK(op, v.out_scale.has_value() || v.out_halo == 0, "out_halo must be 0 for a float output, got ",
-             v.out_halo);
+  CORA_CHECK(op, v.out_scale.has_value() || v.out_halo == 0, "out_halo must be 0 for a float output, got ", v.out_halo);
   if (v.x_scale.has_value()) {
     CORA_CHECK(op, v.x_bits > 0, "x_scale must be None when x_bits is 0");
     check_scale(op, "x_scale", *v.x_scale);

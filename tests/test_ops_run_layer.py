@@ -307,8 +307,8 @@ def test_codes_agree_over_levels(name: str, add: str) -> None:
 @pytest.mark.parametrize("rows", [1, 3, 9, 33, 70])
 @pytest.mark.parametrize("k", [64, 130, 32704, 32832])
 def test_rows_of_their_own_agree_over_levels(k: int, rows: int) -> None:
-    """Rows with scales and zero-points of their own, and the largest sums of weights: the same bits on every level, and
-    the exact integers' values."""
+    """Scales and zero-points a row, and the largest sums of weights: the same bits on every level, and the
+    exact integers' values."""
     n, before = 37, ops.isa()["level"]
     codes = torch.randint(0, 2, (n, k), dtype=torch.uint8)
     codes[:5] = 0  # weights of -128

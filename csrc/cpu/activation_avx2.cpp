@@ -116,8 +116,9 @@ void interleave_moves(const uint8_t* from, const int64_t* line, int64_t lines, i
 }  // namespace
 
 void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count, uint8_t* to) {
-  (bytes <= 4 ? interleave_moves<4> : bytes <= 8 ? interleave_moves<8> : interleave_moves<16>)(from, line, lines, bytes,
-                                                                                           count, to);
+  (bytes <= 4   ? interleave_moves<4>
+   : bytes <= 8 ? interleave_moves<8>
+                : interleave_moves<16>)(from, line, lines, bytes, count, to);
 }
 
 }  // namespace cora::cpu::avx2

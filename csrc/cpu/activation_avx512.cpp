@@ -53,7 +53,8 @@ struct Quantizer {
   __m512i near(__m512 x, __m512& distance) const {
     const __m512 v = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inverse), low), high);
     const __m512i q = _mm512_cvtps_epi32(v);
-    distance = _mm512_range_ps(distance, _mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), 0xb);  // larger magnitude, as positive
+    distance =
+        _mm512_range_ps(distance, _mm512_sub_ps(v, _mm512_cvtepi32_ps(q)), 0xb);  // larger magnitude, as positive
     return _mm512_add_epi32(q, zero);
   }
   bool doubtful(__m512 distance) const { return _mm512_cmp_ps_mask(distance, limit, _CMP_GE_OQ) != 0; }
@@ -182,12 +183,9 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
       uint8_t* to = out + col * ldo + row;
       for (int i = 0; i < 4; ++i) {
         if (i < pixels) _mm_mask_storeu_epi8(to + i * ldo, bytes, _mm512_castsi512_si128(pixel[i]));
-        if (i + 4 < pixels)
-          _mm_mask_storeu_epi8(to + (i + 4) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 1));
-        if (i + 8 < pixels)
-          _mm_mask_storeu_epi8(to + (i + 8) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 2));
-        if (i + 12 < pixels)
-          _mm_mask_storeu_epi8(to + (i + 12) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 3));
+        if (i + 4 < pixels) _mm_mask_storeu_epi8(to + (i + 4) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 1));
+        if (i + 8 < pixels) _mm_mask_storeu_epi8(to + (i + 8) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 2));
+        if (i + 12 < pixels) _mm_mask_storeu_epi8(to + (i + 12) * ldo, bytes, _mm512_extracti32x4_epi32(pixel[i], 3));
       }
     }
   }

@@ -366,21 +366,21 @@ void finish_all(const CodesTile&, const Finish& pending) {
 #define CORA_ADDED(Run, up, out)                                                                          \
   {Run<ByPairs<OutputRows<up, out, Added::kNothing>>>, Run<ByPairs<OutputRows<up, out, Added::kFloats>>>, \
    Run<ByPairs<OutputRows<up, out, Added::kCodes>>>}
-#define CORA_OUTS(Run, up)                                               \
-  {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kByRow), \
-   CORA_ADDED(Run, up, Out::kCodes), CORA_ADDED(Run, up, Out::kBounded)}
+#define CORA_OUTS(Run, up)                                                                                \
+  {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kByRow), CORA_ADDED(Run, up, Out::kCodes), \
+   CORA_ADDED(Run, up, Out::kBounded)}
 #define CORA_HIDDEN(Run, Zeros) {Run<ByPairs<HiddenRows<false, Zeros>>>, Run<ByPairs<HiddenRows<true, Zeros>>>}
-#define CORA_SELECT(Run)                                                                                               \
-  [&] {                                                                                                                \
-    using Fn = void(const CodesTile&, const Finish&);                                                                  \
-    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};                            \
-    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};                      \
-    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                                     \
-    const bool by_row = pending.zx != nullptr;                                                                         \
-    if (pending.hidden != nullptr) return kHidden[by_row][pending.lanes <= 16];                                        \
-    const Out codes = pending.bounded ? Out::kBounded : Out::kCodes;                                                   \
-    const Out out = pending.e->codes ? codes : by_row ? Out::kByRow : Out::kFloats;                                    \
-    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)];                    \
+#define CORA_SELECT(Run)                                                                            \
+  [&] {                                                                                             \
+    using Fn = void(const CodesTile&, const Finish&);                                               \
+    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};         \
+    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};   \
+    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                  \
+    const bool by_row = pending.zx != nullptr;                                                      \
+    if (pending.hidden != nullptr) return kHidden[by_row][pending.lanes <= 16];                     \
+    const Out codes = pending.bounded ? Out::kBounded : Out::kCodes;                                \
+    const Out out = pending.e->codes ? codes : by_row ? Out::kByRow : Out::kFloats;                 \
+    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)]; \
   }()
 
 }  // namespace

@@ -76,8 +76,7 @@ void codes(const uint16_t* strip, const DepthwiseShape& s, const int8_t* w, int6
             sum[i][h] = _mm256_add_epi32(sum[i][h], _mm256_madd_epi16(load(at + 16 * h), wh[h]));
       }
   for (int i = 0; i < kP; ++i)
-    for (int h = 0; h < 2; ++h)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + i * kLanes + 8 * h), sum[i][h]);
+    for (int h = 0; h < 2; ++h) _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc + i * kLanes + 8 * h), sum[i][h]);
 }
 
 /// 16 channels of which `lanes` exist.

@@ -96,8 +96,7 @@ inline __m512i words_of(const __m512 v[2], __m512 inverse, __m512 high, __m512i 
   __m512i word[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   // min returns its second operand for a NaN, which then converts to the smallest integer, as does what is
   // below the integers; only what is above them needs the bound here.
-  for (int h = 0; h < kHalves; ++h)
-    word[h] = _mm512_cvtps_epi32(_mm512_min_ps(high, _mm512_mul_ps(v[h], inverse)));
+  for (int h = 0; h < kHalves; ++h) word[h] = _mm512_cvtps_epi32(_mm512_min_ps(high, _mm512_mul_ps(v[h], inverse)));
   return _mm512_adds_epi16(_mm512_packs_epi32(word[0], word[1]), zero);
 }
 
@@ -110,8 +109,7 @@ void codes_to_codes(const uint8_t* strip, const DepthwiseShape& s, const Depthwi
   for (int i = 0; i < kP; ++i)
     for (int h = 0; h < kHalves; ++h) {
       sum[i][h] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(f.correction + 16 * h));
-      if (kAdapter)
-        a_sum[i][h] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(f.a_correction + 16 * h));
+      if (kAdapter) a_sum[i][h] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(f.a_correction + 16 * h));
     }
   const int8_t *w = f.w, *a = f.a;
   for (int64_t plane = 0; plane < f.planes; ++plane) {
@@ -171,12 +169,11 @@ void codes_to_codes(const uint8_t* strip, const DepthwiseShape& s, const Depthwi
 
 /// The vectors of one quad of rows, of which kRows exist, for all pixels.
 template <int kRows, bool kTail>
-void strip_quad(const uint8_t* x, int64_t line, int64_t pixel, int64_t width, int lanes, uint8_t* strip,
-                int64_t next) {
-  const __m512i order = _mm512_set_epi8(63, 47, 31, 15, 62, 46, 30, 14, 61, 45, 29, 13, 60, 44, 28, 12, 59, 43, 27, 11,
-                                        58, 42, 26, 10, 57, 41, 25, 9, 56, 40, 24, 8, 55, 39, 23, 7, 54, 38, 22, 6, 53,
-                                        37, 21, 5, 52, 36, 20, 4, 51, 35, 19, 3, 50, 34, 18, 2, 49, 33, 17, 1, 48, 32,
-                                        16, 0);
+void strip_quad(const uint8_t* x, int64_t line, int64_t pixel, int64_t width, int lanes, uint8_t* strip, int64_t next) {
+  const __m512i order =
+      _mm512_set_epi8(63, 47, 31, 15, 62, 46, 30, 14, 61, 45, 29, 13, 60, 44, 28, 12, 59, 43, 27, 11, 58, 42, 26, 10,
+                      57, 41, 25, 9, 56, 40, 24, 8, 55, 39, 23, 7, 54, 38, 22, 6, 53, 37, 21, 5, 52, 36, 20, 4, 51, 35,
+                      19, 3, 50, 34, 18, 2, 49, 33, 17, 1, 48, 32, 16, 0);
   for (int h = 0; h < 2 && 16 * h < lanes; ++h) {
     const __mmask16 mask = mask16(lanes - 16 * h);
     const uint8_t* from = x + 16 * h;
@@ -202,17 +199,13 @@ inline void share(int64_t count, const Tile& tile) {
   }
 }
 
-#define CORA_HALF_POSITIONS(f, ...)                                                                               \
-  {                                                                                                               \
-    f<1, __VA_ARGS__>, f<2, __VA_ARGS__>, f<3, __VA_ARGS__>, f<4, __VA_ARGS__>, f<5, __VA_ARGS__>,                \
-        f<6, __VA_ARGS__>, f<7, __VA_ARGS__>                                                                      \
-  }
-#define CORA_POSITIONS(f, ...)                                                                                    \
-  {                                                                                                               \
-    f<1, __VA_ARGS__>, f<2, __VA_ARGS__>, f<3, __VA_ARGS__>, f<4, __VA_ARGS__>, f<5, __VA_ARGS__>,                \
-        f<6, __VA_ARGS__>, f<7, __VA_ARGS__>, f<8, __VA_ARGS__>, f<9, __VA_ARGS__>, f<10, __VA_ARGS__>,           \
-        f<11, __VA_ARGS__>, f<12, __VA_ARGS__>, f<13, __VA_ARGS__>, f<14, __VA_ARGS__>                            \
-  }
+#define CORA_HALF_POSITIONS(f, ...)                                            \
+  {f<1, __VA_ARGS__>, f<2, __VA_ARGS__>, f<3, __VA_ARGS__>, f<4, __VA_ARGS__>, \
+   f<5, __VA_ARGS__>, f<6, __VA_ARGS__>, f<7, __VA_ARGS__>}
+#define CORA_POSITIONS(f, ...)                                                                        \
+  {f<1, __VA_ARGS__>,  f<2, __VA_ARGS__>,  f<3, __VA_ARGS__>,  f<4, __VA_ARGS__>, f<5, __VA_ARGS__>,  \
+   f<6, __VA_ARGS__>,  f<7, __VA_ARGS__>,  f<8, __VA_ARGS__>,  f<9, __VA_ARGS__>, f<10, __VA_ARGS__>, \
+   f<11, __VA_ARGS__>, f<12, __VA_ARGS__>, f<13, __VA_ARGS__>, f<14, __VA_ARGS__>}
 
 }  // namespace
 

@@ -152,7 +152,9 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
   }
 }
 
-void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+void store_hidden(const float* c, int m, int /*ranks*/, void* u) {
+  std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float));
+}
 
 void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int /*ranks*/,
                       void* u) {

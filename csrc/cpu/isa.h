@@ -40,6 +40,7 @@ struct KernelTable {
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define CORA_X86 1
 #define CORA_PRAGMA(x) _Pragma(#x)
+// clang-format off
 #if defined(__clang__)
 #define CORA_BEGIN_AVX2 \
   CORA_PRAGMA(clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2"))), apply_to = function))
@@ -71,6 +72,7 @@ struct KernelTable {
   CORA_PRAGMA(GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512bf16,amx-tile,amx-int8,amx-bf16"))
 #define CORA_END_TARGET CORA_PRAGMA(GCC pop_options)
 #endif
+// clang-format on
 #else
 #define CORA_X86 0
 #endif

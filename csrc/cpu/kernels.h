@@ -94,9 +94,9 @@ inline TileShape tile_shape(Isa isa) {
   return isa == Isa::kAmx ? TileShape{16, 2, 64, true} : TileShape{12, 1, kQuad, false};
 }
 
-/// Lines of pixels of a few bytes, interleaved: to[(x * lines + y) * bytes + j] = from[line[y] + x * bytes + j], for x <
-/// count, y < lines, j < bytes <= 16. Past a line's end up to 64 bytes may be read, past that of `to` kInterleaveSlack
-/// be written.
+/// Lines of pixels of a few bytes, interleaved: to[(x * lines + y) * bytes + j] = from[line[y] + x * bytes + j], for x
+/// < count, y < lines, j < bytes <= 16. Past a line's end up to 64 bytes may be read, past that of `to`
+/// kInterleaveSlack be written.
 constexpr int64_t kInterleaveSlack = 320;
 using InterleaveFn = void(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count,
                           uint8_t* to);
@@ -112,8 +112,7 @@ using TileF32Fn = void(const float* const* rows, const int64_t* tap, int64_t tap
                        int m, int lanes, float* c);
 
 /// sums[i] = sum of row i's runs.
-using RowSumsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m,
-                       int32_t* sums);
+using RowSumsFn = void(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t run, int m, int32_t* sums);
 
 /// c[i*32+n] (+)= float(acc - zx[i] * wsum[n] - far[n] * xsum[i]) * scale[n]: a scale group's exact integer
 /// becomes float. xsum is the sum of x - zx. The result fits int32 (steps may wrap); arrays of 32.
@@ -144,7 +143,7 @@ struct Epilogue {
   const int32_t* acc;  // [m, 32], or null
   const int32_t* correction;
   const float* alpha;  // with c: or null
-  const float* c;  // [m, 32] when acc is null
+  const float* c;      // [m, 32] when acc is null
   const float *row_scale, *up, *bias;
   const float *u, *b;  // [m][32] and [rank][32], or null
   int64_t rank;
@@ -240,11 +239,13 @@ struct Finish {
   int lanes;
   const int32_t* sum;
   const float* alpha;
-  void* hidden;  // the sums are an adapter's hidden values and go here, as store_hidden leaves them; or null:
+  void* hidden;       // the sums are an adapter's hidden values and go here, as store_hidden leaves them; or null:
   const Epilogue* e;  // its last step but for what is here instead
   Added added;
-  bool bounded;            // no number of a code leaves the integers' range
-  const float *up, *bias;  // up holds the bias already; or null. With it, codes: up and alpha are in units of their scale
+  bool bounded;  // no number of a code leaves the integers' range
+  // up: or null. It holds the bias already; with it, where codes are to become of it, it and alpha are in units of
+  // their scale.
+  const float *up, *bias;
   // Not null, of floats and hidden values: rows have scales and zero-points of their own. Then zx[i] * wsum[n] is still
   // to be subtracted (0 <= zx < 256, |wsum| < 2^22), hidden values stay without their row's scale, and the output is
   // fma(alpha * sum + up, sx[i], bias).
@@ -252,11 +253,12 @@ struct Finish {
   const float* sx;
   void* y;
   const void* add;
-  const uint8_t* from;          // rows of sum, [count], the last one twice where count is odd: so are the next two
+  const uint8_t* from;         // rows of sum, [count], the last one twice where count is odd: so are the next two
   const int64_t *at, *add_at;  // of y and add
 };
 
-/// Memory that is needed after this tile: its lines are asked for meanwhile, so many of them in each of a block's steps.
+/// Memory that is needed after this tile: its lines are asked for meanwhile, so many of them in each of a block's
+/// steps.
 struct Ahead {
   const uint8_t* from = nullptr;
   int lines = 0;
@@ -371,18 +373,18 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
 #define CORA_KERNELS_WITH_AVXVNNI(_) _(GemvS8Fn, gemv_s8)
 #define CORA_KERNELS_ALL(_) _(TileS8Fn, tile_s8)
 // Where the tile registers are worth it.
-#define CORA_KERNELS_UP_TO_AMX(_)   \
-  _(StoreHiddenFn, store_hidden)    \
+#define CORA_KERNELS_UP_TO_AMX(_)        \
+  _(StoreHiddenFn, store_hidden)         \
   _(QuantizedHiddenFn, quantized_hidden) \
-  _(ExpandUpFn, expand_up)          \
+  _(ExpandUpFn, expand_up)               \
   _(UpProjectFn, up_project)
 // For the tile registers only.
-#define CORA_KERNELS_AMX(_)     \
-  _(SplitFn, split)             \
-  _(PanelBf16Fn, panel_bf16)    \
-  _(TileBf16Fn, tile_bf16)      \
-  _(RescaleFn, rescale)         \
-  _(CodesTileFn, codes_tile)    \
+#define CORA_KERNELS_AMX(_)  \
+  _(SplitFn, split)          \
+  _(PanelBf16Fn, panel_bf16) \
+  _(TileBf16Fn, tile_bf16)   \
+  _(RescaleFn, rescale)      \
+  _(CodesTileFn, codes_tile) \
   _(FinishFn, finish)
 // No 512-bit version (pext works on 64 bits anyway): avx512 takes avx2's.
 #define CORA_KERNELS_UP_TO_AVX2(_) _(PackRowFn, pack_row)
@@ -438,16 +440,18 @@ CORA_KERNELS_AMX(CORA_DECLARE)
 #else
 #define CORA_LEVELS(first, ...) {first, nullptr, nullptr, nullptr, nullptr}
 #endif
-#define CORA_TABLE(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, nullptr)};
-#define CORA_TABLE_WITH_AVXVNNI(Fn, name)                                                                          \
-  inline constexpr KernelTable<Fn> k_##name{#name,                                                                \
-                                            CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, nullptr)};
-#define CORA_TABLE_ALL(Fn, name)                                                                                  \
-  inline constexpr KernelTable<Fn> k_##name{#name,                                                                \
-                                            CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, amx::name)};
-#define CORA_TABLE_UP_TO_AMX(Fn, name) \
-  inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, amx::name)};
+#define CORA_TABLE(Fn, name)                       \
+  inline constexpr KernelTable<Fn> k_##name{#name, \
+                                            CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, nullptr)};
+#define CORA_TABLE_WITH_AVXVNNI(Fn, name)    \
+  inline constexpr KernelTable<Fn> k_##name{ \
+      #name, CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, nullptr)};
+#define CORA_TABLE_ALL(Fn, name)             \
+  inline constexpr KernelTable<Fn> k_##name{ \
+      #name, CORA_LEVELS(scalar::name, avx2::name, avxvnni::name, avx512::name, amx::name)};
+#define CORA_TABLE_UP_TO_AMX(Fn, name)             \
+  inline constexpr KernelTable<Fn> k_##name{#name, \
+                                            CORA_LEVELS(scalar::name, avx2::name, nullptr, avx512::name, amx::name)};
 #define CORA_TABLE_AMX(Fn, name) \
   inline constexpr KernelTable<Fn> k_##name{#name, CORA_LEVELS(nullptr, nullptr, nullptr, nullptr, amx::name)};
 #define CORA_TABLE_UP_TO_AVX2(Fn, name) \

@@ -45,7 +45,8 @@ inline __m512i bytes_of(const __m512i (&q)[4]) {
 /// Elements before all arrays that are not null lie on a cache line; -1 when they never do together.
 inline int64_t until_aligned(const float* first, const float* second, const uint8_t* codes) {
   const auto of = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  const int64_t count = codes != nullptr ? static_cast<int64_t>(-of(codes) % 64) : static_cast<int64_t>(-of(first) % 64 / 4);
+  const int64_t count =
+      codes != nullptr ? static_cast<int64_t>(-of(codes) % 64) : static_cast<int64_t>(-of(first) % 64 / 4);
   const bool aligned = of(first + count) % 64 == 0 && (second == nullptr || of(second + count) % 64 == 0);
   return aligned ? count : -1;
 }

@@ -175,11 +175,11 @@ bool split(const float* x, int64_t count, int planes, int64_t stride, Bf16* out)
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000)), magnitude = _mm512_set1_epi32(0x7fffffff);
   const __m512i limit = _mm512_set1_epi32(0x6f800000);  // 2^96
   // The odd words of two vectors.
-  const __m512i odd = _mm512_add_epi16(
-      _mm512_mullo_epi16(_mm512_set1_epi16(2), _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18,
-                                                                17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2,
-                                                                1, 0)),
-      _mm512_set1_epi16(1));
+  const __m512i odd =
+      _mm512_add_epi16(_mm512_mullo_epi16(_mm512_set1_epi16(2),
+                                          _mm512_set_epi16(31, 30, 29, 28, 27, 26, 25, 24, 23, 22, 21, 20, 19, 18, 17,
+                                                           16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)),
+                       _mm512_set1_epi16(1));
   __m512i largest = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 32) {
     const int64_t left = count - i;
@@ -191,8 +191,7 @@ bool split(const float* x, int64_t count, int planes, int64_t stride, Bf16* out)
     for (int p = 0; p < planes; ++p) {
       const __m512i bits[2] = {_mm512_castps_si512(v[0]), _mm512_castps_si512(v[1])};
       _mm512_mask_storeu_epi16(out + p * stride + i, mask, _mm512_permutex2var_epi16(bits[0], odd, bits[1]));
-      for (int h = 0; h < 2; ++h)
-        v[h] = _mm512_sub_ps(v[h], _mm512_castsi512_ps(_mm512_and_si512(bits[h], upper)));
+      for (int h = 0; h < 2; ++h) v[h] = _mm512_sub_ps(v[h], _mm512_castsi512_ps(_mm512_and_si512(bits[h], upper)));
     }
   }
   return _mm512_cmpgt_epu32_mask(largest, limit) == 0;
@@ -222,8 +221,8 @@ void rescale(const float* sum, int m, const float* scale, bool add, float* c) {
   for (int h = 0; h < kLanes; h += 16) {
     const __m512 s = _mm512_loadu_ps(scale + h);
     for (int k = h; k < m * kLanes; k += kLanes)
-      _mm512_storeu_ps(c + k, _mm512_fmadd_ps(_mm512_loadu_ps(sum + k), s,
-                                              add ? _mm512_loadu_ps(c + k) : _mm512_setzero_ps()));
+      _mm512_storeu_ps(
+          c + k, _mm512_fmadd_ps(_mm512_loadu_ps(sum + k), s, add ? _mm512_loadu_ps(c + k) : _mm512_setzero_ps()));
   }
 }
 

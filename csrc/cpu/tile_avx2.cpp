@@ -37,9 +37,8 @@ template <int kBits>
 void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, int8_t* panel) {
   __m256i o[4];
   for (int g = 0; g < 4; ++g)
-    o[g] = _mm256_mullo_epi32(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset + g * 8))),
-        _mm256_set1_epi32(0x01010101));
+    o[g] = _mm256_mullo_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(offset + g * 8))),
+                              _mm256_set1_epi32(0x01010101));
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
     __m256i codes[4];
     prefetch_packed<kPanelAhead>(packed, quad_row_bytes(kBits));
@@ -81,8 +80,7 @@ inline void add_narrow_quads(const uint8_t* const (&x)[kM], int64_t k, const int
     for (int i = 0; i < kM; ++i) {
       const __m256i xi = broadcast4(x[i] + k + q * kQuad);
 #pragma GCC unroll 2
-      for (int v = 0; v < kV; ++v)
-        sum[i][v] = q > 0 ? add_narrow(sum[i][v], xi, w[v]) : _mm256_maddubs_epi16(xi, w[v]);
+      for (int v = 0; v < kV; ++v) sum[i][v] = q > 0 ? add_narrow(sum[i][v], xi, w[v]) : _mm256_maddubs_epi16(xi, w[v]);
     }
   }
 #pragma GCC unroll 6
@@ -97,8 +95,8 @@ inline void add_narrow_rest(const uint8_t* const (&x)[kM], int64_t k, int64_t le
   if constexpr (kQuads > 0) {
     const bool some = (left & kQuads) != 0;
     if (some) add_narrow_quads<kM, kV, kQuads>(x, k, panel, acc);
-    add_narrow_rest<kM, kV, kQuads / 2>(x, some ? k + kQuads * kQuad : k, left, some ? panel + kQuads * kQuadRow : panel,
-                                        acc);
+    add_narrow_rest<kM, kV, kQuads / 2>(x, some ? k + kQuads * kQuad : k, left,
+                                        some ? panel + kQuads * kQuadRow : panel, acc);
   }
 }
 
@@ -155,8 +153,8 @@ void tile_s8_medium(const uint8_t* const* rows, const int64_t* tap, int64_t taps
 template <int kM, int kQuads>
 inline void add_wide_quads(const uint8_t* const (&x)[kM], int64_t k, const int8_t* panel, int32_t* acc) {
   const __m256i nibble = _mm256_set1_epi8(0x0f);
-  const __m256i sign = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, -8,
-                                        -7, -6, -5, -4, -3, -2, -1);
+  const __m256i sign = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7,
+                                        -8, -7, -6, -5, -4, -3, -2, -1);
   __m256i low[kM], high[kM];
 #pragma GCC unroll 4
   for (int q = 0; q < kQuads; ++q) {
@@ -232,9 +230,9 @@ void tile_f32_fixed(const float* const* rows, const int64_t* tap, int64_t taps, 
     for (int v = 0; v < kV; ++v) _mm256_storeu_ps(acc + i * kLanes + v * 8, c[i][v]);
 }
 
-/// Adds kRows quad-rows of codes of up to four bits by kM rows of x, summed in 16 bits first, in kCount vectors of lanes
-/// from kFirst on. One row's totals are in registers, and a tree of its sums fits them: a block is done before a store
-/// of the last one would have come back. More rows take longer than that, and all registers.
+/// Adds kRows quad-rows of codes of up to four bits by kM rows of x, summed in 16 bits first, in kCount vectors of
+/// lanes from kFirst on. One row's totals are in registers, and a tree of its sums fits them: a block is done before a
+/// store of the last one would have come back. More rows take longer than that, and all registers.
 template <int kBits, int kM, int kFirst, int kCount, int kRows>
 inline void gemv_s8_rows(const uint8_t* packed, const uint8_t* x, int64_t ldx, __m256i (&total)[kCount], int32_t* acc) {
   __m256i sum[kM][kCount];
@@ -387,16 +385,17 @@ void panel_f32(const int8_t* panel, int64_t rows, const float* scale, const int3
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int widest, int m, int /*block*/, int lanes, int32_t* acc) {
   static constexpr TileS8 kMedium16[] = {tile_s8_medium<1, 2>, tile_s8_medium<2, 2>, tile_s8_medium<3, 2>,
-                                       tile_s8_medium<4, 2>};
+                                         tile_s8_medium<4, 2>};
   static constexpr TileS8 kMedium8[] = {tile_s8_medium<1, 1>, tile_s8_medium<2, 1>, tile_s8_medium<3, 1>,
-                                      tile_s8_medium<4, 1>, tile_s8_medium<5, 1>, tile_s8_medium<6, 1>};
+                                        tile_s8_medium<4, 1>, tile_s8_medium<5, 1>, tile_s8_medium<6, 1>};
   static constexpr TileS8 kWide8[] = {tile_s8_wide<1>, tile_s8_wide<2>, tile_s8_wide<3>,
-                                    tile_s8_wide<4>, tile_s8_wide<5>, tile_s8_wide<6>};
+                                      tile_s8_wide<4>, tile_s8_wide<5>, tile_s8_wide<6>};
   const int64_t sums = sums_in_16_bits(widest);
   for (int n = 0; n < lanes;) {
     const bool few = sums == 0 || lanes - n <= 8;
     const TileS8* tiles = few ? kMedium8 : kMedium16;
-    if (sums >= 2) tiles = (sums >= 8 ? kNarrow<8> : sums >= 6 ? kNarrow<6> : sums >= 4 ? kNarrow<4> : kNarrow<2>)[few ? 0 : 1];
+    if (sums >= 2)
+      tiles = (sums >= 8 ? kNarrow<8> : sums >= 6 ? kNarrow<6> : sums >= 4 ? kNarrow<4> : kNarrow<2>)[few ? 0 : 1];
     if (sums == 0) tiles = kWide8;
     const int most = sums == 1 && !few ? 4 : 6;
     for (int i = 0; i < m; i += most)

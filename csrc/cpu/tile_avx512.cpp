@@ -212,7 +212,8 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
     if (kOutCodes) {
       __m512i words[2];
       for (int r = 0; r < 2; ++r)
-        words[r] = _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[r][0]), _mm512_cvtps_epi32(v[r][1])), zero);
+        words[r] =
+            _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[r][0]), _mm512_cvtps_epi32(v[r][1])), zero);
       const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
       uint8_t* y = static_cast<uint8_t*>(e.y);
       _mm256_mask_storeu_epi8(y + at[sources[0]], mask, _mm512_castsi512_si256(codes));
@@ -224,17 +225,15 @@ void epilogue_rows(const Epilogue& e, int m, int lanes, const int64_t* at, const
     }
   }
 }
-#define CORA_ADDS(acc, up, codes)                                                                    \
-  {                                                                                                  \
-    epilogue_rows<acc, up, codes, kNothing>, epilogue_rows<acc, up, codes, kFloats>,                 \
-        epilogue_rows<acc, up, codes, kCodes>                                                        \
-  }
-#define CORA_UPS(acc)                                                                                       \
-  {                                                                                                         \
-    {CORA_ADDS(acc, kNone, false), CORA_ADDS(acc, kNone, true)},                                            \
-        {CORA_ADDS(acc, kTile, false), CORA_ADDS(acc, kTile, true)}, {                                      \
-      CORA_ADDS(acc, kInline, false), CORA_ADDS(acc, kInline, true)                                         \
-    }                                                                                                       \
+#define CORA_ADDS(acc, up, codes)                                                   \
+  {epilogue_rows<acc, up, codes, kNothing>, epilogue_rows<acc, up, codes, kFloats>, \
+   epilogue_rows<acc, up, codes, kCodes>}
+#define CORA_UPS(acc)                                                  \
+  {                                                                    \
+    {CORA_ADDS(acc, kNone, false), CORA_ADDS(acc, kNone, true)},       \
+        {CORA_ADDS(acc, kTile, false), CORA_ADDS(acc, kTile, true)}, { \
+      CORA_ADDS(acc, kInline, false), CORA_ADDS(acc, kInline, true)    \
+    }                                                                  \
   }
 
 template <int kBits, int kM>
@@ -289,8 +288,8 @@ void gemv_f32_fixed(const uint8_t* packed, int64_t rows, const float* zero_point
     for (int j = 0; j < kQuad; ++j)
       for (int h = 0; h < 2; ++h) {
         const __m512i code = j == 0 ? w[h] : _mm512_srli_epi32(w[h], 8 * j);
-        const __m512 value = kLookup ? _mm512_permutexvar_ps(code, values)
-                                     : _mm512_cvtepi32_ps(_mm512_and_si512(code, byte));
+        const __m512 value =
+            kLookup ? _mm512_permutexvar_ps(code, values) : _mm512_cvtepi32_ps(_mm512_and_si512(code, byte));
         const __m512 exact = _mm512_sub_ps(value, z[h]);
         for (int i = 0; i < kM; ++i)
           sum[j % kWays][i][h] =
@@ -363,7 +362,9 @@ void requantize(const int32_t* acc, int m, const int32_t* zx, const int32_t* wsu
   }
 }
 
-void store_hidden(const float* c, int m, int /*ranks*/, void* u) { std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float)); }
+void store_hidden(const float* c, int m, int /*ranks*/, void* u) {
+  std::memcpy(u, c, static_cast<size_t>(m) * kLanes * sizeof(float));
+}
 
 void quantized_hidden(const int32_t* acc, const int32_t* correction, const float* alpha, int m, int ranks, void* u) {
   float* out = static_cast<float*>(u);

@@ -108,16 +108,15 @@ void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64
   using Tile = decltype(&tile_s8_fixed<1, 1>);
   static constexpr Tile k16[] = {tile_s8_fixed<1, 2>, tile_s8_fixed<2, 2>, tile_s8_fixed<3, 2>,
                                  tile_s8_fixed<4, 2>, tile_s8_fixed<5, 2>, tile_s8_fixed<6, 2>};
-  static constexpr Tile k8[] = {tile_s8_fixed<1, 1>,  tile_s8_fixed<2, 1>,  tile_s8_fixed<3, 1>,
-                                tile_s8_fixed<4, 1>,  tile_s8_fixed<5, 1>,  tile_s8_fixed<6, 1>,
-                                tile_s8_fixed<7, 1>,  tile_s8_fixed<8, 1>,  tile_s8_fixed<9, 1>,
-                                tile_s8_fixed<10, 1>, tile_s8_fixed<11, 1>, tile_s8_fixed<12, 1>};
+  static constexpr Tile k8[] = {tile_s8_fixed<1, 1>, tile_s8_fixed<2, 1>,  tile_s8_fixed<3, 1>,  tile_s8_fixed<4, 1>,
+                                tile_s8_fixed<5, 1>, tile_s8_fixed<6, 1>,  tile_s8_fixed<7, 1>,  tile_s8_fixed<8, 1>,
+                                tile_s8_fixed<9, 1>, tile_s8_fixed<10, 1>, tile_s8_fixed<11, 1>, tile_s8_fixed<12, 1>};
   for (int n = 0; n < lanes; n += 16) {
     const bool few = lanes - n <= 8;
     const int most = few ? 12 : 6;
     for (int i = 0; i < m; i += most)
       (few ? k8 : k16)[(m - i < most ? m - i : most) - 1](rows + i, tap, taps, quads, panel + n * kQuad,
-                                                         acc + i * kLanes + n);
+                                                          acc + i * kLanes + n);
   }
 }
 

@@ -25,8 +25,9 @@ const char* check_device() {
 }  // namespace
 
 const Api& library_api() {
-  static const Api api = {kApiVersion, check_device, fake_quantize, quantize_parts, fake_quantize_backward, pack,
-                          unpack, dequantize, prepare, plan, run, values_bytes, values, finish, merge};
+  static const Api api = {kApiVersion, check_device, fake_quantize, quantize_parts, fake_quantize_backward,
+                          pack,        unpack,       dequantize,    prepare,        plan,
+                          run,         values_bytes, values,        finish,         merge};
   return api;
 }
 

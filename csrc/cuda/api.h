@@ -31,7 +31,7 @@ enum XParameters : int32_t { kNoParameters = 0, kDynamic, kOnDevice, kOnHost };
 /// x [items, height, width, channels] by strides. A matrix [m, k] is m items of one pixel.
 struct Input {
   const void* data;
-  int32_t type;  // kFloat32, kFloat16, kBfloat16; kUint8: codes
+  int32_t type;          // kFloat32, kFloat16, kBfloat16; kUint8: codes
   PixelStrides strides;  // elements
   int32_t items, height, width;
   int32_t halo;    // codes: border pixels around each image that hold zero_point; height and width are without it

@@ -187,8 +187,7 @@ struct RowParameters {
   CORA_DEVICE void operand(const Codes<C::kBits>& codes, int step, bool scaled, uint32_t (&out)[4]) const {
     if constexpr (C::kInt8) {
 #pragma unroll
-      for (int r = 0; r < 4; ++r)
-        out[r] = subtract_bytes<C::kBits>(codes, 2 * step + r / 2, r % 2, zero[r % 2]);
+      for (int r = 0; r < 4; ++r) out[r] = subtract_bytes<C::kBits>(codes, 2 * step + r / 2, r % 2, zero[r % 2]);
     } else {
       Dequantize<typename C::T, C::kBits>::operand(codes, step, zero, zero_float, out);
       if (scaled) {

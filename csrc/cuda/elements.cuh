@@ -40,9 +40,8 @@ CORA_DEVICE void write_element(void* p, int64_t i, int type, float value) {
 /// y + element `add` of e.add, clamped.
 CORA_DEVICE float add_and_clamp(const Epilogue& e, float y, int64_t add) {
   if (e.add != nullptr)
-    y += e.add_type == kUint8
-             ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[add] - e.add_zero)
-             : read_element(e.add, add, e.add_type);
+    y += e.add_type == kUint8 ? e.add_scale * static_cast<float>(static_cast<const uint8_t*>(e.add)[add] - e.add_zero)
+                              : read_element(e.add, add, e.add_type);
   y = y < e.low ? e.low : y;
   return y > e.high ? e.high : y;
 }
@@ -52,7 +51,8 @@ CORA_DEVICE void finish_element(const Epilogue& e, float y, int64_t out, int64_t
   y = add_and_clamp(e, y, add);
   if (e.out_type == kUint8) {
     const float top = static_cast<float>(e.out_top);
-    float q = rintf(e.out_inverse != 0.0f ? y * e.out_inverse : divide(y, e.out_scale)) + static_cast<float>(e.out_zero);
+    float q =
+        rintf(e.out_inverse != 0.0f ? y * e.out_inverse : divide(y, e.out_scale)) + static_cast<float>(e.out_zero);
     q = q > 0.0f ? q : 0.0f;
     static_cast<uint8_t*>(e.out)[out] = static_cast<uint8_t>(q < top ? q : top);
   } else {
@@ -64,7 +64,8 @@ CORA_DEVICE void finish_element(const Epilogue& e, float y, int64_t out, int64_t
 CORA_DEVICE void fill_border(const Border& b, int64_t thread, int64_t threads) {
   if (b.codes == nullptr) return;
   const int piece = b.channels % 16 == 0 && reinterpret_cast<uintptr_t>(b.codes) % 16 == 0 ? 16 : 1;
-  const uint32_t pieces = static_cast<uint32_t>(b.channels / piece), whole_rows = static_cast<uint32_t>(b.halo * b.width);
+  const uint32_t pieces = static_cast<uint32_t>(b.channels / piece),
+                 whole_rows = static_cast<uint32_t>(b.halo * b.width);
   const uint32_t ring = 2 * whole_rows + static_cast<uint32_t>(2 * b.halo * (b.height - 2 * b.halo));
   const uint32_t value = static_cast<uint32_t>(b.value) * 0x01010101u;
   for (int64_t i = thread; i < int64_t{ring} * pieces * b.items; i += threads) {

@@ -81,9 +81,8 @@ CORA_DEVICE void write(void* p, int64_t i, int type, const float (&v)[kVector]) 
       store(static_cast<float*>(p) + i, float4{v[0], v[1], v[2], v[3]});
     } else {
       const bool half = type == kFloat16;
-      store(static_cast<uint16_t*>(p) + i,
-            uint2{half ? pack2<Half>(v[0], v[1]) : pack2<Bfloat16>(v[0], v[1]),
-                  half ? pack2<Half>(v[2], v[3]) : pack2<Bfloat16>(v[2], v[3])});
+      store(static_cast<uint16_t*>(p) + i, uint2{half ? pack2<Half>(v[0], v[1]) : pack2<Bfloat16>(v[0], v[1]),
+                                                 half ? pack2<Half>(v[2], v[3]) : pack2<Bfloat16>(v[2], v[3])});
     }
   } else {
     write_element(p, i, type, v[0]);
@@ -94,11 +93,10 @@ CORA_DEVICE void write(void* p, int64_t i, int type, const float (&v)[kVector]) 
 CORA_DEVICE int64_t scale_of(int64_t run, const Runs& r) { return r.scales == r.count ? run : run % r.scales; }
 
 template <int kVector>
-CORA_GLOBAL(kThreads, 1) forward_kernel(const void* __restrict__ x, const int type, const float* __restrict__ scale,
-                                        const int32_t* __restrict__ zero_point, const Runs r,
-                                        const Divide by_length, const int64_t total, const float top,
-                                        void* __restrict__ out, void* __restrict__ residual,
-                                        uint8_t* __restrict__ codes) {
+CORA_GLOBAL(kThreads, 1)
+forward_kernel(const void* __restrict__ x, const int type, const float* __restrict__ scale,
+               const int32_t* __restrict__ zero_point, const Runs r, const Divide by_length, const int64_t total,
+               const float top, void* __restrict__ out, void* __restrict__ residual, uint8_t* __restrict__ codes) {
   for (int64_t i = thread_index() * kVector; i < total; i += thread_count() * kVector) {
     const int64_t q = scale_of(quotient(i, by_length), r);
     const float s = scale[q], zp = static_cast<float>(zero_point[q]);
@@ -124,10 +122,10 @@ CORA_GLOBAL(kThreads, 1) forward_kernel(const void* __restrict__ x, const int ty
 }
 
 template <int kVector>
-CORA_GLOBAL(kThreads, 1) backward_kernel(const void* __restrict__ grad, const void* __restrict__ x, const int type,
-                                         const float* __restrict__ scale, const int32_t* __restrict__ zero_point,
-                                         const Runs r, const float top, void* __restrict__ grad_x,
-                                         double* __restrict__ partial) {
+CORA_GLOBAL(kThreads, 1)
+backward_kernel(const void* __restrict__ grad, const void* __restrict__ x, const int type,
+                const float* __restrict__ scale, const int32_t* __restrict__ zero_point, const Runs r, const float top,
+                void* __restrict__ grad_x, double* __restrict__ partial) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t piece = thread_index() / 32; piece < r.count * r.pieces; piece += thread_count() / 32) {
     const int64_t run = piece / r.pieces, first = piece % r.pieces * r.piece, q = scale_of(run, r);
@@ -154,8 +152,8 @@ CORA_GLOBAL(kThreads, 1) backward_kernel(const void* __restrict__ grad, const vo
 }
 
 /// grad_scale[q]: the pieces of every run that has scale q, by a warp.
-CORA_GLOBAL(kThreads, 1) scale_gradient_kernel(const double* __restrict__ partial, const Runs r,
-                                               float* __restrict__ grad_scale) {
+CORA_GLOBAL(kThreads, 1)
+scale_gradient_kernel(const double* __restrict__ partial, const Runs r, float* __restrict__ grad_scale) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int64_t per_scale = r.count / r.scales * r.pieces;
   for (int64_t q = thread_index() / 32; q < r.scales; q += thread_count() / 32) {

@@ -34,8 +34,8 @@ template <typename C, typename EndSegment>
 CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::kRows], int begin, int end,
                                    int stage_bytes, int fused_tiles, bool segmented, bool sum_x,
                                    typename Block<C>::Acc (&acc)[C::kRows][C::kCols][4],
-                                   typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4],
-                                   int32_t (&x_sum)[C::kCols], const EndSegment& end_segment) {
+                                   typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4], int32_t (&x_sum)[C::kCols],
+                                   const EndSegment& end_segment) {
   using T = typename C::T;
   constexpr int kSteps = C::kInt8 ? 2 : 4;  // mma steps of a tile along K
   const int lane = block.lane, group = block.group, warp_n = block.warp_n;
@@ -55,8 +55,10 @@ CORA_DEVICE void multiply_by_warps(Block<C>& block, RowParameters<C> (&rows)[C::
         if (segmented)
 #pragma unroll
           for (int h = 0; h < 2; ++h)
-            rows[i].set(h, load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
-                                        ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8), block.p.bits);
+            rows[i].set(h,
+                        load<float2>(from + C::kScaleAt + tile * C::kBlockN * 8 +
+                                     ((warp_n * C::kRows + i) * kTileRows + group + 8 * h) * 8),
+                        block.p.bits);
       }
       const char* const rank_tile = from + rank_tile_at + tile * fused_tiles * 1024;
       [[maybe_unused]] Codes<8> rank_codes;
@@ -109,8 +111,8 @@ struct Piece {
   bool last;
 };
 
-/// The piece of number `round` of this block of threads. The block is reread: a piece is found again after the loop over
-/// K rather than kept in registers around it.
+/// The piece of number `round` of this block of threads. The block is reread: a piece is found again after the loop
+/// over K rather than kept in registers around it.
 CORA_DEVICE Piece piece_of(const Shares& shares, int round) {
   const int worker = reread_block_index();
   if (shares.each == 0) {
@@ -145,15 +147,12 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
   };
   Acc* const mine = partial(static_cast<int>(blockIdx.x));
 #pragma unroll
-  for (int i = 0; i < C::kAcc; ++i)
-    store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
+  for (int i = 0; i < C::kAcc; ++i) store(mine + i * C::kThreads, acc[i / (C::kCols * 4)][i / 4 % C::kCols][i % 4]);
 #pragma unroll
   for (int j = 0; j < C::kSums; ++j) store(mine + (C::kAcc + j) * C::kThreads, static_cast<Acc>(x_sum[j]));
   if (fused)
 #pragma unroll
-    for (int i = 0; i < C::kAccT; ++i)
-      store(mine + (C::kAcc + C::kSums + i) * C::kThreads,
-            acc_t[0][i / 4][i % 4]);
+    for (int i = 0; i < C::kAccT; ++i) store(mine + (C::kAcc + C::kSums + i) * C::kThreads, acc_t[0][i / 4][i % 4]);
   block_sync();
   unsigned* const ticket = reinterpret_cast<unsigned*>(block.shared);
   if (block.tid == 0) {
@@ -173,7 +172,7 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
   for (int j = 0; j < C::kSums; ++j) x_sum[j] = 0;
 #pragma unroll
   for (int i = 0; i < C::kAccT; ++i) acc_t[0][i / 4][i % 4] = 0;
-#pragma unroll (C::kParts < 16 ? 16 / C::kParts : 1)  // several loads under way
+#pragma unroll(C::kParts < 16 ? 16 / C::kParts : 1)  // several loads under way
   for (int worker = first; worker <= last; ++worker) {
     const Acc* const part = partial(worker);
 #pragma unroll
@@ -185,8 +184,7 @@ CORA_DEVICE bool add_up_parts(const Block<C>& block, const Piece& piece,
     if (fused)
 #pragma unroll
       for (int i = 0; i < C::kAccT; ++i)
-        acc_t[0][i / 4][i % 4] +=
-            load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
+        acc_t[0][i / 4][i % 4] += load_other_blocks(part + (C::kAcc + C::kSums + i) * C::kThreads);
   }
   return true;
 }
@@ -199,7 +197,7 @@ CORA_DEVICE void multiply_by_b(const Block<C>& block, float (&y)[C::kRows][C::kC
   const int lane = block.lane, group = block.group, quad = block.quad, warp_m = block.warp_m;
   const int pitch = C::t_pitch(p.rank_tiles);
   char* const shared = block.shared;
-#pragma unroll (C::kStream && C::kCols <= 2 ? 4 : 1)
+#pragma unroll(C::kStream&& C::kCols <= 2 ? 4 : 1)
   for (int tile = 0; tile < p.rank_tiles; ++tile) {
     Codes<8> b[C::kRows];
 #pragma unroll
@@ -250,8 +248,7 @@ CORA_DEVICE void multiply_by_b(const Block<C>& block, float (&y)[C::kRows][C::kC
 
 /// y += B t: t to shared memory, from the fused sums or an earlier pass, then ceil(r / 16) more steps.
 template <typename C>
-CORA_DEVICE void add_adapter(const Block<C>& block,
-                             const typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4],
+CORA_DEVICE void add_adapter(const Block<C>& block, const typename Block<C>::Acc (&acc_t)[1][C::kRankCols][4],
                              float (&y)[C::kRows][C::kCols][4]) {
   using T = typename C::T;
   using Acc = typename Block<C>::Acc;
@@ -371,9 +368,9 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
   }
 
   Acc acc[C::kRows][C::kCols][4] = {};
-  Acc acc_t[1][C::kRankCols][4] = {};         // fused: this warp's rank tile over its share of K
-  float total[C::kRows][C::kCols][4] = {};    // Int8: the scaled sums of the segments so far
-  int32_t x_sum[C::kCols] = {};               // Int8: sum of x over the segment; this lane's part of token `group`
+  Acc acc_t[1][C::kRankCols][4] = {};       // fused: this warp's rank tile over its share of K
+  float total[C::kRows][C::kCols][4] = {};  // Int8: the scaled sums of the segments so far
+  int32_t x_sum[C::kCols] = {};             // Int8: sum of x over the segment; this lane's part of token `group`
   RowParameters<C> rows[C::kRows];
   bool sum_x = C::kInt8 && segmented;
   if (!segmented) {
@@ -381,7 +378,8 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
 #pragma unroll
     for (int i = 0; i < C::kRows; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) left_over |= rows[i].set(h, block.qparams_of(0, block.warp_n * C::kRows + i, h), p.bits);
+      for (int h = 0; h < 2; ++h)
+        left_over |= rows[i].set(h, block.qparams_of(0, block.warp_n * C::kRows + i, h), p.bits);
     if constexpr (C::kInt8) {
 #pragma unroll
       for (int mask = 1; mask < 32; mask *= 2) left_over |= shuffle_xor(left_over, mask);
@@ -494,7 +492,8 @@ CORA_DEVICE bool compute(const GemmArgs& p, int round) {
     for (int j = 0; j < C::kCols; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        out[token_of(j, e % 2) * C::kOutPitch + (block.warp_n * C::kRows + i) * kTileRows + block.group + 8 * (e / 2)] = y[i][j][e];
+        out[token_of(j, e % 2) * C::kOutPitch + (block.warp_n * C::kRows + i) * kTileRows + block.group + 8 * (e / 2)] =
+            y[i][j][e];
   block_sync();
   store_tile<C>(p, out, block.first_panel, block.first_token);
   return piece.last;
@@ -505,7 +504,8 @@ template <typename C>
 CORA_DEVICE bool compute_by_warpgroups(const GemmArgs& p, int round);
 
 template <typename C>
-CORA_GLOBAL(C::kThreads, C::kResident) gemm_kernel(const GemmArgs p) {
+CORA_GLOBAL(C::kThreads, C::kResident)
+gemm_kernel(const GemmArgs p) {
   if (p.t_out != nullptr) {
     let_next_launch_begin();
     for (int i = static_cast<int>(blockIdx.x) * C::kThreads + reread_thread_index(); i < p.ticket_count;

@@ -7,11 +7,11 @@ namespace cora::cuda {
 
 struct TileShape {
   int block_n, block_m;
-  int stage_tiles;   // of K, in a stage
-  int stage_bytes;   // that a stage brings, with weights of 4 bits
-  int partials;      // numbers a block leaves of a part of a tile
-  int resident;      // blocks that share a multiprocessor
-  bool fuses;        // an adapter's t may come from the same pass
+  int stage_tiles;  // of K, in a stage
+  int stage_bytes;  // that a stage brings, with weights of 4 bits
+  int partials;     // numbers a block leaves of a part of a tile
+  int resident;     // blocks that share a multiprocessor
+  bool fuses;       // an adapter's t may come from the same pass
 };
 
 //                       x type, bits,  warps N x M, tiles a warp, depth, stages, groups
@@ -24,7 +24,8 @@ using Decode32 = Config<T, kBits, 16, 1, 1, 4, 2, kBits == 8 ? 2 : 3>;  // x thr
 template <typename T, int kBits>
 using Decode64 = Config<T, kBits, kBits == 8 ? 8 : 16, 1, 1, 8, 2, 2>;
 template <typename T, int kBits>
-using Large128 = Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 3 : 4>;  // 64 accumulators a lane, 64 more when an adapter is fused
+using Large128 =
+    Config<T, kBits, 4, 2, 2, 8, 1, kBits == 8 ? 3 : 4>;  // 64 accumulators a lane, 64 more when an adapter is fused
 template <typename T, int kBits>
 using Small8 = Config<T, kBits, 4, 2, 2, 2, 1, 4>;
 template <typename T, int kBits>

@@ -1,6 +1,6 @@
-// The loop over K for few tokens of 16-bit x, where a call should cost what it takes to read the weight, and instructions
-// are what it costs first: of 74 a tile of 16 x 64 weights, 41 turn codes into operands and multiply them. Large
-// stages, so that barriers and addresses are few; a warp copies and reads its own tiles of the weight.
+// The loop over K for few tokens of 16-bit x, where a call should cost what it takes to read the weight, and
+// instructions are what it costs first: of 74 a tile of 16 x 64 weights, 41 turn codes into operands and multiply them.
+// Large stages, so that barriers and addresses are few; a warp copies and reads its own tiles of the weight.
 #pragma once
 
 #include "cuda/gemm_tile.cuh"
@@ -13,17 +13,17 @@ enum StreamScales : int { kOneGroup = 0, kByPairs, kByTiles };
 /// The copies of a stage, as this thread sees them. `stage` is an address in shared memory.
 template <typename C, int kScales>
 struct StreamCopies {
-  static constexpr int kChunks = C::kTileBytes / 16;           // of a tile of the weight
-  static constexpr int kRowsOnce = C::kThreads / 8;            // of the pieces of x, that all threads copy at a time
+  static constexpr int kChunks = C::kTileBytes / 16;  // of a tile of the weight
+  static constexpr int kRowsOnce = C::kThreads / 8;   // of the pieces of x, that all threads copy at a time
   static constexpr int kCopies = C::kDepth * C::kBlockM / kRowsOnce;
   static constexpr int kRows = Block<C>::kLoadRows;
 
   const Block<C>& block;
-  bool active;              // a warp beyond the weight only helps to copy x
-  const uint8_t* weight;    // of the first tile of K
-  uint32_t weight_step;     // to the next
-  const float2* scale;      // of the first segment
-  int reach[kRows];         // inputs of the row of x, if they lie one after the other as the walk takes them
+  bool active;            // a warp beyond the weight only helps to copy x
+  const uint8_t* weight;  // of the first tile of K
+  uint32_t weight_step;   // to the next
+  const float2* scale;    // of the first segment
+  int reach[kRows];       // inputs of the row of x, if they lie one after the other as the walk takes them
 
   CORA_DEVICE explicit StreamCopies(const Block<C>& b) : block(b) {
     const GemmArgs& p = block.p;
@@ -34,12 +34,11 @@ struct StreamCopies {
     scale = p.qparams + uint64_t{panel} * kTileRows + block.lane % 8 * 2;
     const int inputs = block.end_block * kTileInputs < p.channels ? block.end_block * kTileInputs : p.channels;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      reach[r] = block.has({0, 0, 0, true}, r) ? inputs : 0;
+    for (int r = 0; r < kRows; ++r) reach[r] = block.has({0, 0, 0, true}, r) ? inputs : 0;
   }
 
-  /// Tiles k .. of K; beyond its end x is zero, and the last tile of the weight comes again: its codes do not matter, but
-  /// its scales must be numbers.
+  /// Tiles k .. of K; beyond its end x is zero, and the last tile of the weight comes again: its codes do not matter,
+  /// but its scales must be numbers.
   CORA_DEVICE void copy(int k, uint32_t stage) const {
     const GemmArgs& p = block.p;
     const auto within = [&](int kb) { return static_cast<uint32_t>(kb < block.end_block ? kb : block.end_block - 1); };
@@ -70,7 +69,7 @@ struct StreamCopies {
       }
       return;
     }
-#pragma unroll (kRows)  // registers for no more
+#pragma unroll(kRows)  // registers for no more
     for (int i = 0; i < kCopies; ++i) {
       const int kb = k + block.tid / 8 / C::kBlockM + i * kRowsOnce / C::kBlockM;
       const InputPlace place = block.place_of(kb, chunk * C::kChunkInputs);
@@ -108,7 +107,7 @@ CORA_DEVICE void stream_stages(const Block<C>& block, RowParameters<C>& row, int
     async_commit();
     fill = fill + C::kAdapterAt == after ? first : fill + C::kAdapterAt;
     if (copies.active) {
-#pragma unroll (C::kCols == 4 ? 1 : 2)  // registers for no more
+#pragma unroll(C::kCols == 4 ? 1 : 2)  // registers for no more
       for (int tile = 0; tile < C::kTilesK; ++tile) {
         Codes<C::kBits> codes;
         codes.read(stage + weight_at + tile * C::kPanels * C::kTileBytes, block.lane);

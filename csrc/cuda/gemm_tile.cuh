@@ -26,14 +26,16 @@ struct Shares {
 
 inline Shares split_tiles(int64_t tiles, int stages, int splits) {
   const FastDivide one = fast_divide(1);
-  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0, fast_divide(stages), fast_divide(splits), one, one};
+  return {stages, static_cast<int32_t>(tiles * splits), splits, 0, 0, fast_divide(stages), fast_divide(splits), one,
+          one};
 }
 /// workers <= tiles * stages < 2^31.
 inline Shares share_tiles(int64_t tiles, int stages, int workers) {
   const auto all = static_cast<int32_t>(tiles * stages);
   const int each = all / workers;
-  return {stages, workers, 0, each, all % workers,
-          fast_divide(stages), fast_divide(1), fast_divide(each), fast_divide(each + 1)};
+  return {stages,         workers,           0,
+          each,           all % workers,     fast_divide(stages),
+          fast_divide(1), fast_divide(each), fast_divide(each + 1)};
 }
 
 struct GemmArgs {
@@ -52,19 +54,19 @@ struct GemmArgs {
   const int32_t *sums, *a_sums;
   const float *adapter_scale, *bias;
   int32_t bits, rank_tiles;
-  bool grouped;        // qparams and sums are by segment
-  bool fused;          // t from this kernel
-  const float* t;      // or from these partial sums [t_splits][m][16 rank_tiles]
+  bool grouped;    // qparams and sums are by segment
+  bool fused;      // t from this kernel
+  const float* t;  // or from these partial sums [t_splits][m][16 rank_tiles]
   int32_t t_splits;
-  const float* x_scale;    // 8-bit x: [items], items being images (tokens, for a matrix)
-  const int32_t* x_zero;   // [items]
-  int32_t x_parameters;    // items that have parameters of their own, or 1
+  const float* x_scale;   // 8-bit x: [items], items being images (tokens, for a matrix)
+  const int32_t* x_zero;  // [items]
+  int32_t x_parameters;   // items that have parameters of their own, or 1
   Shares shares;
-  void* partial;           // [workers][2][kParts][threads], float or int32
-  unsigned* tickets;       // [tiles of y], zero before the launch
-  float* t_out;            // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
-  int32_t ticket_count;    // ... and it clears these many tickets
-  bool early;              // launched while the pass before it runs: wait_for_launch_before before reading its results
+  void* partial;         // [workers][2][kParts][threads], float or int32
+  unsigned* tickets;     // [tiles of y], zero before the launch
+  float* t_out;          // not null: this is the pass that computes t; x A^T goes to [splits][m][panels * 16]
+  int32_t ticket_count;  // ... and it clears these many tickets
+  bool early;            // launched while the pass before it runs: wait_for_launch_before before reading its results
   Epilogue epilogue;
 };
 
@@ -83,12 +85,13 @@ struct Config {
   static constexpr int kDepth = kDepth_, kStages = kStages_;
   static constexpr bool kWarpgroup = kWarpgroup_;
   static constexpr bool kStream = !kInt8 && kWarpsM == 1;
-  static_assert(!kWarpgroup || (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsN * kWarpsM == 8 && kRows == 1 && kDepth == 1));
+  static_assert(!kWarpgroup ||
+                (kInt8 && !kGrouped && kWarpsN % 4 == 0 && kWarpsN * kWarpsM == 8 && kRows == 1 && kDepth == 1));
   static constexpr int kThreads = 32 * kWarpsN * kWarpsM;
   static constexpr int kBlockN = 16 * kWarpsN * kRows, kBlockM = 8 * kWarpsM * kCols;
   static constexpr int kPanels = kBlockN / kTileRows;
-  static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;        // tiles along K in 128 bytes of x
-  static constexpr int kTilesK = kDepth * kTilesPerPiece;     // ... in a stage
+  static constexpr int kTilesPerPiece = kInt8 ? 2 : 1;     // tiles along K in 128 bytes of x
+  static constexpr int kTilesK = kDepth * kTilesPerPiece;  // ... in a stage
   /// Blocks that share a multiprocessor, for which the compiler is to find registers.
   static constexpr int kResident = kStream ? 512 / kThreads : kWarpgroup && kCols <= 8 && kBits < 8 ? 2 : 1;
   static_assert(!kStream || (kRows == 1 && kTilesK % 2 == 0 && kTilesK <= 4));
@@ -106,7 +109,7 @@ struct Config {
   static constexpr int kAcc = kRows * kCols * 4, kSums = kInt8 ? kXSums : 0;
   static constexpr int kAccT = kFuses ? kRankCols * 4 : 0;
   static constexpr int kParts = kAcc + kSums + kAccT, kPartials = kParts * kThreads;
-  static constexpr int kChunkInputs = kInt8 ? 16 : 8;         // inputs in 16 bytes of x
+  static constexpr int kChunkInputs = kInt8 ? 16 : 8;  // inputs in 16 bytes of x
   static constexpr int kTileBytes = kTileRows * kTileInputs / 8 * kBits;
   // A stage: x pieces, weight tiles, scales, adapter tiles.
   static constexpr int kPieceBytes = kBlockM * 128;
@@ -169,8 +172,7 @@ struct Block {
   const char* row[kLoadRows];
   int row_y[kLoadRows], row_x[kLoadRows];
 
-  CORA_DEVICE Block(const GemmArgs& args, int tile_of_y, int end)
-      : p(args), shared(shared_memory()), end_block(end) {
+  CORA_DEVICE Block(const GemmArgs& args, int tile_of_y, int end) : p(args), shared(shared_memory()), end_block(end) {
     find(tile_of_y);
 #pragma unroll
     for (int i = 0; i < kLoadRows; ++i) {
@@ -304,8 +306,8 @@ struct Block {
 #pragma unroll
       for (int c = 0; c < C::kCols; ++c) {
         const int r = first + c * 8 + group;
-        const uint2 v = load<uint2>(stage + tile * C::kPieceBytes + r * 128 +
-                                    chunk_of<C>(r, step * 2 + quad / 2) * 16 + quad % 2 * 8);
+        const uint2 v = load<uint2>(stage + tile * C::kPieceBytes + r * 128 + chunk_of<C>(r, step * 2 + quad / 2) * 16 +
+                                    quad % 2 * 8);
         out[c][0] = v.x;
         out[c][1] = v.y;
       }

@@ -1,14 +1,15 @@
 // The GEMM on 8-bit codes by Hopper's own instructions (sm_90a): as gemm.cuh says, and the same bits, with these
 // differences.
 //
-// Method:   a warp dequantizes a tile of 64 inputs to one of two sets of operand registers, whose two instructions are a
-//           group: they run while the next tile is dequantized. x is read straight from the ring of stages, whose rows lie
-//           as the instructions want them (chunk_of is the 128-byte swizzle). A stage is overwritten two rounds after it
-//           was read, when every warp has waited for its instructions.
+// Method:   a warp dequantizes a tile of 64 inputs to one of two sets of operand registers, whose two instructions are
+//           a group: they run while the next tile is dequantized. x is read straight from the ring of stages, whose
+//           rows lie as the instructions want them (chunk_of is the 128-byte swizzle). A stage is overwritten two
+//           rounds after it was read, when every warp has waited for its instructions.
 //           8-bit x lies inside its border, so no tap of a window falls outside: copies follow running pointers, whose
 //           steps from tap to tap are computed once. Tokens beyond the last are copies of the last and not stored.
-//           t of a fused adapter: by the warps' own instructions, meanwhile. With one rank tile, half of the warps takes
-//           the first tile of a stage, half the second; with two, each half its rank tile; a warp a quarter of the tokens.
+//           t of a fused adapter: by the warps' own instructions, meanwhile. With one rank tile, half of the warps
+//           takes the first tile of a stage, half the second; with two, each half its rank tile; a warp a quarter of
+//           the tokens.
 //           t of a pass of its own: blocks share K, and add up their integers in memory, exact in whatever order.
 #pragma once
 
@@ -24,8 +25,8 @@ struct StageCopies {
 
   const GemmArgs& p;
   int tid, block, end_block;
-  uint32_t row[kLoadRows];     // where the windows begin in x, which plan() holds below 4 GB
-  int place;                   // of the chunk in a stage
+  uint32_t row[kLoadRows];  // where the windows begin in x, which plan() holds below 4 GB
+  int place;                // of the chunk in a stage
   // The chunk's tap and channel: where they are, and how far from one stage to the next.
   int channel, tap, tap_x, channel_step, tap_step, tap_x_step;
   int64_t offset, offset_step, next_tap, next_row;  // bytes
@@ -70,8 +71,7 @@ struct StageCopies {
     const char* const x = p.x + offset;
     const bool inside = tap < p.walk.taps && channel < p.walk.segment_channels;
 #pragma unroll
-    for (int i = 0; i < kLoadRows; ++i)
-      async_copy16(stage + place + i * kRowsApart * 128, x + row[i], inside);
+    for (int i = 0; i < kLoadRows; ++i) async_copy16(stage + place + i * kRowsApart * 128, x + row[i], inside);
     channel += channel_step;
     tap += tap_step;
     tap_x += tap_x_step;
@@ -97,7 +97,9 @@ struct StageCopies {
     weights += C::kTilesK * weight_row;
     if constexpr (C::kFuses) {  // one or two rank tiles: a chunk a thread at most
       const int tiles = end_block - block < C::kTilesK ? end_block - block : C::kTilesK;
-      if (tid < tiles * fused_tiles * 64) async_copy16(stage + C::kAdapterAt + tid * 16, p.a + static_cast<int64_t>(block) * fused_tiles * 1024 + tid * 16);
+      if (tid < tiles * fused_tiles * 64)
+        async_copy16(stage + C::kAdapterAt + tid * 16,
+                     p.a + static_cast<int64_t>(block) * fused_tiles * 1024 + tid * 16);
     }
     block += C::kTilesK;
   }
@@ -170,7 +172,8 @@ CORA_DEVICE void place_t(const Block<C>& block, const int32_t (&acc_t)[1][C::kRa
 #pragma unroll 1
       for (int token = block.tid / 4; token < C::kBlockM; token += C::kThreads / 4) {
         const int m = block.first_token + token, rank = tile * 16 + block.tid % 4 * 4;
-        async_copy16(block.shared + token * pitch + rank * 4, p.t + static_cast<int64_t>(m < p.m ? m : 0) * ranks + rank);
+        async_copy16(block.shared + token * pitch + rank * 4,
+                     p.t + static_cast<int64_t>(m < p.m ? m : 0) * ranks + rank);
       }
     async_commit();
     async_wait<0>();

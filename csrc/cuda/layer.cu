@@ -33,8 +33,7 @@ bool readable(const LayerShape& s, const Input& x, int method) {
   const int64_t size = element_bytes(x.type), piece = 16 / size;
   if (method == kTensorCores8 && (x.type != kUint8 || x.halo < s.padding[0] || x.halo < s.padding[1])) return false;
   return x.strides.channel == 1 && s.channels % piece == 0 && x.strides.pixel % piece == 0 &&
-         x.strides.row % piece == 0 && x.strides.item % piece == 0 &&
-         reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+         x.strides.row % piece == 0 && x.strides.item % piece == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
 }
 
 TileShape tile_shape(bool integer, int tile, int container) {
@@ -67,16 +66,17 @@ struct Sharing {
 };
 
 /// Blocks of threads for the tiles of y: one each, or, if that is sooner done, as many as the card holds at once. In
-/// stages of a tile: rounds of whole tiles, or an even share, and what parts cost: a block writes two at most, and reads
-/// those of one tile. A part is taken for two tiles of waiting (of K; at most a stage), and its bytes for a quarter of a
-/// stage's, as they stay in the second-level cache.
+/// stages of a tile: rounds of whole tiles, or an even share, and what parts cost: a block writes two at most, and
+/// reads those of one tile. A part is taken for two tiles of waiting (of K; at most a stage), and its bytes for a
+/// quarter of a stage's, as they stay in the second-level cache.
 Sharing share(const TileShape& tile, int64_t n, int64_t tokens, int64_t tiles_k, int multiprocessors) {
   const int64_t tiles = tiles_of(tile, n, tokens), places = int64_t{multiprocessors} * tile.resident;
   const auto stages = static_cast<int>((tiles_k + tile.stage_tiles - 1) / tile.stage_tiles);
   const int64_t all = tiles * stages, most = all / least_stages(tile), workers = most < places ? most : places;
   const double whole = static_cast<double>((tiles + places - 1) / places) * stages;
   if (all > kInt32Max || workers < 1 || workers == tiles) return {tiles, stages, static_cast<int>(tiles), whole};
-  const double part = (tile.stage_tiles > 2 ? 2.0 / tile.stage_tiles : 1) + 4.0 * tile.partials / (4.0 * tile.stage_bytes);
+  const double part =
+      (tile.stage_tiles > 2 ? 2.0 / tile.stage_tiles : 1) + 4.0 * tile.partials / (4.0 * tile.stage_bytes);
   const double parts = 3 + static_cast<double>(workers) / static_cast<double>(tiles);
   const double shared = static_cast<double>(all) / static_cast<double>(workers) + part * parts;
   if (shared < whole) return {tiles, stages, static_cast<int>(workers), shared};
@@ -111,8 +111,8 @@ bool merges_convolution(const LayerShape& s, int64_t tokens, int multiprocessors
   return torch / multiprocessors + kLaunches < fused / multiprocessors;
 }
 
-/// Whether to use warpgroup instructions: where there are any, unless CORA_WARPGROUPS=0 is in the environment. The number
-/// of a tile there (2 ..) wants that one, for timing.
+/// Whether to use warpgroup instructions: where there are any, unless CORA_WARPGROUPS=0 is in the environment. The
+/// number of a tile there (2 ..) wants that one, for timing.
 bool warpgroups(const Device& device, int* wanted_tile) {
   const char* const wanted = std::getenv("CORA_WARPGROUPS");
   *wanted_tile = wanted != nullptr ? std::atoi(wanted) : 1;
@@ -120,7 +120,8 @@ bool warpgroups(const Device& device, int* wanted_tile) {
 }
 
 /// Cycles of a stage of an 8-bit tile, of what comes before and after the stages, and of a stage where the block has a
-/// multiprocessor to itself: so that the order of the tiles is that of their times on an H200, of which this is the half.
+/// multiprocessor to itself: so that the order of the tiles is that of their times on an H200, of which this is the
+/// half.
 struct Cycles {
   double stage, tile, alone;
 };
@@ -192,8 +193,10 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   if (integer && s.q_groups == 1 && tokens > 32) {
     // Copies of a stage find rows of x by 32 bits.
     const int64_t channels = round_up(s.channels, 16);
-    const int64_t pixels = (x.height + 2 * std::max(x.halo, s.padding[0])) * int64_t{x.width + 2 * std::max(x.halo, s.padding[1])};
-    const bool small_x = x.items * std::max(pixels * channels, x.type == kUint8 ? x.strides.item : 0) < int64_t{1} << 32;
+    const int64_t pixels =
+        (x.height + 2 * std::max(x.halo, s.padding[0])) * int64_t{x.width + 2 * std::max(x.halo, s.padding[1])};
+    const bool small_x = x.items * std::max(pixels * channels, x.type == kUint8 ? x.strides.item : 0) < int64_t{1}
+                                                                                                            << 32;
     int wanted = 0;
     if (warpgroups(device, &wanted) && small_x) {
       p.tile = wanted >= kWarpgroups64 && wanted <= kWarpgroupsNarrow
@@ -226,7 +229,8 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   p.t_splits = s.rank == 0 || p.fused ? 0 : 1;
   if (p.t_splits > 0 && (by_warpgroups || !integer)) {
     const TileShape t_tile = tile_shape(integer, t_tile_of(integer, p.tile), 8);
-    p.t_splits = split_count(t_tile, tiles_of(t_tile, s.rank, tokens), p.stages, device.multiprocessors * t_tile.resident);
+    p.t_splits =
+        split_count(t_tile, tiles_of(t_tile, s.rank, tokens), p.stages, device.multiprocessors * t_tile.resident);
   }
 
   int64_t at = 0;
@@ -238,14 +242,14 @@ const char* plan(const LayerShape& s, const Input& x, Plan* out) {
   p.staged = !readable(s, x, p.method);
   p.staged_channels = static_cast<int32_t>(round_up(s.channels, integer ? 16 : 8));
   if (p.staged) {
-    const int64_t height = x.height + (integer ? 2 * s.padding[0] : 0), width = x.width + (integer ? 2 * s.padding[1] : 0);
+    const int64_t height = x.height + (integer ? 2 * s.padding[0] : 0),
+                  width = x.width + (integer ? 2 * s.padding[1] : 0);
     p.x_at = take(x.items * height * width * p.staged_channels * (integer ? 1 : 2));
   }
   if (integer) {
     const int64_t count = x.parameters == kDynamic ? x.items : 1;
-    p.ranges_at =
-        take(x.parameters == kDynamic
-                 ? count * range_slices(static_cast<int64_t>(x.height) * x.width * s.channels) * 8 : 0);
+    p.ranges_at = take(
+        x.parameters == kDynamic ? count * range_slices(static_cast<int64_t>(x.height) * x.width * s.channels) * 8 : 0);
     p.x_scale_at = take(count * 4);
     p.x_zero_at = take(count * 4);
   }

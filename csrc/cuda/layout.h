@@ -24,10 +24,10 @@
 
 namespace cora::cuda {
 
-constexpr int kTileRows = 16;     // output channels of a tile
-constexpr int kTileInputs = 64;   // inputs of a tile
-constexpr int kRunAlign = 16;     // channels of a tap are padded to this: 16 bytes of 8-bit codes
-constexpr int kMaxRank = 256;     // above, the adapter is merged into the weight for the call
+constexpr int kTileRows = 16;    // output channels of a tile
+constexpr int kTileInputs = 64;  // inputs of a tile
+constexpr int kRunAlign = 16;    // channels of a tap are padded to this: 16 bytes of 8-bit codes
+constexpr int kMaxRank = 256;    // above, the adapter is merged into the weight for the call
 
 CORA_HOST_DEVICE inline int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
 
@@ -69,7 +69,8 @@ inline Walk walk_of(const LayerShape& s) {
   w.segments = s.q_groups;
   w.segment_channels = s.channels / s.q_groups;
   w.run = static_cast<int32_t>(round_up(w.segment_channels, kRunAlign));
-  w.blocks_per_segment = static_cast<int32_t>(round_up(static_cast<int64_t>(w.taps) * w.run, kTileInputs) / kTileInputs);
+  w.blocks_per_segment =
+      static_cast<int32_t>(round_up(static_cast<int64_t>(w.taps) * w.run, kTileInputs) / kTileInputs);
   return w;
 }
 
@@ -163,7 +164,8 @@ inline FastDivide fast_divide(int64_t divisor) {
   uint32_t shift = 0;
   while ((int64_t{1} << shift) < divisor) ++shift;
   const uint64_t m = ((uint64_t{1} << 32) * ((uint64_t{1} << shift) - static_cast<uint64_t>(divisor))) /
-                         static_cast<uint64_t>(divisor) + 1;
+                         static_cast<uint64_t>(divisor) +
+                     1;
   return {static_cast<uint32_t>(divisor), static_cast<uint32_t>(m), shift};
 }
 
@@ -172,8 +174,8 @@ struct PixelStrides {
   int64_t item, row, pixel, channel;
 };
 
-/// The border of codes [items, height, width, channels], channels-last and contiguous, `halo` pixels wide (sizes include
-/// it): to be filled with a zero-point. No codes: nothing to do.
+/// The border of codes [items, height, width, channels], channels-last and contiguous, `halo` pixels wide (sizes
+/// include it): to be filled with a zero-point. No codes: nothing to do.
 struct Border {
   uint8_t* codes;
   int32_t items, height, width, channels, halo, value;

@@ -33,7 +33,8 @@ struct MergeArgs {
 
 /// kWhole: all rows of the result begin at a multiple of four.
 template <typename T, int kBits, bool kWhole>
-CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
+CORA_GLOBAL(kThreads, 4)
+merge_tiles_kernel(const MergeArgs p) {
   const int tid = static_cast<int>(threadIdx.x), lane = tid % 32, group = lane / 4, quad = lane % 4;
   const int block = static_cast<int>(blockIdx.x), panel = static_cast<int>(blockIdx.y) * kWarps + tid / 32;
   const int rank_tiles = p.parts.rank_tiles;
@@ -45,7 +46,8 @@ CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
   const int64_t tile_panel = panel < p.parts.panels ? panel : p.parts.panels - 1;
   Codes<kBits> codes;
   codes.read(reinterpret_cast<const char*>(p.prepared + p.parts.tiles) +
-                 (static_cast<int64_t>(block) * p.parts.panels + tile_panel) * (128 * kBits), lane);
+                 (static_cast<int64_t>(block) * p.parts.panels + tile_panel) * (128 * kBits),
+             lane);
   float2 q[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h)
@@ -58,7 +60,8 @@ CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
     const int tile = i / 32, l = i % 32;
     Codes<8> codes;
     codes.read(reinterpret_cast<const char*>(p.prepared + p.parts.a_tiles) +
-                   (static_cast<int64_t>(block) * rank_tiles + tile) * 1024, l);
+                   (static_cast<int64_t>(block) * rank_tiles + tile) * 1024,
+               l);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int r = tile * 16 + l / 4 + 8 * h;
@@ -98,19 +101,18 @@ CORA_GLOBAL(kThreads, 4) merge_tiles_kernel(const MergeArgs p) {
 #pragma unroll
       for (int c = 0; c < 8; ++c)
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          x[c][e] = a[(tile * 16 + quad * 4 + step * 2 + e) * kPitch + c * 8 + group];
+        for (int e = 0; e < 2; ++e) x[c][e] = a[(tile * 16 + quad * 4 + step * 2 + e) * kPitch + c * 8 + group];
       mma_tf32(acc, w, x);
     }
   }
 
   const int first = (block - segment * p.walk.blocks_per_segment) * kTileInputs;  // within the segment
   int tap = static_cast<int>(quotient(static_cast<uint32_t>(first), p.run)), channel = first - tap * p.walk.run;
-  int at = tap * p.channels + channel;  // within a filter, less what the segment and the lane add
+  int at = tap * p.channels + channel;                  // within a filter, less what the segment and the lane add
   const int left = p.walk.segment_channels - 4 * quad;  // of a run, from the lane's first channel on
   const int row = panel * kTileRows + group;
-  uint16_t* const out = p.out + static_cast<int64_t>(row) * p.walk.taps * p.channels +
-                        segment * p.walk.segment_channels + 4 * quad;
+  uint16_t* const out =
+      p.out + static_cast<int64_t>(row) * p.walk.taps * p.channels + segment * p.walk.segment_channels + 4 * quad;
   uint16_t* const outs[2] = {out, out + static_cast<int64_t>(8) * p.walk.taps * p.channels};
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -168,7 +170,13 @@ const char* merge_container(int container, const MergeArgs& args, void* stream) 
 const char* merge_by_tiles(const LayerShape& s, const uint8_t* prepared, void* out, void* bias, int type,
                            void* stream) {
   const Walk walk = walk_of(s);
-  const MergeArgs args{walk, parts_of(s), prepared, fast_divide(walk.run), s.n, s.channels, static_cast<uint16_t*>(out),
+  const MergeArgs args{walk,
+                       parts_of(s),
+                       prepared,
+                       fast_divide(walk.run),
+                       s.n,
+                       s.channels,
+                       static_cast<uint16_t*>(out),
                        static_cast<uint16_t*>(bias)};
   return type == kFloat16 ? merge_container<Half>(container_bits(s.bits), args, stream)
                           : merge_container<Bfloat16>(container_bits(s.bits), args, stream);

@@ -10,8 +10,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-CORA_GLOBAL(kThreads, 1) pack_kernel(const uint8_t* __restrict__ codes, const int64_t rows, const int64_t k,
-                                     const int bits, uint8_t* __restrict__ packed) {
+CORA_GLOBAL(kThreads, 1)
+pack_kernel(const uint8_t* __restrict__ codes, const int64_t rows, const int64_t k, const int bits,
+            uint8_t* __restrict__ packed) {
   const int64_t octets = (k + 7) / 8, bytes = row_bytes(k, bits);
   for (int64_t i = thread_index(); i < rows * octets; i += thread_count()) {
     const int64_t row = i / octets, first = i % octets * 8;
@@ -24,16 +25,18 @@ CORA_GLOBAL(kThreads, 1) pack_kernel(const uint8_t* __restrict__ codes, const in
   }
 }
 
-CORA_GLOBAL(kThreads, 1) unpack_kernel(const uint8_t* __restrict__ packed, const int64_t rows, const int64_t k,
-                                       const int bits, uint8_t* __restrict__ codes) {
+CORA_GLOBAL(kThreads, 1)
+unpack_kernel(const uint8_t* __restrict__ packed, const int64_t rows, const int64_t k, const int bits,
+              uint8_t* __restrict__ codes) {
   const int64_t bytes = row_bytes(k, bits);
   for (int64_t i = thread_index(); i < rows * k; i += thread_count())
     codes[i] = get_code(packed + i / k * bytes, i % k, bits);
 }
 
-CORA_GLOBAL(kThreads, 1) dequantize_kernel(const uint8_t* __restrict__ packed, const float* __restrict__ scale,
-                                           const int32_t* __restrict__ zero_point, const QuantizeShape s, const int bits,
-                                           float* __restrict__ out) {
+CORA_GLOBAL(kThreads, 1)
+dequantize_kernel(const uint8_t* __restrict__ packed, const float* __restrict__ scale,
+                  const int32_t* __restrict__ zero_point, const QuantizeShape s, const int bits,
+                  float* __restrict__ out) {
   const int64_t bytes = row_bytes(s.cols, bits), group = s.cols / s.groups;
   for (int64_t i = thread_index(); i < s.rows * s.cols; i += thread_count()) {
     const int64_t row = i / s.cols, column = i % s.cols;

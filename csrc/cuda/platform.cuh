@@ -111,8 +111,7 @@ CORA_DEVICE V load(uint32_t at) {
   V v;
   if constexpr (sizeof(V) == 16) {
     uint32_t r[4];
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at));
     __builtin_memcpy(&v, r, sizeof v);
   } else if constexpr (sizeof(V) == 8) {
     uint32_t r[2];
@@ -226,7 +225,7 @@ CORA_DEVICE uint32_t fma2<Bfloat16>(uint32_t a, uint32_t b, uint32_t c) {
 
 // One instruction multiplies a (rows: weights, 16 x K) with b (columns: x, K x 8) into acc (16 x 8). Lane l = 4g + t:
 //   acc[0..3]: rows g, g, g + 8, g + 8, columns 2t, 2t + 1, 2t, 2t + 1.
-//   K = 16, 16-bit: a[0..3]: rows g, g + 8, g, g + 8 at k = 2t.., 2t.., 2t + 8.., 2t + 8..; b[0..1]: column g, the same k.
+//   K = 16, 16-bit: a[0..3]: rows g, g + 8, g, g + 8 at k = 2t.., 2t.., 2t + 8.., 2t + 8..; b[0..1]: column g, same k.
 //   K = 32, 8-bit:  the same with four elements a register: k = 4t.., 4t.., 4t + 16.., 4t + 16...
 //   K = 8,  tf32:   the same with one: k = t, t, t + 4, t + 4.
 
@@ -258,7 +257,7 @@ CORA_DEVICE void mma8(int32_t (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      int32_t(&d)[4] = acc[i][j];
+      int32_t (&d)[4] = acc[i][j];
       asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
           : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(b[j][0]), "r"(b[j][1]));
@@ -267,13 +266,12 @@ CORA_DEVICE void mma8(int32_t (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows
 
 /// Operands are floats of which the upper 19 bits count (round first: round_tf32).
 template <int kRows, int kCols>
-CORA_DEVICE void mma_tf32(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4],
-                          const uint32_t (&b)[kCols][2]) {
+CORA_DEVICE void mma_tf32(float (&acc)[kRows][kCols][4], const uint32_t (&a)[kRows][4], const uint32_t (&b)[kCols][2]) {
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
 #pragma unroll
     for (int j = 0; j < kCols; ++j) {
-      float(&d)[4] = acc[i][j];
+      float (&d)[4] = acc[i][j];
       asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
           : "r"(a[i][0]), "r"(a[i][1]), "r"(a[i][2]), "r"(a[i][3]), "r"(b[j][0]), "r"(b[j][1]));
@@ -305,28 +303,32 @@ CORA_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.alig
 template <int kCols>
 CORA_DEVICE void warpgroup_mma8(int32_t (&acc)[1][kCols][4], const uint32_t (&a)[4], const void* x) {
   // Address and distance of eight columns in units of 16 bytes; 128-byte swizzle.
-  const uint64_t x_tile = (shared_address(x) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-                          uint64_t{1} << 62;
-  int32_t(&d)[kCols][4] = acc[0];
+  const uint64_t x_tile =
+      (shared_address(x) >> 4 & 0x3fff) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
+  int32_t (&d)[kCols][4] = acc[0];
 #define CORA_ACC(j) "+r"(d[j][0]), "+r"(d[j][1]), "+r"(d[j][2]), "+r"(d[j][3])
-#define CORA_ACC8(j) \
+#define CORA_ACC8(j)                                                                                                 \
   CORA_ACC(j), CORA_ACC(j + 1), CORA_ACC(j + 2), CORA_ACC(j + 3), CORA_ACC(j + 4), CORA_ACC(j + 5), CORA_ACC(j + 6), \
       CORA_ACC(j + 7)
-#define CORA_WGMMA(columns, registers, operands, ...)                                                    \
-  asm volatile("{\n .reg .pred accumulate;\n setp.eq.u32 accumulate, 0, 0;\n"                            \
-               " wgmma.mma_async.sync.aligned.m64n" columns "k32.s32.s8.u8 {" registers "}, " operands     \
-               ", accumulate;\n}"                                                                         \
-               : __VA_ARGS__                                                                              \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x_tile)                                  \
-               : "memory")
-#define CORA_R32 \
+#define CORA_WGMMA(columns, registers, operands, ...)                                                            \
+  asm volatile(                                                                                                  \
+      "{\n .reg .pred accumulate;\n setp.eq.u32 accumulate, 0, 0;\n"                                             \
+      " wgmma.mma_async.sync.aligned.m64n" columns "k32.s32.s8.u8 {" registers "}, " operands ", accumulate;\n}" \
+      : __VA_ARGS__                                                                                              \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(x_tile)                                                  \
+      : "memory")
+#define CORA_R32                                           \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define CORA_R64 \
-  CORA_R32 "," "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+#define CORA_R64                                                     \
+  CORA_R32                                                           \
+  ","                                                                \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define CORA_R96 \
-  CORA_R64 "," "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+#define CORA_R96                                                     \
+  CORA_R64                                                           \
+  ","                                                                \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
   "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
   static_assert(kCols == 8 || kCols == 16 || kCols == 24);
   if constexpr (kCols == 8)

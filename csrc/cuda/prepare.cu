@@ -2,7 +2,8 @@
 //           with the adapter merged in.
 // Inputs:   codes uint8 [n, row_bytes], scale f32 and zero_point i32 [q_rows, q_groups], adapter, bias: all as in the
 //           file. Layers that no fused kernel takes (is_tiled) are kept as they are, and merged for each call.
-// Numerics: exact; the merged weight is scale * (code - zero) + sum over ranks in order, float32, rounded once to `type`.
+// Numerics: exact; the merged weight is scale * (code - zero) + sum over ranks in order, float32, rounded once to
+//           `type`.
 // Method:   a thread a lane of a tile (32 codes), or a thread an element: run once, or as the slower path.
 #include "cuda/prepare.cuh"
 
@@ -45,8 +46,9 @@ CORA_DEVICE void write_words(uint8_t* tile, const uint32_t (&word)[8], int conta
   }
 }
 
-CORA_GLOBAL(kThreads, 1) tile_kernel(const LayerShape s, const Walk w, const int panels, const uint8_t* __restrict__ codes,
-                                     const int64_t row_stride, uint8_t* __restrict__ tiles) {
+CORA_GLOBAL(kThreads, 1)
+tile_kernel(const LayerShape s, const Walk w, const int panels, const uint8_t* __restrict__ codes,
+            const int64_t row_stride, uint8_t* __restrict__ tiles) {
   const int container = container_bits(s.bits);
   const int64_t total = static_cast<int64_t>(w.blocks()) * panels * 32;
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
@@ -70,10 +72,10 @@ CORA_GLOBAL(kThreads, 1) tile_kernel(const LayerShape s, const Walk w, const int
 }
 
 /// (scale, zero-point) and the sum of code - nearest_zero, for each segment and row; a warp each.
-CORA_GLOBAL(kThreads, 1) qparams_kernel(const LayerShape s, const Walk w, const int panels, const uint8_t* __restrict__ codes,
-                                        const int64_t row_stride, const float* __restrict__ scale,
-                                        const int32_t* __restrict__ zero_point, float2* __restrict__ qparams,
-                                        int32_t* __restrict__ sums) {
+CORA_GLOBAL(kThreads, 1)
+qparams_kernel(const LayerShape s, const Walk w, const int panels, const uint8_t* __restrict__ codes,
+               const int64_t row_stride, const float* __restrict__ scale, const int32_t* __restrict__ zero_point,
+               float2* __restrict__ qparams, int32_t* __restrict__ sums) {
   const int lane = static_cast<int>(threadIdx.x % 32), rows = panels * kTileRows;
   for (int64_t i = thread_index() / 32; i < static_cast<int64_t>(w.segments) * rows; i += thread_count() / 32) {
     const int segment = static_cast<int>(i / rows), row = static_cast<int>(i % rows);
@@ -96,8 +98,9 @@ CORA_GLOBAL(kThreads, 1) qparams_kernel(const LayerShape s, const Walk w, const 
   }
 }
 
-CORA_GLOBAL(kThreads, 1) a_tile_kernel(const LayerShape s, const Walk w, const int rank_tiles, const int8_t* __restrict__ a,
-                                       const int64_t k, uint8_t* __restrict__ tiles) {
+CORA_GLOBAL(kThreads, 1)
+a_tile_kernel(const LayerShape s, const Walk w, const int rank_tiles, const int8_t* __restrict__ a, const int64_t k,
+              uint8_t* __restrict__ tiles) {
   const int64_t total = static_cast<int64_t>(w.blocks()) * rank_tiles * 32;
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
     const int lane = static_cast<int>(i % 32), tile = static_cast<int>(i / 32 % rank_tiles);
@@ -120,9 +123,10 @@ CORA_GLOBAL(kThreads, 1) a_tile_kernel(const LayerShape s, const Walk w, const i
 }
 
 /// Sums of A's rows, and the (scale, zero-point) under which A is a weight of its own; a warp a row.
-CORA_GLOBAL(kThreads, 1) a_sums_kernel(const LayerShape s, const int ranks, const int8_t* __restrict__ a, const int64_t k,
-                                       const float* __restrict__ scale, int32_t* __restrict__ sums,
-                                       float* __restrict__ adapter_scale, float2* __restrict__ qparams) {
+CORA_GLOBAL(kThreads, 1)
+a_sums_kernel(const LayerShape s, const int ranks, const int8_t* __restrict__ a, const int64_t k,
+              const float* __restrict__ scale, int32_t* __restrict__ sums, float* __restrict__ adapter_scale,
+              float2* __restrict__ qparams) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   for (int64_t row = thread_index() / 32; row < ranks; row += thread_count() / 32) {
     int32_t sum = 0;
@@ -144,10 +148,10 @@ CORA_DEVICE void clear_gaps(const Gaps& gaps, uint8_t* prepared) {
     for (int64_t i = gaps.begin[gap] + thread_index(); i < gaps.end[gap]; i += thread_count()) prepared[i] = 0;
 }
 
-CORA_GLOBAL(kThreads, 1) b_tile_kernel(const LayerShape s, const int panels, const int rank_tiles,
-                                       const int8_t* __restrict__ b, const float* __restrict__ bias,
-                                       uint8_t* __restrict__ tiles, float* __restrict__ out_bias, const Gaps gaps,
-                                       uint8_t* prepared) {
+CORA_GLOBAL(kThreads, 1)
+b_tile_kernel(const LayerShape s, const int panels, const int rank_tiles, const int8_t* __restrict__ b,
+              const float* __restrict__ bias, uint8_t* __restrict__ tiles, float* __restrict__ out_bias,
+              const Gaps gaps, uint8_t* prepared) {
   const int64_t total = static_cast<int64_t>(panels) * rank_tiles * 32;
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
     const int lane = static_cast<int>(i % 32), tile = static_cast<int>(i / 32 % rank_tiles);
@@ -182,23 +186,25 @@ CORA_DEVICE int code_in_tile(const uint8_t* tile, int container, int lane, int j
 }
 
 /// Element (row, column) of a tiled matrix: which tile, lane and code.
-CORA_DEVICE int tiled_code(const Walk& w, const uint8_t* tiles, int panels, int container, int64_t row, int64_t column) {
+CORA_DEVICE int tiled_code(const Walk& w, const uint8_t* tiles, int panels, int container, int64_t row,
+                           int64_t column) {
   const int channel = static_cast<int>(column / w.taps), tap = static_cast<int>(column % w.taps);
   const int segment = channel / w.segment_channels;
   const int k = tap * w.run + channel - segment * w.segment_channels;
   const int64_t block = static_cast<int64_t>(segment) * w.blocks_per_segment + k / kTileInputs;
   const int in_tile = k % kTileInputs, lane = static_cast<int>(row % 8) * 4 + in_tile % 16 / 4;
-  return code_in_tile(tiles + (block * panels + row / kTileRows) * tile_bytes(container), container, lane,
-                      in_tile / 16, static_cast<int>(row % 16) / 8, in_tile % 4);
+  return code_in_tile(tiles + (block * panels + row / kTileRows) * tile_bytes(container), container, lane, in_tile / 16,
+                      static_cast<int>(row % 16) / 8, in_tile % 4);
 }
 
 CORA_DEVICE float adapter_element(const void* p, int64_t i, int type) {
   return type == kInt8 ? static_cast<float>(static_cast<const int8_t*>(p)[i]) : read_element(p, i, type);
 }
 
-CORA_GLOBAL(kThreads, 1) merge_kernel(const LayerShape s, const Walk w, const Parts p, const bool tiled,
-                                      const uint8_t* __restrict__ prepared, const int64_t k, const int64_t row_stride,
-                                      void* __restrict__ out, void* __restrict__ bias, const int type) {
+CORA_GLOBAL(kThreads, 1)
+merge_kernel(const LayerShape s, const Walk w, const Parts p, const bool tiled, const uint8_t* __restrict__ prepared,
+             const int64_t k, const int64_t row_stride, void* __restrict__ out, void* __restrict__ bias,
+             const int type) {
   if (bias != nullptr)
     for (int64_t i = thread_index(); i < s.n; i += thread_count())
       write_element(bias, i, type, reinterpret_cast<const float*>(prepared + p.bias)[i]);
@@ -236,8 +242,9 @@ CORA_GLOBAL(kThreads, 1) merge_kernel(const LayerShape s, const Walk w, const Pa
 }
 
 /// bias of a layer that is not tiled: zeros if there is none.
-CORA_GLOBAL(kThreads, 1) bias_kernel(const float* __restrict__ bias, const int64_t n, float* __restrict__ out,
-                                     const Gaps gaps, uint8_t* prepared) {
+CORA_GLOBAL(kThreads, 1)
+bias_kernel(const float* __restrict__ bias, const int64_t n, float* __restrict__ out, const Gaps gaps,
+            uint8_t* prepared) {
   for (int64_t i = thread_index(); i < n; i += thread_count()) out[i] = bias == nullptr ? 0.0f : bias[i];
   clear_gaps(gaps, prepared);
 }

@@ -20,8 +20,8 @@ constexpr int kThreads = 256;
 /// not neighbours.
 struct Order {
   bool by_channel;
-  int64_t image;               // elements of an item
-  Divide item, minor, width;   // by elements of an item; by those of a pixel, or of a channel; by pixels of a row
+  int64_t image;              // elements of an item
+  Divide item, minor, width;  // by elements of an item; by those of a pixel, or of a channel; by pixels of a row
 };
 struct Place {
   int64_t item, row, column, channel;
@@ -67,8 +67,9 @@ CORA_GLOBAL(kThreads, 1) range_kernel(const Input x, const Order order, float2* 
 }
 
 /// Scale and zero-point of every item, from its slices' ranges or from the caller.
-CORA_GLOBAL(kThreads, 1) parameters_kernel(const Input x, const int count, const int slices, const float2* __restrict__ ranges,
-                                           float* __restrict__ scale, int32_t* __restrict__ zero) {
+CORA_GLOBAL(kThreads, 1)
+parameters_kernel(const Input x, const int count, const int slices, const float2* __restrict__ ranges,
+                  float* __restrict__ scale, int32_t* __restrict__ zero) {
   const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
   if (i >= count) return;
   if (x.parameters == kOnHost) {
@@ -95,8 +96,9 @@ CORA_GLOBAL(kThreads, 1) parameters_kernel(const Input x, const int count, const
 }
 
 /// x as float32 [items][channels][height][width]; through its codes where it has a quantizer.
-CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const Order order, const float* __restrict__ scale,
-                                       const int32_t* __restrict__ zero, float* __restrict__ out) {
+CORA_GLOBAL(kThreads, 1)
+values_kernel(const Input x, const Order order, const float* __restrict__ scale, const int32_t* __restrict__ zero,
+              float* __restrict__ out) {
   const int64_t halo = x.type == kUint8 ? x.halo * (x.strides.row + x.strides.pixel) : 0;
   for (int64_t i = thread_index(); i < order.image * x.items; i += thread_count()) {
     const Place place = place_of(i, order);
@@ -119,8 +121,9 @@ CORA_GLOBAL(kThreads, 1) values_kernel(const Input x, const Order order, const f
 }
 
 // y may be where the result goes: an element is read before it is written, by the same thread.
-CORA_GLOBAL(kThreads, 1) finish_kernel(const void* y, const int type, const PixelStrides s, const int64_t total,
-                                       const Order order, const float* __restrict__ bias, const Epilogue e) {
+CORA_GLOBAL(kThreads, 1)
+finish_kernel(const void* y, const int type, const PixelStrides s, const int64_t total, const Order order,
+              const float* __restrict__ bias, const Epilogue e) {
   for (int64_t i = thread_index(); i < total; i += thread_count()) {
     const Place place = place_of(i, order);
     const float value = read_element(y, offset_of(place, s), type) + (bias == nullptr ? 0.0f : bias[place.channel]);
@@ -156,8 +159,9 @@ CORA_DEVICE void write8(void* p, int64_t i, int type, const float (&v)[8]) {
 }
 
 /// The same where y, add and the result are floats that lie alike, channels last and dense: eight a thread.
-CORA_GLOBAL(kThreads, 1) finish_dense_kernel(const void* y, const int type, const int64_t total, const Divide channels,
-                                             const float* __restrict__ bias, const Epilogue e) {
+CORA_GLOBAL(kThreads, 1)
+finish_dense_kernel(const void* y, const int type, const int64_t total, const Divide channels,
+                    const float* __restrict__ bias, const Epilogue e) {
   for (int64_t i = thread_index() * 8; i < total; i += thread_count() * 8) {
     float v[8], more[8];
     read8(y, i, type, v);
@@ -196,9 +200,9 @@ struct Target {
 
 /// kCodes: 16 codes a piece; else 8 numbers of x's type.
 template <bool kCodes>
-CORA_GLOBAL(kThreads, 1) stage_kernel(const Input x, const Target t, const Order pieces,
-                                      const float* __restrict__ scale, const int32_t* __restrict__ zero,
-                                      const int x_parameters, char* __restrict__ out) {
+CORA_GLOBAL(kThreads, 1)
+stage_kernel(const Input x, const Target t, const Order pieces, const float* __restrict__ scale,
+             const int32_t* __restrict__ zero, const int x_parameters, char* __restrict__ out) {
   constexpr int kPiece = kCodes ? 16 : 8;
   for (int64_t i = thread_index(); i < pieces.image * x.items; i += thread_count()) {
     const Place place = place_of(i, pieces);
@@ -259,9 +263,9 @@ const char* stage_parameters(const Input& x, int channels, const Plan& plan, uin
       Input slab = x;
       slab.items = x.items - first < 65535 ? x.items - first : 65535;
       slab.data = static_cast<const char*>(x.data) + first * x.strides.item * element_bytes(x.type);
-      const char* error = launch(range_kernel, Dim3{static_cast<unsigned>(slices), static_cast<unsigned>(slab.items), 1},
-                                 kThreads, kThreads * sizeof(float2), stream, slab, order,
-                                 ranges + static_cast<int64_t>(first) * slices);
+      const char* error =
+          launch(range_kernel, Dim3{static_cast<unsigned>(slices), static_cast<unsigned>(slab.items), 1}, kThreads,
+                 kThreads * sizeof(float2), stream, slab, order, ranges + static_cast<int64_t>(first) * slices);
       if (error != nullptr) return error;
     }
   }
@@ -324,8 +328,8 @@ const char* finish(const void* y, int type, PixelStrides strides, int items, int
 const char* stage_input(const LayerShape& shape, const Input& x, const Plan& plan, uint8_t* workspace, void* stream) {
   const bool codes = plan.method == kTensorCores8;
   const int border_y = codes ? shape.padding[0] : 0, border_x = codes ? shape.padding[1] : 0;
-  const Target t{plan.staged_channels, shape.channels, border_y, border_x, x.height + 2 * border_y,
-                 x.width + 2 * border_x};
+  const Target t{plan.staged_channels,    shape.channels,        border_y, border_x,
+                 x.height + 2 * border_y, x.width + 2 * border_x};
   const Order pieces = order_of(x.strides.channel == 1, x.items, t.height, t.width, t.channels / (codes ? 16 : 8));
   const float* scale = reinterpret_cast<const float*>(workspace + plan.x_scale_at);
   const int32_t* zero = reinterpret_cast<const int32_t*>(workspace + plan.x_zero_at);

@@ -301,8 +301,10 @@ bool launch(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void
     for (Resident& resident : state.residents) {
       if (resident.live == 0 && next < order.size()) {
         const uint64_t i = order[next++];
-        start_block(resident, {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
-                               static_cast<unsigned>(i / grid.x / grid.y)}, block);
+        start_block(resident,
+                    {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                     static_cast<unsigned>(i / grid.x / grid.y)},
+                    block);
       }
       any = any || resident.live > 0;
     }

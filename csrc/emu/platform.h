@@ -214,9 +214,9 @@ uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t r = 0;
   for (int h = 0; h < 32; h += 16) {
     // Products of 11-bit numbers are exact in double, and so is rounding twice: 53 >= 2 * 11 + 2.
-    const double exact = static_cast<double>(widen<T>(static_cast<uint16_t>(a >> h))) *
-                             widen<T>(static_cast<uint16_t>(b >> h)) +
-                         widen<T>(static_cast<uint16_t>(c >> h));
+    const double exact =
+        static_cast<double>(widen<T>(static_cast<uint16_t>(a >> h))) * widen<T>(static_cast<uint16_t>(b >> h)) +
+        widen<T>(static_cast<uint16_t>(c >> h));
     uint16_t bits;
     if constexpr (std::is_same_v<T, Half>)
       bits = detail::cast_bits<uint16_t>(static_cast<_Float16>(exact));
@@ -234,9 +234,9 @@ namespace detail {
 /// One rendezvous for a whole set of tiles: a fiber switch costs more than the arithmetic.
 template <typename Acc>
 struct Mma {
-  Acc* acc;            // [rows][cols][4]
-  const uint32_t* a;   // [rows][4]
-  const uint32_t* b;   // [cols][2]
+  Acc* acc;           // [rows][cols][4]
+  const uint32_t* a;  // [rows][4]
+  const uint32_t* b;  // [cols][2]
 };
 
 /// Element e of a register: `kPerRegister` to one, kReg(register, e) -> number.

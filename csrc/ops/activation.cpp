@@ -55,7 +55,8 @@ Tensor quantize_activation_cpu(Tensor x, double scale, int64_t zero_point, int64
   const int64_t plane = image.height * image.width, side = halo * image.channels;
   const int64_t lines = image.height + 2 * halo, stride = image.line() + 2 * side;
   if (x.dim() != 4) {
-    parallel_for(x.numel(), kGrain, [&](int64_t begin, int64_t end) { quantize(from + begin, p, end - begin, to + begin); });
+    parallel_for(x.numel(), kGrain,
+                 [&](int64_t begin, int64_t end) { quantize(from + begin, p, end - begin, to + begin); });
     return out;
   }
   parallel_for(image.batch * lines, kGrain / stride, [&](int64_t begin, int64_t end) {

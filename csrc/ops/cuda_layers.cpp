@@ -137,8 +137,13 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, co
     e.out_zero = static_cast<int32_t>(args.out_zero_point);
     e.out_top = 255;
     if (!linear && args.out_halo > 0)
-      e.border = {mutable_data<uint8_t>(out), in.items, static_cast<int>(out_shape[2]), static_cast<int>(out_shape[3]),
-                  shape.n, static_cast<int>(args.out_halo), e.out_zero};
+      e.border = {mutable_data<uint8_t>(out),
+                  in.items,
+                  static_cast<int>(out_shape[2]),
+                  static_cast<int>(out_shape[3]),
+                  shape.n,
+                  static_cast<int>(args.out_halo),
+                  e.out_zero};
   }
   Tensor add;
   if (args.add.has_value()) {
@@ -153,7 +158,8 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, co
 
   if (!merge) {
     Tensor workspace = allocate(x, {plan.bytes}, ScalarType::Byte);
-    call.check(call.api.run(shape, data<uint8_t>(prepared), in, plan, e, mutable_data<uint8_t>(workspace), call.stream));
+    call.check(
+        call.api.run(shape, data<uint8_t>(prepared), in, plan, e, mutable_data<uint8_t>(workspace), call.stream));
     return out;
   }
 
@@ -165,14 +171,15 @@ Tensor run(const RunArgs& args, const cuda::LayerShape& shape, bool has_bias, co
     if (!linear) value_shape[2] = in.height, value_shape[3] = in.width;
     values = allocate(x, value_shape, ScalarType::Float);
     Tensor workspace = allocate(x, {call.api.values_bytes(in, channels)}, ScalarType::Byte);
-    call.check(call.api.values(in, channels, mutable_data<float>(values), mutable_data<uint8_t>(workspace), call.stream));
+    call.check(
+        call.api.values(in, channels, mutable_data<float>(values), mutable_data<uint8_t>(workspace), call.stream));
   }
   const ScalarType compute = values.scalar_type();
   const std::vector<int64_t> matrix{shape.n, cuda::columns_of(shape)};
   const std::vector<int64_t> filter{shape.n, shape.channels / shape.groups, shape.kernel[0], shape.kernel[1]};
   const int compute_type = element_type(compute);
-  Tensor weight = linear ? allocate(x, matrix, compute)
-                         : allocate(x, filter, compute, cuda::merges_by_tiles(shape, compute_type));
+  Tensor weight =
+      linear ? allocate(x, matrix, compute) : allocate(x, filter, compute, cuda::merges_by_tiles(shape, compute_type));
   // A product adds the bias on the way; a convolution of cuDNN would take another pass over y for it, which is ours.
   OptTensor bias;
   if (linear && has_bias) bias = allocate(x, {shape.n}, compute);
@@ -213,8 +220,8 @@ Tensor prepare_layer_cuda(Tensor codes, Tensor scale, Tensor zero_point, int64_t
 }
 
 /// geometry: [n], or [n, kernel, stride, padding, dilation] with two numbers each; then what only the CPU's prepared
-/// layer tells by itself (a GPU's cannot be read without waiting for it): channels, groups, bits, the two sizes of scale,
-/// rank, element type of the adapter, whether there may be a bias.
+/// layer tells by itself (a GPU's cannot be read without waiting for it): channels, groups, bits, the two sizes of
+/// scale, rank, element type of the adapter, whether there may be a bias.
 Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std::optional<double> x_scale,
                       int64_t x_zero_point, int64_t x_bits, int64_t x_halo, OptTensor add, double add_scale,
                       int64_t add_zero_point, int64_t add_halo, double clamp_min, double clamp_max,
@@ -228,8 +235,8 @@ Tensor run_layer_cuda(Tensor x, Tensor layer, std::vector<int64_t> geometry, std
   };
   const int64_t* rest = geometry.data() + (linear ? 1 : 9);
   const Window layer_window = make_window(op, linear, rest[0], pair(1), pair(3), pair(5), pair(7), rest[1]);
-  const RunArgs args{op,        x_bits,         x_scale,  x_zero_point, x_halo,    add,       add_scale,
-                     add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
+  const RunArgs args{op,       x_bits,    x_scale,   x_zero_point, x_halo,         add,     add_scale, add_zero_point,
+                     add_halo, clamp_min, clamp_max, out_scale,    out_zero_point, out_halo};
   const Window window = check_run(x, layer_window, geometry[0], args);
   const cuda::LayerShape shape = make_shape(op, window, geometry[0], rest[2], rest[3], rest[4], rest[5], rest[6]);
   return run(args, shape, rest[7] != 0, window, quantizer_of(args, x.scalar_type() == ScalarType::Byte), x, layer);

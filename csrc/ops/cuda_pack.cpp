@@ -16,8 +16,8 @@ Tensor pack_bits_cuda(Tensor codes, int64_t bits) {
   if (codes.numel() > 0) {
     const Tensor largest = torch::stable::to(torch::stable::amax(torch::stable::flatten(source, 0, -1), 0, false),
                                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-    CORA_CHECK(op, *data<uint8_t>(largest) <= max_code(static_cast<int>(bits)), "codes must be <= ",
-               max_code(static_cast<int>(bits)), " for ", bits, " bits, got more");
+    CORA_CHECK(op, *data<uint8_t>(largest) <= max_code(static_cast<int>(bits)),
+               "codes must be <= ", max_code(static_cast<int>(bits)), " for ", bits, " bits, got more");
   }
   Tensor packed = allocate(codes, shape, ScalarType::Byte);
   call.check(call.api.pack(data<uint8_t>(source), rows_of(codes), k, static_cast<int>(bits),

@@ -72,10 +72,10 @@ std::tuple<Tensor, Tensor> fake_quantize_backward_cuda(Tensor grad, Tensor x, Te
   Tensor grad_x = allocate(x, sizes_of(x), x.scalar_type());
   Tensor grad_scale = allocate(x, sizes_of(scale), ScalarType::Float);
   Tensor partial = allocate(x, {call.api.quantize_parts(shape)}, ScalarType::Double);
-  call.check(call.api.fake_quantize_backward(
-      g.const_data_ptr(), source.const_data_ptr(), element_type(x.scalar_type()), data<float>(s), data<int32_t>(z),
-      shape, static_cast<int>(bits), grad_x.mutable_data_ptr(), mutable_data<float>(grad_scale),
-      mutable_data<double>(partial), call.stream));
+  call.check(call.api.fake_quantize_backward(g.const_data_ptr(), source.const_data_ptr(), element_type(x.scalar_type()),
+                                             data<float>(s), data<int32_t>(z), shape, static_cast<int>(bits),
+                                             grad_x.mutable_data_ptr(), mutable_data<float>(grad_scale),
+                                             mutable_data<double>(partial), call.stream));
   return {grad_x, grad_scale};
 }
 
@@ -107,11 +107,10 @@ Tensor quantize_activation_cuda(Tensor x, double scale, int64_t zero_point, int6
   CORA_CHECK(op, x.numel() <= INT32_MAX, "x must have at most 2^31 - 1 elements, got ", x.numel());
   if (out.numel() == 0) return out;
   if (image && halo > 0)
-    e.border = {mutable_data<uint8_t>(out), size(0), static_cast<int>(shape[2]), static_cast<int>(shape[3]), size(1),
-                static_cast<int>(halo), e.out_zero};
+    e.border = {mutable_data<uint8_t>(out), size(0),   static_cast<int>(shape[2]), static_cast<int>(shape[3]), size(1),
+                static_cast<int>(halo),     e.out_zero};
   call.check(call.api.finish(source.const_data_ptr(), element_type(x.scalar_type()), from, size(0), size(2),
-                             image ? size(3) : static_cast<int>(x.numel()), size(1), nullptr, e,
-                             call.stream));
+                             image ? size(3) : static_cast<int>(x.numel()), size(1), nullptr, e, call.stream));
   return out;
 }
 

@@ -25,15 +25,13 @@ using cpu::kQuadRow;
 
 // Positions at a time, and rows of them below one another: what a row's neighbours share stays in L1.
 constexpr int64_t kSpan = 28, kBand = 8;
-constexpr int64_t kTasks = 64;  // bands are lower rather than there being fewer tasks
+constexpr int64_t kTasks = 64;       // bands are lower rather than there being fewer tasks
 constexpr int64_t kFarTaps = 32768;  // so many taps of nine-bit weights by eight-bit codes fit int32
 
 int64_t blocks_of(const LayerHeader& h) { return ceil_div(h.channels, kLanes); }
 int64_t filter_bytes(const LayerHeader& h) { return h.kernel[1] * ((h.kernel[0] + kQuad - 1) / kQuad) * kQuadRow; }
 /// Integer filters of a block.
-int64_t sets_bytes(const LayerHeader& h) {
-  return h.segments * (h.planes + (h.far ? 1 : 0)) * filter_bytes(h);
-}
+int64_t sets_bytes(const LayerHeader& h) { return h.segments * (h.planes + (h.far ? 1 : 0)) * filter_bytes(h); }
 int64_t a_bytes(const LayerHeader& h) {
   return h.adapter == AdapterKind::kInt8 ? filter_bytes(h) : h.taps * kLanes * int64_t{sizeof(float)};
 }
@@ -185,8 +183,8 @@ class Depthwise {
   cpu::DepthwiseShape shape_{};
   Range inside_[2];
   cpu::DepthwiseCodesFn* fused_ = nullptr;
-  std::vector<int64_t> at_, add_at_;      // of neighbouring positions
-  Buffer<float> alpha_, beta_;            // codes: [images of their own range][blocks][32]; scale and b times x's scale
+  std::vector<int64_t> at_, add_at_;  // of neighbouring positions
+  Buffer<float> alpha_, beta_;        // codes: [images of their own range][blocks][32]; scale and b times x's scale
   Buffer<int32_t> correction_, a_correction_;  // wsum and a_sum times x's zero-point
 
   bool int8_adapter() const { return h_.adapter == AdapterKind::kInt8; }
@@ -217,8 +215,7 @@ class Depthwise {
       std::fill_n(acc.get(), span * kLanes, 0);
       ones = Buffer<int32_t>(d.h_.far ? span * kLanes : 0);
       up = floats(d.h_.rank > 0 ? span * kLanes : 0);
-      if (d.h_.adapter == AdapterKind::kFloat)
-        real = floats(d.shape_.rows * d.shape_.width(span) * kLanes);
+      if (d.h_.adapter == AdapterKind::kFloat) real = floats(d.shape_.rows * d.shape_.width(span) * kLanes);
       zx.resize(at_size(span));
       none.resize(at_size(std::max<int64_t>(span, kLanes)));
       sx.resize(at_size(span));
@@ -344,9 +341,9 @@ class Depthwise {
         multiply(s, sets + (h_.segments * h_.planes + segment) * filter_bytes(h_), 1, count, lanes, s.ones.get());
         add_far(s, place.block, segment, count, lanes);
       } else {
-        cpu::k_requantize.at(isa_)(s.acc.get(), static_cast<int>(count), s.zx.data(),
-                                   layer_.wsum(place.block, segment), s.none.data(), s.none.data(),
-                                   layer_.scale(place.block, segment), segment > 0, s.c.get());
+        cpu::k_requantize.at(isa_)(s.acc.get(), static_cast<int>(count), s.zx.data(), layer_.wsum(place.block, segment),
+                                   s.none.data(), s.none.data(), layer_.scale(place.block, segment), segment > 0,
+                                   s.c.get());
       }
     }
     std::fill_n(s.sx.begin(), count, in_.scale[image]);

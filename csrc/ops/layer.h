@@ -44,8 +44,7 @@ struct LayerOutput {
 template <typename X>
 LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& window, const RunArgs& args, bool nchw);
 /// x, float32 in memory, as so many planes.
-LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Layer& layer, const Window& window, int planes,
-                                     bool nchw);
+LayerInput<cpu::Bf16> prepare_planes(const Tensor& x, const Layer& layer, const Window& window, int planes, bool nchw);
 
 template <typename X>
 void run_tiles(const Layer& layer, const Window& window, const LayerInput<X>& input, const LayerOutput& output);

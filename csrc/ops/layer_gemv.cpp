@@ -47,7 +47,8 @@ class Gemv {
   void run() const {
     const int64_t grain = std::max<int64_t>(1, 32768 / (h_.run * kLanes));
     parallel_for(h_.panels, grain, [&](int64_t begin, int64_t end) {
-      Buffer<float> hidden(h_.chunks * kHiddenChunk), b(h_.adapter == AdapterKind::kInt8 ? h_.chunks * kHiddenChunk : 0);
+      Buffer<float> hidden(h_.chunks * kHiddenChunk),
+          b(h_.adapter == AdapterKind::kInt8 ? h_.chunks * kHiddenChunk : 0);
       for (int64_t q = 0; q < h_.chunks; ++q) compute_hidden(q, hidden.get() + q * kHiddenChunk);
       for (int64_t p = begin; p < end; ++p) run_panel(p, hidden.get(), b.get());
     });

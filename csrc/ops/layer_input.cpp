@@ -80,9 +80,9 @@ LayerInput<X> prepare_input(const Tensor& x, const Layer& layer, const Window& w
     const X* first = data<X>(x);
     const int64_t line = (w.size[1] + 2 * halo) * c, image = (w.size[0] + 2 * halo) * line;
     // Read in place where its border is wide enough and no kernel reads past its end.
-    const bool aligned = !kCodes || layer.h->depthwise ||
-                         (layer.segment_run() % cpu::tile_shape(cpu::active_isa()).align == 0 &&
-                          layer.h->walk != Walk::kColumns);
+    const bool aligned =
+        !kCodes || layer.h->depthwise ||
+        (layer.segment_run() % cpu::tile_shape(cpu::active_isa()).align == 0 && layer.h->walk != Walk::kColumns);
     if (halo >= w.padding[0] && halo >= w.padding[1] && aligned) {
       in.line = line;
       in.image = image;

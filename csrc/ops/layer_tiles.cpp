@@ -24,7 +24,7 @@ using cpu::kQuadRow;
 constexpr int64_t kPanelBytes = 512 * 1024;  // expanded panels of a task: half of the smallest common L2
 constexpr int64_t kL1Panel = 24 * 1024, kL1Tiles = 12 * 1024, kMaxBlockTiles = 8;
 constexpr int64_t kLongRows = 32768;  // of K: sums of so many weights may be 2^22
-constexpr int64_t kFewTiles = 2;  // expanding a panel for each of them is cheaper than writing it to L2
+constexpr int64_t kFewTiles = 2;      // expanding a panel for each of them is cheaper than writing it to L2
 constexpr int64_t kStretch = kL1Panel / (kLanes * 4);  // of K, of a panel of floats
 
 template <typename X>
@@ -49,7 +49,9 @@ class Tiles {
                 (!by_row_ || (isa_ == Isa::kAmx && !output.epilogue.codes && h_.taps * h_.run < kLongRows))),
         fused_(isa_ == Isa::kAmx && direct_),
         x_scale_(kInt && !by_row_ ? input.scale[0] : 1.0f),
-        x_zero_(!kInt || by_row_ ? 0 : fused_ ? -input.zero[0] : input.zero[0]),
+        x_zero_(!kInt || by_row_ ? 0
+                : fused_         ? -input.zero[0]
+                                 : input.zero[0]),
         unit_(fused_ && h_.rank > 0 && output.epilogue.codes ? output.epilogue.inverse_scale : 1.0f),
         pipelined_(isa_ == Isa::kAmx && kPlanes),
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
@@ -175,10 +177,10 @@ class Tiles {
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
     cpu::CodesTile tile{};
-    bool packed;            // panels are not expanded here but tile by tile, B's panel by panel
+    bool packed;              // panels are not expanded here but tile by tile, B's panel by panel
     cpu::Finish finish[2]{};  // the last one's is at turn ^ 1
     int turn = 0;
-    cpu::Ahead ahead[2];    // of what the next tiles touch first, what is left
+    cpu::Ahead ahead[2];  // of what the next tiles touch first, what is left
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
     Buffer<float> products;                    // of floats: [tiles][kMaxTileM][32]
@@ -294,8 +296,8 @@ class Tiles {
         hidden_from_floats(s, rows, layer_.a<float>(at), lanes, c);
         for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
       } else if constexpr (kPlanes) {
-        cpu::k_tile_bf16.at(isa_)(rows.row, rows.plane, in_.planes, rows.tap, h_.taps, a_quads_,
-                                  chunk(s, at, q), rows.m, block_of(rows), lanes, c, &s.pending);
+        cpu::k_tile_bf16.at(isa_)(rows.row, rows.plane, in_.planes, rows.tap, h_.taps, a_quads_, chunk(s, at, q),
+                                  rows.m, block_of(rows), lanes, c, &s.pending);
         cpu::k_rescale.at(isa_)(c, rows.m, layer_.a_scale(at), false, c);
       } else {
         std::fill_n(c, rows.m * kLanes, 0.0f);
@@ -309,9 +311,8 @@ class Tiles {
     static constexpr int32_t kZero[kMaxTileM] = {};
     if (fused_) return hidden_fused(s, rows, at, q, lanes, u);
     alignas(64) int32_t acc[kMaxTileM * kLanes];
-    cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_,
-                            reinterpret_cast<const int8_t*>(chunk(s, at, q)), h_.a_widest, rows.m, block_of(rows), lanes,
-                            acc);
+    cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_, reinterpret_cast<const int8_t*>(chunk(s, at, q)),
+                            h_.a_widest, rows.m, block_of(rows), lanes, acc);
     if (in_.uniform)
       return cpu::k_quantized_hidden.at(up_isa_)(acc, &s.a_correction[q * kLanes], &s.a_alpha[q * kLanes], rows.m,
                                                  lanes, u);
@@ -431,8 +432,8 @@ class Tiles {
           const int64_t some = std::min(taps, h_.taps - t), length = std::min(kStretch, run - k);
           for (int64_t i = 0; i < count; ++i) {
             const int64_t from = rows[i].tap[t] + k;
-            cpu::k_tile_f32.at(isa_)(place_.segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length,
-                                     w, rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
+            cpu::k_tile_f32.at(isa_)(place_.segment(rows[i], seg), some > 1 ? rows[i].tap + t : &from, some, length, w,
+                                     rows[i].m, lanes, s.products.get() + i * kMaxTileM * kLanes);
           }
           w += some * length * kLanes;
         }
@@ -465,8 +466,8 @@ class Tiles {
       float* const sum = s.sum[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
         cpu::k_tile_bf16.at(isa_)(place_.segment(rows, seg), rows.plane, in_.planes, rows.tap, h_.taps, quads_,
-                                  panel(s, p, index, seg), rows.m, block_of(rows), lanes,
-                                  h_.segments > 1 ? c : sum, &s.pending);
+                                  panel(s, p, index, seg), rows.m, block_of(rows), lanes, h_.segments > 1 ? c : sum,
+                                  &s.pending);
         if (h_.segments > 1) cpu::k_rescale.at(isa_)(c, rows.m, layer_.scale(p, seg), seg > 0, sum);
       }
       e.c = sum;

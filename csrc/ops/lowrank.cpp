@@ -209,8 +209,8 @@ Factors factorise_as(const char* op, const Tensor& residual, int64_t rank, int64
   if (wide) {
     const Tensor rs = weighted ? stable::matmul(r, to_dtype(*moment, kType)) : r;
     s = leading<T>(op, symmetric_product(rs, r), rank);
-    left = s.vectors;                    // U^T
-    right = stable::matmul(left, r);     // U^T R = S V^T M^-1
+    left = s.vectors;                 // U^T
+    right = stable::matmul(left, r);  // U^T R = S V^T M^-1
     measure = right;
     measured = weighted ? stable::matmul(left, rs) : right;
   } else {

@@ -10,7 +10,7 @@ namespace {
 /// What a fake kernel has to know of a layer: [n] (linear), or [n, kernel, stride, padding, dilation].
 std::vector<int64_t> geometry_of(const LayerHeader& h) {
   if (h.linear) return {h.n};
-  return {h.n,         h.kernel[0],  h.kernel[1],   h.stride[0],  h.stride[1],
+  return {h.n,          h.kernel[0],  h.kernel[1],   h.stride[0],  h.stride[1],
           h.padding[0], h.padding[1], h.dilation[0], h.dilation[1]};
 }
 
@@ -28,13 +28,13 @@ Tensor prepare_layer_cpu(Tensor codes, Tensor scale, Tensor zero_point, int64_t 
   return prepare({op, codes, scale, zero_point, bits, a, b, adapter_scale, bias}, window, "codes");
 }
 
-Tensor run_layer_cpu(Tensor x, Tensor layer, std::vector<int64_t> geometry, std::optional<double> x_scale, int64_t x_zero_point,
-                     int64_t x_bits, int64_t x_halo, OptTensor add, double add_scale, int64_t add_zero_point,
-                     int64_t add_halo, double clamp_min, double clamp_max, std::optional<double> out_scale,
-                     int64_t out_zero_point, int64_t out_halo) {
+Tensor run_layer_cpu(Tensor x, Tensor layer, std::vector<int64_t> geometry, std::optional<double> x_scale,
+                     int64_t x_zero_point, int64_t x_bits, int64_t x_halo, OptTensor add, double add_scale,
+                     int64_t add_zero_point, int64_t add_halo, double clamp_min, double clamp_max,
+                     std::optional<double> out_scale, int64_t out_zero_point, int64_t out_halo) {
   const char* op = "run_layer";
-  RunArgs args{op,        x_bits,         x_scale,  x_zero_point, x_halo,    add,       add_scale,
-               add_zero_point, add_halo, clamp_min,    clamp_max, out_scale, out_zero_point, out_halo};
+  RunArgs args{op,       x_bits,    x_scale,   x_zero_point, x_halo,         add,     add_scale, add_zero_point,
+               add_halo, clamp_min, clamp_max, out_scale,    out_zero_point, out_halo};
   const Layer view = view_layer(op, layer);
   const std::vector<int64_t> wanted = geometry_of(*view.h);  // what follows it is for other devices
   CORA_CHECK(op, geometry.size() >= wanted.size() && std::equal(wanted.begin(), wanted.end(), geometry.begin()),

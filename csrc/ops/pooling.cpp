@@ -1,5 +1,5 @@
-// cora::max_pool2d_codes, mean_codes: pooling of uint8 codes, channels_last with a border of `halo` pixels. The order of
-// codes is that of the numbers they stand for, so a maximum needs no scale; a border is no part of any window.
+// cora::max_pool2d_codes, mean_codes: pooling of uint8 codes, channels_last with a border of `halo` pixels. The order
+// of codes is that of the numbers they stand for, so a maximum needs no scale; a border is no part of any window.
 // cora::mean_pixels: the mean of floats.
 #include "ops/pooling.h"
 
@@ -105,8 +105,8 @@ Tensor max_pool2d_codes(Tensor x, int64_t zero_point, int64_t x_halo, std::vecto
       for (int64_t w = 0; w < count[1]; ++w, out += c) {
         const int64_t left = w * stride[1] - padding[1];
         const Taps columns(left, in.width, kernel_size[1], dilation[1]);
-        max_of(tallest.data() + (left + columns.begin * dilation[1]) * c, columns.end - columns.begin,
-               dilation[1] * c, c, out);
+        max_of(tallest.data() + (left + columns.begin * dilation[1]) * c, columns.end - columns.begin, dilation[1] * c,
+               c, out);
       }
       std::fill_n(out, out_halo * c, zero);
     }

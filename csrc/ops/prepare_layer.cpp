@@ -114,8 +114,7 @@ void fill_panel(const LayerHeader& h, const LayerSource& source, int64_t p, uint
             const int64_t at_run = quad * kQuad + j;
             // What does not exist is stored as its offset, weight 0.
             const bool exists = lane < lanes && at_run < run;
-            const uint8_t code =
-                exists ? codes[lane * k + natural_index(h, t, s * run + at_run)] : offset[lane];
+            const uint8_t code = exists ? codes[lane * k + natural_index(h, t, s * run + at_run)] : offset[lane];
             row[lane * kQuad + j] = code;
             wsum[lane] += code - offset[lane];
             if (h.ready) row[lane * kQuad + j] = static_cast<uint8_t>(code - 128);
@@ -208,8 +207,8 @@ Layer view_layer(const char* op, const Tensor& blob) {
                              ? reinterpret_cast<const LayerHeader*>(data<uint8_t>(blob))
                              : nullptr;
   CORA_CHECK(op, h != nullptr && h->magic == kMagic && h->bytes == blob.numel(),
-             "layer must be a tensor that prepare_layer returned on this kind of device, got shape ",
-             shape_text(blob), ", dtype ", dtype_text(blob.scalar_type()));
+             "layer must be a tensor that prepare_layer returned on this kind of device, got shape ", shape_text(blob),
+             ", dtype ", dtype_text(blob.scalar_type()));
   return {h};
 }
 

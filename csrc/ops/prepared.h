@@ -31,7 +31,7 @@ struct LayerHeader {
   int64_t bytes;
   int64_t n, channels, kernel[2], stride[2], padding[2], dilation[2], groups;
   int64_t taps, run, segments, panels, chunks, rank;  // panels and chunks (of 32 ranks) a group
-  int32_t bits, a_widest;  // a_widest: the largest of an int8 adapter's A
+  int32_t bits, a_widest;                             // a_widest: the largest of an int8 adapter's A
   Walk walk;
   AdapterKind adapter;
   bool linear, depthwise, far, has_bias, narrow;  // narrow: corrected sums fit int32
@@ -94,11 +94,10 @@ struct Layer {
   }
   /// Sum of code - offset.
   const int32_t* wsum(int64_t p, int64_t s) const { return lanes<int32_t>(h->wsum, p, s); }
-  const float* bias(int64_t p) const {
-    return h->has_bias ? at<float>(h->bias) + p * cpu::kLanes : nullptr;
-  }
+  const float* bias(int64_t p) const { return h->has_bias ? at<float>(h->bias) + p * cpu::kLanes : nullptr; }
   // The adapter, q counting chunks over all groups: A as quad-rows [taps][a_quads] of
-  // 8-bit codes with zero-point 128 (or less it: a_ready), or floats [taps][run][32]; B int8 or float [rank][32] a panel.
+  // 8-bit codes with zero-point 128 (or less it: a_ready), or floats [taps][run][32]; B int8 or float [rank][32] a
+  // panel.
   int64_t a_size() const {
     return h->adapter == AdapterKind::kInt8 ? h->taps * a_quads() * cpu::kQuadRow
                                             : h->taps * h->run * cpu::kLanes * int64_t{sizeof(float)};

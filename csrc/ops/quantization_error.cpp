@@ -19,8 +19,8 @@ Tensor quantization_error_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t
   check_dtype(op, "scale", scale, ScalarType::Float);
   check_dtype(op, "zero_point", zero_point, ScalarType::Int);
   const int64_t n = x.size(0), k = x.size(1);
-  const bool fits = scale.dim() == 3 && (scale.size(1) == 1 || scale.size(1) == n) && scale.size(2) >= 1 &&
-                    k % scale.size(2) == 0;
+  const bool fits =
+      scale.dim() == 3 && (scale.size(1) == 1 || scale.size(1) == n) && scale.size(2) >= 1 && k % scale.size(2) == 0;
   CORA_CHECK(op, fits, "scale must have shape [candidates, ", n == 1 ? "1" : "1 or " + std::to_string(n),
              ", G] with G a divisor of ", k, ", got ", shape_text(scale));
   check_shape(op, "zero_point", zero_point, sizes_of(scale));
@@ -39,8 +39,8 @@ Tensor quantization_error_cpu(Tensor x, Tensor scale, Tensor zero_point, int64_t
       for (int64_t start = 0; start < run; start += kChunk)
         for (int64_t c = 0; c < candidates; ++c) {
           const int64_t at = c * rows * groups + (rows == 1 ? i % groups : i);
-          sums[i * candidates + c] += kernel(px + i * run + start, {ps[at], static_cast<float>(pz[at]), top},
-                                             std::min(kChunk, run - start));
+          sums[i * candidates + c] +=
+              kernel(px + i * run + start, {ps[at], static_cast<float>(pz[at]), top}, std::min(kChunk, run - start));
         }
   });
   double* out = mutable_data<double>(error);

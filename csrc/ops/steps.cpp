@@ -1,5 +1,5 @@
-// cora::run_steps: a stretch of a fused network in one call. A layer takes a tenth of a millisecond; what Python and the
-// dispatcher run between two of them takes half of that where a network's weights push their code out of the cache.
+// cora::run_steps: a stretch of a fused network in one call. A layer takes a tenth of a millisecond; what Python and
+// the dispatcher run between two of them takes half of that where a network's weights push their code out of the cache.
 #include "ops/layer.h"
 #include "ops/pooling.h"
 

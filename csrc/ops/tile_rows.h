@@ -74,7 +74,8 @@ class TileRows {
         grid_(plan_grid(passes)),
         copies_(grid_.copied || h_.walk == Walk::kNatural),
         column_(h_.walk == Walk::kColumns ? h_.run / h_.kernel[1] : in_.pixel),
-        columns_size_(round_up(((win_.out(1) - 1) * h_.stride[1] + h_.kernel[1]) * column_ + cpu::kInterleaveSlack, 64)) {
+        columns_size_(
+            round_up(((win_.out(1) - 1) * h_.stride[1] + h_.kernel[1]) * column_ + cpu::kInterleaveSlack, 64)) {
     for (int64_t t = 0; t < h_.taps; ++t) gathered_tap_[t] = t * gathered_run_;
   }
 
@@ -175,7 +176,7 @@ class TileRows {
   const std::vector<int64_t> tap_;
   std::vector<int64_t> gathered_tap_;
   const Grid grid_;
-  const bool copies_;  // tiles' rows are copied together
+  const bool copies_;                    // tiles' rows are copied together
   const int64_t column_, columns_size_;  // elements of an input column, and of all that an output row's windows see
 
   std::vector<int64_t> tap_offsets() const {
@@ -242,8 +243,7 @@ class TileRows {
     if (std::exchange(columns.row[static_cast<size_t>(slot)], row) == row) return to;
     const X* from = in_.x + row / win_.out(0) * in_.image + row % win_.out(0) * h_.stride[0] * in_.line;
     const int64_t count = (win_.out(1) - 1) * h_.stride[1] + h_.kernel[1], c = in_.pixel;
-    for (int p = 0; p < in_.planes; ++p)
-      interleave(from + p * in_.plane, c, count, to + p * columns_size_);
+    for (int p = 0; p < in_.planes; ++p) interleave(from + p * in_.plane, c, count, to + p * columns_size_);
     return to;
   }
   /// The lines at tap_.
@@ -266,9 +266,8 @@ class TileRows {
     for (int i = first; i < last;) {  // output row by output row
       const int end = static_cast<int>(std::min<int64_t>(last, i + grid_.columns - x));
       const int real = static_cast<int>(std::clamp<int64_t>(i + win_.out(1) - x, i, end));
-      const X* row = line_columns != nullptr
-                         ? line_columns + x * step
-                         : base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
+      const X* row = line_columns != nullptr ? line_columns + x * step
+                                             : base + image * in_.image + y * h_.stride[0] * in_.line + x * step;
       const int64_t at = image * out_.image + y * out_.line + x * out_.pixel;
       const int64_t add_at = image * out_.add_image + y * out_.add_line + x * out_.add_pixel;
       if constexpr (kInt)

@@ -27,14 +27,12 @@ struct Header {  // right before the data
 };
 
 char* region() {
-  static char* const start = static_cast<char*>(
-      mmap(nullptr, kRegion, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  static char* const start =
+      static_cast<char*>(mmap(nullptr, kRegion, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   return start;
 }
 
-bool is_ours(const void* p) {
-  return region() != MAP_FAILED && p >= region() && p < region() + kRegion;
-}
+bool is_ours(const void* p) { return region() != MAP_FAILED && p >= region() && p < region() + kRegion; }
 
 [[noreturn]] void die(const char* what, const void* p, size_t size) {
   std::fprintf(stderr, "guard: %s an allocation of %zu bytes at %p\n", what, size, p);
