@@ -22,7 +22,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
         "ceil_mode": True,
     },
 }
-SHAPES = [(2, 3, 9, 11), (1, 64, 7, 8), (1, 1, 6, 6), (3, 33, 8, 7), (0, 3, 8, 8)]
+SHAPES = [(2, 3, 9, 11), (1, 64, 7, 8), (1, 1, 6, 6), (3, 33, 8, 7), (1, 200, 5, 9), (0, 3, 8, 8)]
 
 
 def codes(shape: tuple[int, ...], halo: int, zero_point: int) -> torch.Tensor:
@@ -33,7 +33,7 @@ def codes(shape: tuple[int, ...], halo: int, zero_point: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_max_pool(window: str, shape: tuple[int, ...]) -> None:
+def test_max_pool(isa: str, window: str, shape: tuple[int, ...]) -> None:
     for x_halo, out_halo, zero_point in ((0, 0, 0), (1, 0, 200), (0, 2, 7), (3, 1, 255)):
         x = codes(shape, x_halo, zero_point)
         options = {**WINDOWS[window], "out_halo": out_halo}

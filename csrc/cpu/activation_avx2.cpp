@@ -121,6 +121,28 @@ void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t
                 : interleave_moves<16>)(from, line, lines, bytes, count, to);
 }
 
+namespace {
+
+/// The largest of the 32 bytes at x, x + step, ...
+inline __m256i largest(const uint8_t* x, int64_t taps, int64_t step) {
+  __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  for (int64_t t = 1; t < taps; ++t)
+    v = _mm256_max_epu8(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + t * step)));
+  return v;
+}
+
+}  // namespace
+
+void max_runs(const uint8_t* x, int64_t taps, int64_t step, int64_t run, int64_t count, int64_t ldx, int64_t ldy,
+              uint8_t* y) {
+  if (run < 32) return scalar::max_runs(x, taps, step, run, count, ldx, ldy, y);
+  for (int64_t i = 0; i < count; ++i, x += ldx, y += ldy)
+    for (int64_t n = 0; n < run; n += 32) {
+      const int64_t at = std::min(n, run - 32);  // the last vector overlaps the one before
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + at), largest(x + at, taps, step));
+    }
+}
+
 }  // namespace cora::cpu::avx2
 
 CORA_END_TARGET

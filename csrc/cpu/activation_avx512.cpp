@@ -243,6 +243,21 @@ void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t
   }
 }
 
+void max_runs(const uint8_t* x, int64_t taps, int64_t step, int64_t run, int64_t count, int64_t ldx, int64_t ldy,
+              uint8_t* y) {
+  const auto largest = [&](const uint8_t* from, __mmask64 mask) __attribute__((always_inline)) {
+    __m512i v = _mm512_maskz_loadu_epi8(mask, from);
+    for (int64_t t = 1; t < taps; ++t) v = _mm512_max_epu8(v, _mm512_maskz_loadu_epi8(mask, from + t * step));
+    return v;
+  };
+  const __mmask64 rest = run % 64 == 0 ? 0 : ~uint64_t{0} >> (64 - run % 64);
+  for (int64_t i = 0; i < count; ++i, x += ldx, y += ldy) {
+    int64_t n = 0;
+    for (; n + 64 <= run; n += 64) _mm512_storeu_si512(y + n, largest(x + n, ~uint64_t{0}));
+    if (rest != 0) _mm512_mask_storeu_epi8(y + n, rest, largest(x + n, rest));
+  }
+}
+
 }  // namespace cora::cpu::avx512
 
 CORA_END_TARGET

@@ -37,6 +37,15 @@ void quantize_transpose(const float* x, int64_t ldx, int64_t rows, int64_t cols,
     for (int64_t r = 0; r < rows; ++r) out[c * ldo + r] = code(x[r * ldx + c], p);
 }
 
+void max_runs(const uint8_t* x, int64_t taps, int64_t step, int64_t run, int64_t count, int64_t ldx, int64_t ldy,
+              uint8_t* y) {
+  for (int64_t i = 0; i < count; ++i, x += ldx, y += ldy)
+    for (int64_t n = 0; n < run; ++n) {
+      y[n] = x[n];
+      for (int64_t t = 1; t < taps; ++t) y[n] = std::max(y[n], x[t * step + n]);
+    }
+}
+
 void interleave(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count, uint8_t* to) {
   for (int64_t x = 0; x < count; ++x, from += bytes)
     for (int64_t y = 0; y < lines; ++y) to = std::copy_n(from + line[y], bytes, to);

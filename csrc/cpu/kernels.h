@@ -101,6 +101,10 @@ constexpr int64_t kInterleaveSlack = 320;
 using InterleaveFn = void(const uint8_t* from, const int64_t* line, int64_t lines, int64_t bytes, int64_t count,
                           uint8_t* to);
 
+/// y[i * ldy + n] = max over t < taps of x[i * ldx + t * step + n], for i < count, n < run; taps > 0.
+using MaxRunsFn = void(const uint8_t* x, int64_t taps, int64_t step, int64_t run, int64_t count, int64_t ldx,
+                       int64_t ldy, uint8_t* y);
+
 /// Packed quad-rows (cpu/planes.h) -> int8 code - offset[lane], [rows][32][4]. offset [32]: the difference fits.
 using ExpandFn = void(const uint8_t* packed, int bits, int64_t rows, const uint8_t* offset, int8_t* panel);
 
@@ -357,6 +361,7 @@ using TransposeFn = void(const float* in, int64_t ldi, int64_t rows, int64_t col
   _(RangeFn, range)                                 \
   _(UnpackRowFn, unpack_row)                        \
   _(InterleaveFn, interleave)                       \
+  _(MaxRunsFn, max_runs)                            \
   _(DequantizeFn, dequantize)                       \
   _(ExpandFn, expand)                               \
   _(PanelF32Fn, panel_f32)                          \

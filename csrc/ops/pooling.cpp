@@ -3,6 +3,8 @@
 // cora::mean_pixels: the mean of floats.
 #include "ops/pooling.h"
 
+#include "cpu/kernels.h"
+
 #include <algorithm>
 
 namespace cora {
@@ -51,18 +53,12 @@ struct Taps {
         end(std::min(kernel, start < size ? (size - start + dilation - 1) / dilation : 0)) {}
 };
 
-/// y[n] = max over t < taps of x[t * step + n]; 0 without taps (a dilated window can miss a small image)
-void max_of(const uint8_t* __restrict x, int64_t taps, int64_t step, int64_t count, uint8_t* __restrict y) {
-  if (taps < 1) {
-    std::fill_n(y, count, uint8_t{0});
-    return;
-  }
-  const uint8_t* __restrict second = x + (taps > 1 ? step : 0);
-  for (int64_t n = 0; n < count; ++n) y[n] = x[n] > second[n] ? x[n] : second[n];
-  for (int64_t t = 2; t < taps; ++t) {
-    const uint8_t* __restrict a = x + t * step;
-    for (int64_t n = 0; n < count; ++n) y[n] = a[n] > y[n] ? a[n] : y[n];
-  }
+/// cpu::MaxRunsFn, and 0 without taps: a dilated window can miss a small image.
+void max_runs(const uint8_t* x, int64_t taps, int64_t step, int64_t run, int64_t count, int64_t ldx, uint8_t* y) {
+  if (taps > 0)
+    cpu::k_max_runs()(x, taps, step, run, count, ldx, run, y);
+  else
+    std::fill_n(y, run * count, uint8_t{0});
 }
 
 }  // namespace
@@ -100,13 +96,18 @@ Tensor max_pool2d_codes(Tensor x, int64_t zero_point, int64_t x_halo, std::vecto
       }
       out = std::fill_n(out, out_halo * c, zero);
       const Taps rows(top, in.height, kernel_size[0], dilation[0]);
-      max_of(in.first + b * in.image + (top + rows.begin * dilation[0]) * in.line, rows.end - rows.begin,
-             dilation[0] * in.line, in.width * c, tallest.data());
-      for (int64_t w = 0; w < count[1]; ++w, out += c) {
+      max_runs(in.first + b * in.image + (top + rows.begin * dilation[0]) * in.line, rows.end - rows.begin,
+               dilation[0] * in.line, in.width * c, 1, 0, tallest.data());
+      for (int64_t w = 0; w < count[1];) {
         const int64_t left = w * stride[1] - padding[1];
         const Taps columns(left, in.width, kernel_size[1], dilation[1]);
-        max_of(tallest.data() + (left + columns.begin * dilation[1]) * c, columns.end - columns.begin, dilation[1] * c,
-               c, out);
+        // Windows that see all their columns are done together.
+        const int64_t room = in.width - (left + (kernel_size[1] - 1) * dilation[1] + 1);
+        const int64_t some = left < 0 || room < 0 ? 1 : std::min(room / stride[1] + 1, count[1] - w);
+        max_runs(tallest.data() + (left + columns.begin * dilation[1]) * c, columns.end - columns.begin,
+                 dilation[1] * c, c, some, stride[1] * c, out);
+        w += some;
+        out += some * c;
       }
       std::fill_n(out, out_halo * c, zero);
     }
