@@ -68,7 +68,8 @@ struct RowZeros {
     }
   }
   CORA_INLINE __m512i subtract(__m512i sum, int64_t row, int h) const {
-    return _mm512_dpwssd_epi32(sum, _mm512_set1_epi32(zx[row] * (1 + (128 << 16))), factors[h]);
+    const uint32_t z = static_cast<uint32_t>(zx[row]);  // of a row that nobody reads it may be anything
+    return _mm512_dpwssd_epi32(sum, _mm512_set1_epi32(static_cast<int>(z * (1 + (128 << 16)))), factors[h]);
   }
 };
 struct NoZeros {
