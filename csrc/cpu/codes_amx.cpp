@@ -5,7 +5,7 @@
 // (measured: the other unit is the tiles'; integers are not slowed down): 64 cycles for each that an output takes. So
 // up to K = 256 the epilogue is what an output costs, and it is kept short: sums start at what would be subtracted
 // from them, the hidden values' products at the bias; codes are clamped as bytes, and from above only where they could
-// pass the integers; with an adapter everything is in units of the codes' scale from the start.
+// pass the integers; everything is in units of the codes' scale from the start.
 #include "cpu/hidden_amx.h"
 #include "cpu/kernels.h"
 
@@ -31,6 +31,7 @@ inline __mmask16 mask16(int lanes) {
 // What is pending, in pieces of a few pairs of rows that `some` does; `rest` does the rest.
 
 struct Nothing {
+  static constexpr bool kOfHidden = false;
   Nothing(const Finish&, int64_t) {}
   void some() {}
   void rest() {}
@@ -41,8 +42,9 @@ template <typename Kind>
 class ByPairs : Kind {
  public:
   /// pieces: that it is asked for, at least.
+  static constexpr bool kOfHidden = Kind::kOfHidden;
   ByPairs(const Finish& f, int64_t pieces)
-      : Kind(f), end_((f.count + 1) & ~1), piece_(static_cast<int>((end_ + 2 * pieces - 1) / (2 * pieces)) * 2) {}
+      : Kind(f), end_((Kind::count(f) + 1) & ~1), piece_(static_cast<int>((end_ + 2 * pieces - 1) / (2 * pieces)) * 2) {}
   CORA_INLINE void some() {
     for (const int end = std::min(at_ + piece_, end_); at_ < end; at_ += 2) Kind::pair(at_);
   }
@@ -60,9 +62,9 @@ struct RowZeros {
   const int32_t* zx;
   __m512i factors[2];
 
-  explicit RowZeros(const Finish& f) : zx(f.zx) {
+  explicit RowZeros(const Finish& f) : zx(f.rows->zx) {
     for (int h = 0; h < 2; ++h) {
-      const __m512i w = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(f.wsum + 16 * h));
+      const __m512i w = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(f.panel->wsum + 16 * h));
       const __m512i low = _mm512_and_si512(w, _mm512_set1_epi32(127)), high = _mm512_srai_epi32(w, 7);
       factors[h] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
     }
@@ -81,12 +83,17 @@ struct NoZeros {
 /// that nobody reads.
 template <bool kNarrow, typename Zeros>
 struct HiddenRows : Zeros {
+  static constexpr bool kOfHidden = true;
   const int32_t* sum;
   char* hidden;
   __m512 alpha[2];
 
-  explicit HiddenRows(const Finish& f) : Zeros(f), sum(f.sum), hidden(static_cast<char*>(f.hidden)) {
-    for (int h = 0; h < 2; ++h) alpha[h] = _mm512_loadu_ps(f.alpha + 16 * h);
+  static int count(const Finish& f) { return f.rows->block * f.rows->blocks; }
+  explicit HiddenRows(const Finish& f)
+      : Zeros(f),
+        sum(f.sum),
+        hidden(static_cast<char*>(f.rows->hidden) + f.panel->chunk * kHiddenChunk * static_cast<int>(sizeof(float))) {
+    for (int h = 0; h < 2; ++h) alpha[h] = _mm512_loadu_ps(f.panel->alpha + 16 * h);
   }
   CORA_INLINE void pair(int first) const {
     for (int i = first; i < first + 2; ++i)
@@ -102,8 +109,7 @@ struct HiddenRows : Zeros {
 /// kByRow: floats, of rows with scales of their own. kBounded: codes, each one's number is known to be an integer's.
 enum class Out { kFloats, kByRow, kCodes, kBounded };
 
-/// Sums -> outputs, as `Epilogue` says it, two rows at a time: their codes are packed together. With an adapter what
-/// makes codes is in units of their scale from the start (Finish).
+/// Sums -> outputs, as `Epilogue` says it, two rows at a time: their codes are packed together.
 template <bool kUp, Out kOut, Added kAdd>
 struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
   const int32_t* sum;
@@ -117,30 +123,31 @@ struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
   __m512 alpha[2], bias[2], low, high, inverse, add_scale, add_zero;
   __m512i zero, least, most, order;
 
-  static constexpr bool kByRow = kOut == Out::kByRow;
-  static constexpr bool kCodes = kOut != Out::kFloats && !kByRow, kScaled = kUp && kCodes;
+  static constexpr bool kOfHidden = false, kByRow = kOut == Out::kByRow;
+  static constexpr bool kCodes = kOut != Out::kFloats && !kByRow;
 
+  static int count(const Finish& f) { return f.rows->count; }
   explicit OutputRows(const Finish& f)
       : std::conditional_t<kByRow, RowZeros, NoZeros>(f),
         sum(f.sum),
-        sx(f.sx),
+        sx(f.rows->sx),
         up(f.up),
-        from(f.from),
-        add(static_cast<const uint8_t*>(f.add)),
-        at(f.at),
-        add_at(f.add_at),
-        y(static_cast<uint8_t*>(f.y)) {
-    const Epilogue& e = *f.e;
+        from(f.rows->from),
+        add(static_cast<const uint8_t*>(f.panel->add)),
+        at(f.rows->at),
+        add_at(f.rows->add_at),
+        y(static_cast<uint8_t*>(f.panel->y)) {
+    const Epilogue& e = *f.panel->e;
     for (int h = 0; h < 2; ++h) {
-      masks[h] = mask16(f.lanes - 16 * h);
-      alpha[h] = _mm512_loadu_ps(f.alpha + 16 * h);
-      bias[h] = _mm512_loadu_ps(f.bias + 16 * h);
+      masks[h] = mask16(f.panel->lanes - 16 * h);
+      alpha[h] = _mm512_loadu_ps(f.panel->alpha + 16 * h);
+      bias[h] = _mm512_loadu_ps(f.panel->bias + 16 * h);
     }
     clamped = e.low > -INFINITY || e.high < INFINITY;
     low = _mm512_set1_ps(e.low);
     high = _mm512_set1_ps(kCodes ? e.code_high : e.high);
     inverse = _mm512_set1_ps(e.inverse_scale);
-    add_scale = _mm512_set1_ps(kScaled ? e.add_scale * e.inverse_scale : e.add_scale);
+    add_scale = _mm512_set1_ps(e.add_scale);
     add_zero = _mm512_set1_ps(kMagic + e.add_zero);
     zero = _mm512_set1_epi16(static_cast<int16_t>(e.zero_point));
     least = _mm512_set1_epi8(static_cast<char>(e.least_code));
@@ -166,15 +173,14 @@ struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
       v = _mm512_fmadd_ps(added_code(add + add_at[i] + 16 * h, masks[h]), add_scale, v);
     } else if (kAdd == Added::kFloats) {
       const float* more = reinterpret_cast<const float*>(add) + add_at[i] + 16 * h;
-      const __m512 addend = _mm512_maskz_loadu_ps(masks[h], more);
-      v = kScaled ? _mm512_fmadd_ps(addend, inverse, v) : _mm512_add_ps(v, addend);
+      v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(masks[h], more));
     }
     return v;
   }
   /// Rounded; the smallest integer where that is below the integers or a NaN.
   CORA_INLINE __m512i code(int i, int h) const {
     __m512 v = value(i, h);
-    if (!kScaled) v = _mm512_mul_ps(v, inverse);
+    if (kAdd == Added::kFloats) v = _mm512_mul_ps(v, inverse);  // others are in units of the codes' scale
     return _mm512_cvtps_epi32(kOut == Out::kBounded ? v : _mm512_min_ps(high, v));  // min leaves a NaN in its second
   }
   CORA_INLINE void pair(int i) const {  // the last one is listed twice where their number is odd
@@ -204,11 +210,6 @@ struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
   }
 };
 
-/// Steps of a tile before the first piece of what is pending: its sums were stored just now, and what reads them too
-/// soon waits, and keeps the products after it waiting.
-constexpr int64_t kDelay = 4;
-inline int64_t steps_before(int64_t steps) { return std::min(steps / 2, kDelay); }
-
 /// A step of two blocks (or one) by 32 lanes; `between` after the multiplications of each.
 template <int kBlocks, typename Between>
 CORA_INLINE void multiply_step(const int8_t* w, const uint8_t* x0, const uint8_t* x1, int64_t stride,
@@ -229,18 +230,17 @@ CORA_INLINE void multiply_step(const int8_t* w, const uint8_t* x0, const uint8_t
 
 /// All steps. kAhead: there is memory to ask for.
 template <int kBlocks, bool kAhead, typename Work>
-CORA_INLINE void multiply_all(const CodesTile& t, Work& work) {
-  const int64_t stride = t.x_stride, steps = t.steps;
-  const int64_t* const end = t.tap + t.taps;
-  int64_t wait = steps_before(t.taps * steps);
-  const int8_t* w = t.panel;
+CORA_INLINE void multiply_all(CodesTile& t, Work& work) {
+  const CodesRows& r = *t.rows;
+  const int64_t stride = r.x_stride, steps = t.panel->steps;
+  const int64_t* const end = r.tap + r.taps;
+  const int8_t* w = t.panel->weights;
   Ahead ahead[2] = {t.ahead[0], t.ahead[1]};
-  for (const int64_t* tap = t.tap; tap < end; ++tap) {
-    const uint8_t *x0 = t.x[0] + *tap, *x1 = t.x[1] + *tap;
+  for (const int64_t* tap = r.tap; tap < end; ++tap) {
+    const uint8_t *x0 = r.x[0] + *tap, *x1 = r.x[1] + *tap;
     for (int64_t s = steps; s > 0; --s, w += kStepWeights, x0 += kRowBytes, x1 += kRowBytes) {
-      --wait;
       multiply_step<kBlocks>(w, x0, x1, stride, [&]() __attribute__((always_inline)) {
-        if (wait < 0) work.some();
+        work.some();
         if (kAhead) {
           for (int i = 0; i < ahead[0].lines; ++i, ahead[0].from += 64) __builtin_prefetch(ahead[0].from);
           for (int i = 0; i < ahead[1].lines; ++i, ahead[1].from += 64) __builtin_prefetch(ahead[1].from, 1);
@@ -248,10 +248,20 @@ CORA_INLINE void multiply_all(const CodesTile& t, Work& work) {
       });
     }
   }
+  if (kAhead)
+    for (int i = 0; i < 2; ++i) t.ahead[i].from = ahead[i].from;
+}
+template <int kBlocks>
+CORA_INLINE void start_products(const int32_t* start) {
+  if (start != nullptr) return start_sums<kBlocks>(start);
+  _tile_zero(0);
+  _tile_zero(1);
+  if (kBlocks > 1) _tile_zero(2);
+  if (kBlocks > 1) _tile_zero(3);
 }
 template <int kBlocks, typename Work>
-CORA_INLINE void multiply(const CodesTile& t, Work& work) {
-  start_sums<kBlocks>(t.start);
+CORA_INLINE void multiply(CodesTile& t, Work& work) {
+  start_products<kBlocks>(t.panel->start);
   if (t.ahead[0].lines + t.ahead[1].lines > 0)
     multiply_all<kBlocks, true>(t, work);
   else
@@ -262,22 +272,22 @@ CORA_INLINE void multiply(const CodesTile& t, Work& work) {
 /// into a buffer that stays in L1: to write the whole panel to L2 and read it from there takes longer than the products
 /// of a few tiles.
 template <int kBlocks>
-void multiply_packed(const CodesTile& t) {
+void multiply_packed(const CodesPanel& p, const CodesRows& r) {
   constexpr int kQuadRows = kStepWeights / kQuadRow;  // of a step
   constexpr int64_t kRing = 4, kBefore = 3;           // steps
   alignas(64) int8_t ring[kRing * kStepWeights];
-  const int64_t steps = t.steps, all = t.taps * steps, bytes = kQuadRows * quad_row_bytes(t.bits);
+  const int64_t all = r.taps * p.steps, bytes = kQuadRows * quad_row_bytes(p.bits);
   const auto expand_step = [&](int64_t s) {
-    avx512::expand(t.packed + s * bytes, t.bits, kQuadRows, t.offset, ring + s % kRing * kStepWeights);
+    avx512::expand(p.packed + s * bytes, p.bits, kQuadRows, p.offset, ring + s % kRing * kStepWeights);
   };
-  start_sums<kBlocks>(t.start);
+  start_products<kBlocks>(p.start);
   for (int64_t s = 0; s < std::min(kBefore, all); ++s) expand_step(s);
   int64_t s = 0;
-  for (int64_t tap = 0; tap < t.taps; ++tap) {
-    const uint8_t *x0 = t.x[0] + t.tap[tap], *x1 = t.x[1] + t.tap[tap];
-    for (const int64_t end = s + steps; s < end; ++s, x0 += kRowBytes, x1 += kRowBytes) {
+  for (int64_t tap = 0; tap < r.taps; ++tap) {
+    const uint8_t *x0 = r.x[0] + r.tap[tap], *x1 = r.x[1] + r.tap[tap];
+    for (const int64_t end = s + p.steps; s < end; ++s, x0 += kRowBytes, x1 += kRowBytes) {
       if (s + kBefore < all) expand_step(s + kBefore);
-      multiply_step<kBlocks>(ring + s % kRing * kStepWeights, x0, x1, t.x_stride, [] {});
+      multiply_step<kBlocks>(ring + s % kRing * kStepWeights, x0, x1, r.x_stride, [] {});
     }
   }
 }
@@ -285,39 +295,40 @@ void multiply_packed(const CodesTile& t) {
 /// The same by 16 lanes. Two sums a block take turns, which hides the products' latency; the second lies in the
 /// lanes that are not asked for until they are added up.
 template <int kBlocks, typename Work>
-CORA_INLINE void multiply_narrow(const CodesTile& t, Work& work) {
-  _tile_loadd(0, t.start, 0);
-  _tile_zero(1);
-  if (kBlocks > 1) _tile_loadd(2, t.start, 0);
-  if (kBlocks > 1) _tile_zero(3);
-  const int64_t stride = t.x_stride, count = t.taps * t.steps;
-  const int8_t* w = t.panel;
+CORA_INLINE void multiply_narrow(const CodesPanel& p, const CodesRows& r, Work& work) {
+  start_products<kBlocks>(nullptr);
+  if (p.start != nullptr) {
+    _tile_loadd(0, p.start, 0);
+    if (kBlocks > 1) _tile_loadd(2, p.start, 0);
+  }
+  const int64_t stride = r.x_stride, count = r.taps * p.steps;
+  const int8_t* w = p.weights;
   int64_t tap = 0, step = 0;
   const auto next = [&] {
     w += kStepWeights;
-    if (++step == t.steps) {
+    if (++step == p.steps) {
       step = 0;
       ++tap;
     }
   };
   for (int64_t i = 0; i < count; i += 2) {
-    int64_t at = t.tap[tap] + step * kRowBytes;
+    int64_t at = r.tap[tap] + step * kRowBytes;
     _tile_loadd(6, w, kWeightRow);
-    _tile_loadd(4, t.x[0] + at, stride);
+    _tile_loadd(4, r.x[0] + at, stride);
     _tile_dpbusd(0, 4, 6);
     if (kBlocks > 1) {
-      _tile_loadd(5, t.x[1] + at, stride);
+      _tile_loadd(5, r.x[1] + at, stride);
       _tile_dpbusd(2, 5, 6);
     }
     work.some();
     next();
     if (i + 1 < count) {
-      at = t.tap[tap] + step * kRowBytes;
+      at = r.tap[tap] + step * kRowBytes;
       _tile_loadd(7, w, kWeightRow);
-      _tile_loadd(4, t.x[0] + at, stride);
+      _tile_loadd(4, r.x[0] + at, stride);
       _tile_dpbusd(1, 4, 7);
       if (kBlocks > 1) {
-        _tile_loadd(5, t.x[1] + at, stride);
+        _tile_loadd(5, r.x[1] + at, stride);
         _tile_dpbusd(3, 5, 7);
       }
       work.some();
@@ -327,39 +338,41 @@ CORA_INLINE void multiply_narrow(const CodesTile& t, Work& work) {
 }
 
 template <int kBlocks, bool kNarrow, typename Work>
-void run(const CodesTile& t, const Finish& pending) {
-  const bool up = t.hidden != nullptr, own = up && pending.hidden != nullptr;  // what is pending may be read by this
-  const int64_t all = t.taps * t.steps, steps = kNarrow ? all : kBlocks * (all - steps_before(all));
-  Work work(pending, steps + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
-  if (std::is_same_v<Work, Nothing> && !kNarrow && t.packed != nullptr)
-    multiply_packed<kBlocks>(t);
+void run(CodesTile& t, const Finish& pending) {
+  const CodesPanel& p = *t.panel;
+  const CodesRows& r = *t.rows;
+  const bool up = p.b != nullptr, own = Work::kOfHidden && up;  // what is pending may be read by this
+  const int64_t steps = r.taps * p.steps;
+  Work work(pending, (kNarrow ? steps : kBlocks * steps) + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
+  if (std::is_same_v<Work, Nothing> && !kNarrow && p.packed != nullptr)
+    multiply_packed<kBlocks>(p, r);
   else if (kNarrow)
-    multiply_narrow<kBlocks>(t, work);
+    multiply_narrow<kBlocks>(p, r, work);
   else
     multiply<kBlocks>(t, work);
-  store_sums<kBlocks>(t.block, t.sum, work);
-  if (kNarrow && t.folded)
-    for (int k = 0; k < kBlocks * t.block * kLanes; k += kLanes)
+  store_sums<kBlocks>(r.block, t.sum, work);
+  if (kNarrow && p.result != Result::kHidden)
+    for (int k = 0; k < kBlocks * r.block * kLanes; k += kLanes)
       _mm512_storeu_si512(t.sum + k,
                           _mm512_add_epi32(_mm512_loadu_si512(t.sum + k), _mm512_loadu_si512(t.sum + k + 16)));
   if (own) work.rest();
   if (up) {
-    multiply_hidden<kBlocks>(t.hidden, t.block, t.rank, t.b, t.bias, work);
-    store_sums<kBlocks>(t.block, t.up, work);
+    multiply_hidden<kBlocks>(r.hidden, r.block, p.rank, p.b, p.up_bias, work);
+    store_sums<kBlocks>(r.block, t.up, work);
   }
   work.rest();
 }
 
 template <typename Work>
-void run_wide(const CodesTile& t, const Finish& pending) {
+void run_wide(CodesTile& t, const Finish& pending) {
   run<2, false, Work>(t, pending);
 }
 template <typename Work>
-void run_narrow(const CodesTile& t, const Finish& pending) {
+void run_narrow(CodesTile& t, const Finish& pending) {
   run<2, true, Work>(t, pending);
 }
 template <typename Work>
-void finish_all(const CodesTile&, const Finish& pending) {
+void finish_all(CodesTile&, const Finish& pending) {
   Work(pending, 1).rest();
 }
 
@@ -371,31 +384,33 @@ void finish_all(const CodesTile&, const Finish& pending) {
   {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kByRow), CORA_ADDED(Run, up, Out::kCodes), \
    CORA_ADDED(Run, up, Out::kBounded)}
 #define CORA_HIDDEN(Run, Zeros) {Run<ByPairs<HiddenRows<false, Zeros>>>, Run<ByPairs<HiddenRows<true, Zeros>>>}
-#define CORA_SELECT(Run)                                                                            \
-  [&] {                                                                                             \
-    using Fn = void(const CodesTile&, const Finish&);                                               \
-    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};         \
-    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};   \
-    if (pending.count == 0) return static_cast<Fn*>(Run<Nothing>);                                  \
-    const bool by_row = pending.zx != nullptr;                                                      \
-    if (pending.hidden != nullptr) return kHidden[by_row][pending.lanes <= 16];                     \
-    const Out codes = pending.bounded ? Out::kBounded : Out::kCodes;                                \
-    const Out out = pending.e->codes ? codes : by_row ? Out::kByRow : Out::kFloats;                 \
-    return kOutputs[pending.up != nullptr][static_cast<int>(out)][static_cast<int>(pending.added)]; \
+#define CORA_SELECT(Run)                                                                             \
+  [&] {                                                                                              \
+    using Fn = void(CodesTile&, const Finish&);                                                      \
+    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};          \
+    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};    \
+    if (pending.panel == nullptr) return static_cast<Fn*>(Run<Nothing>);                             \
+    const CodesPanel& of = *pending.panel;                                                           \
+    const bool by_row = of.wsum != nullptr;                                                          \
+    if (of.result == Result::kHidden) return kHidden[by_row][of.lanes <= 16];                        \
+    const Out codes = of.result == Result::kBounded ? Out::kBounded : Out::kCodes;                   \
+    const Out out = of.result != Result::kFloats ? codes : by_row ? Out::kByRow : Out::kFloats;      \
+    return kOutputs[of.b != nullptr][static_cast<int>(out)][static_cast<int>(of.added)];             \
   }()
 
 }  // namespace
 
 void finish(Finish& pending) {
-  CORA_SELECT(finish_all)({}, pending);
-  pending.count = 0;
+  CodesTile none{};
+  CORA_SELECT(finish_all)(none, pending);
+  pending.panel = nullptr;
 }
 
-void codes_tile(const CodesTile& t, Finish& pending) {
-  const bool narrow = t.lanes <= 16 && t.packed == nullptr;
-  if (t.blocks == 1 || t.packed != nullptr) {  // rare: an odd block at the end, or much more to multiply than to finish
+void codes_tile(CodesTile& t, Finish& pending) {
+  const bool packed = t.panel->packed != nullptr, narrow = t.panel->lanes <= 16 && !packed;
+  if (t.rows->blocks == 1 || packed) {  // rare: an odd block at the end, or much more to multiply than to finish
     finish(pending);
-    if (t.blocks == 2) return run<2, false, Nothing>(t, pending);
+    if (t.rows->blocks == 2) return run<2, false, Nothing>(t, pending);
     return narrow ? run<1, true, Nothing>(t, pending) : run<1, false, Nothing>(t, pending);
   }
   narrow ? CORA_SELECT(run_narrow)(t, pending) : CORA_SELECT(run_wide)(t, pending);
@@ -403,21 +418,23 @@ void codes_tile(const CodesTile& t, Finish& pending) {
 
 void tile_s8(const uint8_t* const* rows, const int64_t* tap, int64_t taps, int64_t quads, const int8_t* panel,
              int /*widest*/, int m, int block, int lanes, int32_t* acc) {
-  static constexpr int32_t kNothing[kLanes] = {};
+  CodesRows r{};
+  r.block = block;
+  r.blocks = m / block;
+  r.x[0] = rows[0];
+  r.x[1] = rows[m - block];
+  r.x_stride = block > 1 ? rows[1] - rows[0] : 0;
+  r.tap = tap;
+  r.taps = taps;
+  CodesPanel p{};
+  p.weights = panel;
+  p.steps = quads * kQuad / kRowBytes;
+  p.lanes = lanes;
+  p.result = Result::kFloats;
   CodesTile t{};
-  t.block = block;
-  t.blocks = m / block;
-  t.x[0] = rows[0];
-  t.x[1] = rows[m - block];
-  t.x_stride = block > 1 ? rows[1] - rows[0] : 0;
-  t.lanes = lanes;
-  t.tap = tap;
-  t.taps = taps;
-  t.steps = quads * kQuad / kRowBytes;
-  t.panel = panel;
-  t.start = kNothing;
+  t.panel = &p;
+  t.rows = &r;
   t.sum = acc;
-  t.folded = true;
   Finish none{};
   codes_tile(t, none);
 }

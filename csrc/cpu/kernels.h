@@ -167,6 +167,15 @@ struct Epilogue {
       add = static_cast<const char*>(add) + from * (add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
   }
 
+  /// The same where alpha, bias and the adapter's part are multiplied by `inverse` already: by inverse_scale, or 1.
+  Epilogue in_units(float inverse) const {
+    Epilogue e = *this;
+    if (inverse == 1.0f) return e;
+    e.add_scale *= inverse;
+    e.inverse_scale = 1.0f;
+    return e;
+  }
+
   // What follows from them: the bounds of v * inverse_scale that keep a code within the clamp and 0..255, and their
   // codes. Found once a call: functions of this header are not for a level's instructions.
   float code_low, code_high;
@@ -237,28 +246,63 @@ using RescaleFn = void(const float* sum, int m, const float* scale, bool add, fl
 /// What an epilogue adds.
 enum class Added { kNothing, kFloats, kCodes };
 
-/// Sums that wait for their last step; none when count is 0. Arrays of lanes have 32.
-struct Finish {
-  int count = 0;  // rows
+/// What becomes of a panel's sums.
+enum class Result {
+  kHidden,   // an adapter's hidden values
+  kFloats,   // outputs
+  kCodes,    // outputs, requantized
+  kBounded,  // the same where no number of a code leaves the integers' range
+};
+
+/// A panel of the weight or of A, as the tiles of a call meet it. Arrays are of its lanes, [32].
+struct CodesPanel {
+  const int8_t* weights;
+  const uint8_t* packed;  // not null: its packed quad-rows, expanded on the way, for one or two uses of them
+  int bits;
+  const uint8_t* offset;
+  int64_t steps;  // of 64 of K, of a tap
   int lanes;
-  const int32_t* sum;
+  const int32_t* start;  // what sums begin with, or null: zero
   const float* alpha;
-  void* hidden;       // the sums are an adapter's hidden values and go here, as store_hidden leaves them; or null:
-  const Epilogue* e;  // its last step but for what is here instead
+  Result result;
+  const int32_t* wsum;  // null: rows have one scale and zero-point. Or:
+  // zx[i] * wsum[n] is still to be subtracted (0 <= zx < 256, |wsum| < 2^22), hidden values stay without their row's
+  // scale, and the output, of floats, is fma(alpha * sum + up, sx[i], bias).
+
+  int64_t chunk;  // of hidden values: which 32 ranks
+
+  // Of outputs. Where codes become of them and no floats are added, all is in units of the codes' scale.
+  const float* bias;
+  const Epilogue* e;  // the last step but for what is here instead
   Added added;
-  bool bounded;  // no number of a code leaves the integers' range
-  // up: or null. It holds the bias already; with it, where codes are to become of it, it and alpha are in units of
-  // their scale.
-  const float *up, *bias;
-  // Not null, of floats and hidden values: rows have scales and zero-points of their own. Then zx[i] * wsum[n] is still
-  // to be subtracted (0 <= zx < 256, |wsum| < 2^22), hidden values stay without their row's scale, and the output is
-  // fma(alpha * sum + up, sx[i], bias).
-  const int32_t *zx = nullptr, *wsum;
-  const float* sx;
   void* y;
   const void* add;
-  const uint8_t* from;         // rows of sum, [count], the last one twice where count is odd: so are the next two
-  const int64_t *at, *add_at;  // of y and add
+  const void* b;  // the adapter's, or null
+  int64_t rank;
+  const float* up_bias;  // what hidden * b begins with; bias is in it then, unless wsum
+};
+
+/// A tile's rows of x: one or two blocks of `block` rows x_stride apart.
+struct CodesRows {
+  const uint8_t* x[2];  // a block's first row
+  int64_t x_stride;
+  int block, blocks;
+  const int64_t* tap;
+  int64_t taps;
+  void* hidden;  // as store_hidden leaves them: written by A's panels, read by the weight's
+  int count;     // rows that become outputs
+  const uint8_t* from;         // which, [count], the last one twice where count is odd: so are the next two
+  const int64_t *at, *add_at;  // where to in y, from where in add
+  const int32_t* zx;
+  const float* sx;
+};
+
+/// Sums that wait for their last step; none where `panel` is null.
+struct Finish {
+  const CodesPanel* panel = nullptr;
+  const CodesRows* rows;
+  const int32_t* sum;
+  const float* up;
 };
 
 /// Memory that is needed after this tile: its lines are asked for meanwhile, so many of them in each of a block's
@@ -269,27 +313,14 @@ struct Ahead {
 };
 
 struct CodesTile {
-  const uint8_t* x[2];  // the first row of each of `blocks` blocks of `block` rows, x_stride apart
-  int64_t x_stride;
-  int block, blocks, lanes;
-  const int64_t* tap;
-  int64_t taps, steps;  // of 64 of K
-  const int8_t* panel;
-  const uint8_t* packed;  // not null: the panel's packed quad-rows, expanded on the way, for one or two uses of them
-  int bits;
-  const uint8_t* offset;
-  const int32_t* start;  // [32], what sums begin with
-  int32_t* sum;          // [rows][32]; of up to 16 lanes two, 16 lanes apart, still to be added up unless `folded`
-  bool folded;
-  const void* hidden;  // as store_hidden leaves them, or null: up [rows][32] = bias + hidden * b
-  const void* b;
-  int64_t rank;
-  const float* bias;
-  float* up;
-  Ahead ahead[2];  // read and written
+  const CodesPanel* panel;
+  const CodesRows* rows;
+  int32_t* sum;    // [rows][32]; of up to 16 lanes two, 16 lanes apart, still to be added up
+  float* up;       // [rows][32] = up_bias + hidden * b
+  Ahead ahead[2];  // read and written; moved on by what was asked for
 };
 /// Does a tile's products and all of `pending`.
-using CodesTileFn = void(const CodesTile& tile, Finish& pending);
+using CodesTileFn = void(CodesTile& tile, Finish& pending);
 using FinishFn = void(Finish& pending);
 
 // --- Few rows of x: the packed panel is read once, expanded in registers -------------------------

@@ -52,7 +52,10 @@ class Tiles {
         x_zero_(!kInt || by_row_ ? 0
                 : fused_         ? -input.zero[0]
                                  : input.zero[0]),
-        unit_(fused_ && h_.rank > 0 && output.epilogue.codes ? output.epilogue.inverse_scale : 1.0f),
+        unit_(direct_ && output.epilogue.codes && (output.epilogue.add == nullptr || output.epilogue.add_codes)
+                  ? output.epilogue.inverse_scale
+                  : 1.0f),
+        epilogue_(output.epilogue.in_units(unit_)),
         pipelined_(isa_ == Isa::kAmx && kPlanes),
         align_(kPlanes ? shape_.align / static_cast<int>(sizeof(X)) : shape_.align),
         quads_(round_up(layer.segment_run(), align_) / kQuad),
@@ -102,7 +105,8 @@ class Tiles {
   const bool fused_;               // which is part of the kernel (cpu/codes_amx.cpp)
   const float x_scale_;            // of codes, where all have one
   const int32_t x_zero_;           // and their zero-point; fused: negative
-  const float unit_;               // of what it computes: with an adapter, and codes to become of it, their scale
+  const float unit_;               // of what it computes: that of the codes to become of it, if it can be
+  const cpu::Epilogue epilogue_;   // in it
   const bool pipelined_;           // the epilogue is done during the next product
   const int64_t align_;            // elements of K a run is padded to
   const int64_t quads_, a_quads_;  // of a run, padded as the level wants it
@@ -176,18 +180,18 @@ class Tiles {
     Buffer<int32_t> acc[2];
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
+    bool packed;  // panels are not expanded here but tile by tile, B's panel by panel
+    Buffer<cpu::CodesPanel> fused, a_fused;  // fused: the task's panels, A's chunks and located tiles
+    std::unique_ptr<cpu::CodesRows[]> fused_rows;
     cpu::CodesTile tile{};
-    bool packed;              // panels are not expanded here but tile by tile, B's panel by panel
     cpu::Finish finish[2]{};  // the last one's is at turn ^ 1
     int turn = 0;
-    cpu::Ahead ahead[2];  // of what the next tiles touch first, what is left
     Buffer<Panel> panels, chunks;
     Buffer<int8_t> bytes;
     Buffer<float> products;                    // of floats: [tiles][kMaxTileM][32]
     Buffer<float> up_weights;                  // B as the level multiplies it
     Buffer<float> alpha, a_alpha;              // [panels][32], [chunks][32]: weight scale times x's
-    Buffer<float> bias;                        // fused: [panels][32]
-    Buffer<bool> bounded;                      // fused: [panels], as cpu::Finish has it
+    Buffer<float> bias;                        // [panels][32], of codes
     float up_bound;                            // the adapter's part of an output is not above it
     Buffer<int32_t> correction, a_correction;  // the same: zx times the weights' sum (fused: negative)
     Buffer<int32_t> widest;                    // [panels][segments]
@@ -209,12 +213,14 @@ class Tiles {
                    s.bytes.get(), panel);
     }
     if (!s.packed) expand_up(s, p, index);
-    if (fused_) scale_bias(s, p, index);
-    if constexpr (kInt)
+    if constexpr (kInt) {
       for (int n = 0; n < kLanes; ++n) {
         s.alpha[index * kLanes + n] = layer_.scale(p, 0)[n] * x_scale_ * unit_;
         s.correction[index * kLanes + n] = x_zero_ * layer_.wsum(p, 0)[n];
+        s.bias[index * kLanes + n] = layer_.bias(p) != nullptr ? layer_.bias(p)[n] * unit_ : 0.0f;
       }
+      if (fused_) fuse_panel(s, p, index);
+    }
   }
 
   void expand_up(Scratch& s, int64_t p, int64_t index) const {
@@ -222,18 +228,37 @@ class Tiles {
       cpu::k_expand_up.at(up_isa_)(layer_.b<int8_t>(p), h_.rank, s.up_weights.get() + index * h_.chunks * kHiddenChunk);
   }
 
-  /// A panel's bias, and whether its codes are bounded.
-  void scale_bias(Scratch& s, int64_t p, int64_t index) const {
-    const cpu::Epilogue& e = out_.epilogue;
-    const float most = 255.0f * static_cast<float>(h_.taps * h_.run * s.widest[index]) * x_scale_;
-    float bound = 0.0f;
-    for (int n = 0; n < kLanes; ++n) {
-      const float bias = layer_.bias(p) != nullptr ? layer_.bias(p)[n] : 0.0f;
-      s.bias[index * kLanes + n] = bias * unit_;
-      bound += std::abs(layer_.scale(p, 0)[n]) * most + std::abs(bias);
-    }
-    bound += s.up_bound + (e.add != nullptr ? 512.0f * std::abs(e.add_scale) : 0.0f);
-    s.bounded[index] = (e.add == nullptr || e.add_codes) && bound * e.inverse_scale < 1e9f;  // a NaN is not
+  /// A panel as the fused kernel takes it.
+  void fuse_panel(Scratch& s, int64_t p, int64_t index) const {
+    const cpu::Epilogue& e = epilogue_;
+    const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
+    const float most = 255.0f * static_cast<float>(h_.taps * h_.run * s.widest[index]);
+    float bound = s.up_bound + (e.add != nullptr ? 512.0f * std::abs(e.add_scale) : 0.0f);
+    for (int n = 0; n < kLanes; ++n)
+      bound += std::abs(s.alpha[index * kLanes + n]) * most + std::abs(s.bias[index * kLanes + n]);
+    const bool bounded = (e.add == nullptr || e.add_codes) && bound < 1e9f;  // a NaN is not
+    cpu::CodesPanel& panel = s.fused[index] = {};
+    set_panel(panel, this->panel(s, p, index, 0), quads_, lanes_of(layer_.group_n(), first));
+    panel.packed = s.packed ? layer_.codes(p, 0) : nullptr;
+    panel.bits = h_.bits;
+    panel.offset = layer_.offset(p, 0);
+    panel.start = x_zero_ == 0 ? nullptr : &s.correction[index * kLanes];
+    panel.alpha = &s.alpha[index * kLanes];
+    panel.result = !e.codes ? cpu::Result::kFloats : bounded ? cpu::Result::kBounded : cpu::Result::kCodes;
+    panel.wsum = by_row_ ? layer_.wsum(p, 0) : nullptr;
+    panel.bias = &s.bias[index * kLanes];
+    panel.e = &e;
+    panel.added = e.add == nullptr ? cpu::Added::kNothing : e.add_codes ? cpu::Added::kCodes : cpu::Added::kFloats;
+    panel.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    panel.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
+    panel.rank = h_.rank;
+    if (h_.rank > 0) panel.b = s.up_weights.get() + (s.packed ? 0 : index) * h_.chunks * kHiddenChunk;
+    panel.up_bias = by_row_ ? kNoBias : panel.bias;
+  }
+  void set_panel(cpu::CodesPanel& panel, const Panel* weights, int64_t quads, int lanes) const {
+    if constexpr (kInt) panel.weights = weights;
+    panel.steps = quads * kQuad / align_;
+    panel.lanes = lanes;
   }
 
   void expand_chunks(Scratch& s, int64_t g) const {
@@ -251,8 +276,17 @@ class Tiles {
         for (int n = 0; n < kLanes; ++n) {
           s.a_alpha[q * kLanes + n] = layer_.a_scale(at)[n] * x_scale_ * unit_;
           s.up_bound += 128.0f * 255.0f * static_cast<float>(h_.taps * h_.run * h_.a_widest) *
-                        std::abs(layer_.a_scale(at)[n]) * x_scale_;
+                        std::abs(s.a_alpha[q * kLanes + n]);
           s.a_correction[q * kLanes + n] = x_zero_ * layer_.a_sum(at)[n];
+        }
+        if (fused_) {
+          cpu::CodesPanel& fused = s.a_fused[q] = {};
+          set_panel(fused, chunk(s, at, q), a_quads_, lanes_of(h_.rank, q * kLanes));
+          fused.start = x_zero_ == 0 ? nullptr : &s.a_correction[q * kLanes];
+          fused.alpha = &s.a_alpha[q * kLanes];
+          fused.result = cpu::Result::kHidden;
+          fused.chunk = q;
+          fused.wsum = by_row_ ? layer_.a_sum(at) : nullptr;
         }
       } else if constexpr (kPlanes) {
         expand_bf16(layer_.a<uint8_t>(at), 8, h_.run, a_quads_, offset, kNear, panel);
@@ -281,8 +315,13 @@ class Tiles {
   }
 
   /// The adapter's hidden values of a tile, chunk by chunk.
-  void compute_hidden(Scratch& s, const Rows<X>& rows, int64_t g, float* hidden) const {
+  void compute_hidden(Scratch& s, int64_t slot, int64_t g, float* hidden) const {
+    const Rows<X>& rows = s.rows[slot];
     for (int64_t q = 0; q < h_.chunks; ++q) {
+      if (fused_) {
+        run_fused(s, s.a_fused[q], slot);
+        continue;
+      }
       const int64_t at = g * h_.chunks + q;
       const int lanes = lanes_of(h_.rank, q * kLanes);
       alignas(64) float c[kMaxTileM * kLanes];
@@ -309,7 +348,6 @@ class Tiles {
 
   void hidden_from_codes(Scratch& s, const Rows<X>& rows, int64_t at, int64_t q, int lanes, void* u) const {
     static constexpr int32_t kZero[kMaxTileM] = {};
-    if (fused_) return hidden_fused(s, rows, at, q, lanes, u);
     alignas(64) int32_t acc[kMaxTileM * kLanes];
     cpu::k_tile_s8.at(isa_)(rows.row, rows.tap, h_.taps, a_quads_, reinterpret_cast<const int8_t*>(chunk(s, at, q)),
                             h_.a_widest, rows.m, block_of(rows), lanes, acc);
@@ -321,83 +359,40 @@ class Tiles {
     for (int i = 0; i < rows.m * kLanes; ++i) c[i] *= rows.sx[i / kLanes];
     cpu::k_store_hidden.at(up_isa_)(c, rows.m, lanes, u);
   }
-  /// The kernel's operands for a tile by a panel of codes. Field by field, into what the kernel reads: a copy would
-  /// wait for the stores before it, those of the tile's sums among them.
-  void set_tile(Scratch& s, const Rows<X>& rows, const Panel* panel, int64_t quads, const int32_t* start,
-                int lanes) const {
+  /// A tile's rows as the fused kernel takes them.
+  void fuse_rows(cpu::CodesRows& to, const Rows<X>& rows, float* hidden) const {
     if constexpr (kInt) {
-      cpu::CodesTile& tile = s.tile;
-      tile.block = block_of(rows);
-      tile.blocks = rows.m / tile.block;
-      tile.x[0] = rows.row[0];
-      tile.x[1] = rows.row[(tile.blocks - 1) * tile.block];
-      tile.x_stride = place_.row_stride();
-      tile.lanes = lanes;
-      tile.tap = rows.tap;
-      tile.taps = h_.taps;
-      tile.steps = quads * kQuad / align_;
-      tile.panel = panel;
-      tile.start = start;
-      tile.sum = s.acc[s.turn].get();
+      to.block = block_of(rows);
+      to.blocks = rows.m > to.block ? 2 : 1;
+      to.x[0] = rows.row[0];
+      to.x[1] = rows.row[rows.m - to.block];
+      to.x_stride = place_.row_stride();
+      to.tap = rows.tap;
+      to.taps = h_.taps;
+      to.hidden = hidden;
+      to.count = rows.count;
+      to.from = rows.from;
+      to.at = rows.at;
+      to.add_at = rows.add_at;
+      to.zx = rows.zx;
+      to.sx = rows.sx;
     }
   }
-  /// Its products, while what followed the last ones is done; what follows these is then to be written to what it
-  /// returns.
-  static cpu::Finish& run_fused(Scratch& s) {
-    cpu::k_codes_tile.at(Isa::kAmx)(s.tile, s.finish[s.turn ^ 1]);
-    cpu::Finish& finish = s.finish[s.turn];
-    finish.lanes = s.tile.lanes;
-    finish.sum = s.tile.sum;
-    s.turn ^= 1;
-    return finish;
-  }
-  void hidden_fused(Scratch& s, const Rows<X>& rows, int64_t at, int64_t q, int lanes, void* u) const {
-    set_tile(s, rows, chunk(s, at, q), a_quads_, &s.a_correction[q * kLanes], lanes);
-    s.tile.folded = false;
-    s.tile.packed = nullptr;
-    s.tile.hidden = nullptr;
-    for (cpu::Ahead& ahead : s.tile.ahead) ahead.lines = 0;
-    cpu::Finish& finish = run_fused(s);
-    finish.count = rows.m;
-    finish.alpha = &s.a_alpha[q * kLanes];
-    finish.hidden = u;
-    finish.zx = by_row_ ? rows.zx : nullptr;
-    finish.wsum = layer_.a_sum(at);
-  }
-  void multiply_fused(Scratch& s, const Rows<X>& rows, int64_t p, int64_t index, const float* hidden) const {
-    const int64_t first = p % h_.panels * kLanes, channel = p / h_.panels * layer_.group_n() + first;
-    set_tile(s, rows, panel(s, p, index, 0), quads_, &s.correction[index * kLanes], lanes_of(layer_.group_n(), first));
-    s.tile.folded = true;
-    s.tile.packed = s.packed ? layer_.codes(p, 0) : nullptr;
-    s.tile.bits = h_.bits;
-    s.tile.offset = layer_.offset(p, 0);
-    s.tile.hidden = h_.rank > 0 ? hidden : nullptr;
-    s.tile.b = s.up_weights.get() + (s.packed ? 0 : index) * h_.chunks * kHiddenChunk;  // none without an adapter
-    s.tile.rank = h_.rank;
-    s.tile.bias = by_row_ ? kNoBias : &s.bias[index * kLanes];
+  /// A tile's products with a panel, while what followed the last ones is done; what follows these stays pending.
+  /// Instructions between two tiles cost more than they look: a core that has hundreds of them before it does not see
+  /// the next tile's products while it waits for this one's. So all that can be is known before.
+  void run_fused(Scratch& s, const cpu::CodesPanel& panel, int64_t slot) const {
+    s.tile.panel = &panel;
+    s.tile.rows = &s.fused_rows[static_cast<size_t>(slot)];
+    s.tile.sum = s.acc[s.turn].get();
     s.tile.up = s.up[s.turn].get();
-    for (int i = 0; i < 2; ++i) {
-      s.tile.ahead[i] = s.ahead[i];
-      s.ahead[i].from += int64_t{64} * s.ahead[i].lines * s.tile.blocks * s.tile.steps * h_.taps;
-    }
-    cpu::Finish& finish = run_fused(s);
-    const cpu::Epilogue& e = out_.epilogue;
-    finish.count = rows.count;
-    finish.alpha = &s.alpha[index * kLanes];
-    finish.hidden = nullptr;
-    finish.zx = by_row_ ? rows.zx : nullptr;
-    finish.wsum = layer_.wsum(p, 0);
-    finish.sx = rows.sx;
-    finish.e = &e;
-    finish.added = e.add == nullptr ? cpu::Added::kNothing : e.add_codes ? cpu::Added::kCodes : cpu::Added::kFloats;
-    finish.bounded = s.bounded[index];
-    finish.up = h_.rank > 0 ? s.tile.up : nullptr;
-    finish.bias = &s.bias[index * kLanes];
-    finish.y = static_cast<char*>(e.y) + channel * (e.codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    finish.add = static_cast<const char*>(e.add) + channel * (e.add_codes ? 1 : static_cast<int64_t>(sizeof(float)));
-    finish.from = rows.from;
-    finish.at = rows.at;
-    finish.add_at = rows.add_at;
+    cpu::k_codes_tile.kernels[static_cast<int>(Isa::kAmx)](s.tile, s.finish[s.turn ^ 1]);
+    cpu::Finish& finish = s.finish[s.turn];
+    finish.panel = s.tile.panel;
+    finish.rows = s.tile.rows;
+    finish.sum = s.tile.sum;
+    finish.up = s.tile.up;
+    s.turn ^= 1;
   }
   static constexpr float kNoBias[kLanes] = {};
   int block_of(const Rows<X>& rows) const { return std::min(rows.m, place_.block()); }
@@ -446,7 +441,7 @@ class Tiles {
     const int lanes = lanes_of(layer_.group_n(), first);
     float* const up = s.up[s.turn].get();
     alignas(64) float c[kMaxTileM * kLanes];
-    cpu::Epilogue e = out_.epilogue;
+    cpu::Epilogue e = epilogue_;
     if constexpr (kInt) {
       int32_t* const acc = s.acc[s.turn].get();
       for (int64_t seg = 0; seg < h_.segments; ++seg) {
@@ -489,7 +484,7 @@ class Tiles {
         e.up = up;
       }
     }
-    e.bias = layer_.bias(p);
+    e.bias = kInt && layer_.bias(p) != nullptr ? &s.bias[index * kLanes] : layer_.bias(p);
     const int64_t channel = p / h_.panels * layer_.group_n() + first;
     e.advance(channel, channel);
     s.pending.e = e;
@@ -551,8 +546,10 @@ class Tiles {
     s.packed = fused_ && !ready_ && tiles <= kFewTiles && layer_.quads() == quads_;
     s.panels = Buffer<Panel>(s.packed || ready_ ? 0 : block_panels * panel_size);
     s.alpha = Buffer<float>(kInt ? block_panels * kLanes : 0);
-    s.bias = Buffer<float>(fused_ ? block_panels * kLanes : 0);
-    s.bounded = Buffer<bool>(fused_ ? block_panels : 0);
+    s.bias = Buffer<float>(kInt ? block_panels * kLanes : 0);
+    s.fused = Buffer<cpu::CodesPanel>(fused_ ? block_panels : 0);
+    s.a_fused = Buffer<cpu::CodesPanel>(fused_ ? h_.chunks : 0);
+    if (fused_) s.fused_rows.reset(new cpu::CodesRows[static_cast<size_t>(2 * block_tiles)]);
     s.up_bound = 0.0f;
     s.correction = Buffer<int32_t>(kInt ? block_panels * kLanes : 0);
     s.widest = Buffer<int32_t>(kInt ? block_panels * h_.segments : 0);
@@ -573,30 +570,33 @@ class Tiles {
       const bool first = g != group;
       if (first && h_.rank > 0) expand_chunks(s, g);
       for (int64_t i = p; i < block_end; ++i) expand_panel(s, i, i - p);
+      const auto hidden = [&](int64_t tile) {
+        const int64_t i = tile - t_begin;
+        return s.hidden.get() + (keep ? i : i % block_tiles) * h_.chunks * kHiddenChunk;
+      };
       for (int64_t t = t_begin, turn = 0; t < t_end; t += block_tiles, turn ^= block_tiles) {
         const int64_t count = std::min(block_tiles, t_end - t);
-        const auto hidden = [&](int64_t i) {
-          return s.hidden.get() + (keep ? t - t_begin + i : i) * h_.chunks * kHiddenChunk;
-        };
+        for (cpu::Ahead& ahead : s.tile.ahead) ahead.lines = 0;
         for (int64_t i = 0; i < count; ++i) {
           place_.locate(s.rows[turn + i], t + i, g, s.columns);
-          if (h_.rank > 0 && (first || !keep)) compute_hidden(s, s.rows[turn + i], g, hidden(i));
+          if (fused_) fuse_rows(s.fused_rows[turn + i], s.rows[turn + i], hidden(t + i));
+          if (h_.rank > 0 && (first || !keep)) compute_hidden(s, turn + i, g, hidden(t + i));
         }
         if constexpr (kInt)
           if (fused_) {
             const auto next = place_.fresh(t + count < t_end ? t + count : INT64_MAX, block_end - p == h_.panels);
             const int64_t pieces = (block_end - p) * count * 2 * h_.taps * (quads_ * kQuad / align_);
-            s.ahead[0] = {next.x, static_cast<int>(ceil_div(count * next.x_bytes / 64, pieces))};
-            s.ahead[1] = {next.y, static_cast<int>(ceil_div(count * next.y_bytes / 64, pieces))};
+            s.tile.ahead[0] = {next.x, static_cast<int>(ceil_div(count * next.x_bytes / 64, pieces))};
+            s.tile.ahead[1] = {next.y, static_cast<int>(ceil_div(count * next.y_bytes / 64, pieces))};
           }
         for (int64_t panel = p; panel < block_end; ++panel) {
           if (s.packed) expand_up(s, panel, 0);
           if constexpr (kFloat) multiply_floats(s, &s.rows[turn], count, panel, panel - p);
           for (int64_t i = 0; i < count; ++i)
             if (fused_)
-              multiply_fused(s, s.rows[turn + i], panel, panel - p, hidden(i));
+              run_fused(s, s.fused[panel - p], turn + i);
             else
-              multiply(s, s.rows[turn + i], panel, panel - p, hidden(i), s.products.get() + i * kMaxTileM * kLanes);
+              multiply(s, s.rows[turn + i], panel, panel - p, hidden(t + i), s.products.get() + i * kMaxTileM * kLanes);
         }
       }
       flush(s);  // before its panels' scales are replaced

@@ -26,6 +26,8 @@ struct Grid {
   int64_t blocks() const { return count * per_line; }
 };
 
+constexpr int kListed = 16;  // rows of a block that are listed at a time, whether all are wanted or not
+
 /// One tile's rows, for the kernels.
 template <typename X>
 struct Rows {
@@ -34,9 +36,9 @@ struct Rows {
   const X* segment[cpu::kMaxTileM];
   const int64_t* tap;
   int64_t plane;
-  int64_t at[cpu::kMaxTileM + 1], add_at[cpu::kMaxTileM + 1];
-  int count;  // listed: rows that are wanted, listed as cpu::Finish has them
-  uint8_t from[cpu::kMaxTileM + 1];
+  int64_t at[cpu::kMaxTileM + kListed], add_at[cpu::kMaxTileM + kListed];
+  int count;  // listed: rows that are wanted, listed as cpu::CodesRows has them
+  uint8_t from[cpu::kMaxTileM + kListed];
   float sx[cpu::kMaxTileM];
   int32_t zx[cpu::kMaxTileM];
   Buffer<X> copy;
@@ -300,10 +302,11 @@ class TileRows {
   /// Neighbouring rows that are wanted, and after the last one that one again.
   void list(Rows<X>& rows, int first, int count, int64_t at, int64_t add_at) const {
     const int n = rows.count;
-    for (int i = 0; i < count; ++i) rows.from[n + i] = static_cast<uint8_t>(first + i);
-    for (int i = 0; i < count; ++i) rows.at[n + i] = at + i * out_.pixel;
+    const int64_t pixel = out_.pixel, add_pixel = out_.add_pixel;
+    for (int i = 0; i < kListed; ++i) rows.from[n + i] = static_cast<uint8_t>(first + i);
+    for (int i = 0; i < kListed; ++i, at += pixel) rows.at[n + i] = at;
     if (out_.epilogue.add != nullptr)
-      for (int i = 0; i < count; ++i) rows.add_at[n + i] = add_at + i * out_.add_pixel;
+      for (int i = 0; i < kListed; ++i, add_at += add_pixel) rows.add_at[n + i] = add_at;
     rows.count = n + count;
     const int last = std::max(rows.count, 1) - 1;
     rows.from[last + 1] = rows.from[last];
