@@ -131,7 +131,7 @@ class TileRows {
   };
   /// whole: all channels of it.
   Fresh fresh(int64_t tile, bool whole) const {
-    constexpr int64_t kNear = 1024 * 1024, kL1 = 32 * 1024;  // half of L2; most of L1
+    constexpr int64_t kNear = 1024 * 1024;  // half of L2
     Fresh f{};
     const cpu::Epilogue& e = out_.epilogue;
     const bool add = e.add != nullptr;
@@ -165,6 +165,7 @@ class TileRows {
 
  private:
   static constexpr bool kInt = std::is_same_v<X, uint8_t>, kPlanes = std::is_same_v<X, cpu::Bf16>;
+  static constexpr int64_t kL1 = 32 * 1024;  // most of it
 
   const Layer& layer_;
   const LayerHeader& h_;
@@ -212,11 +213,14 @@ class TileRows {
     const bool always = h_.walk == Walk::kNatural;
     const Grid batch = make_grid(Grid::kBatch, width, always || (shape_.strict && !one_run));
     if (!batch.copied || always) return batch;
-    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and of copies.
+    // Cycles of a product: a block's rows, but not less than what loading the weights takes; and of copies. Copied rows
+    // see every input many times, so a tile of them may not stay in L1: from L2 products take half as long again.
     const int64_t panels = h_.panels * h_.groups, copies = kPlanes ? 4 * passes : 1;
+    const int64_t row_bytes = h_.taps * gathered_run_ * in_.planes * static_cast<int64_t>(sizeof(X));
     const auto cost = [&](const Grid& g) {
-      return ceil_div(g.blocks(), 2) *
-             (std::max<int64_t>(4 * g.block, 45) * panels + (g.copied ? 2 * g.block * copies : 0));
+      int64_t product = std::max<int64_t>(4 * g.block, 45) * panels;
+      if (g.copied && shape_.blocks * g.block * row_bytes > kL1) product += product / 2;
+      return ceil_div(g.blocks(), 2) * (product + (g.copied ? 2 * g.block * copies : 0));
     };
     Grid best = batch;
     const Grid rows = make_grid(Grid::kRows, width, false), images = make_grid(Grid::kImages, columns, false);
