@@ -35,11 +35,13 @@ import cora
 from cora import ops
 from cora.lowrank import Adapter, LayerShape
 from cora.modules import QUANT_LAYERS, QuantLayer, QuantWeight, replace_layers
+from cora.recode import is_worth_merging, merged, merging_is_faster
 from cora.rounding import Rounded, quantize_matrix
 
 Call = Callable[[], object]
 RANK = 32  # of linear layers
 SHARE = 0.05  # of the full rank of a convolution
+MERGED = "cora, adapter merged"
 
 
 @dataclass
@@ -172,7 +174,20 @@ def linear_cases() -> list[Case]:
 
 def _our_conv(s: Conv, rank: int, x: Tensor, codes: bool) -> Call:
     pads = [s.kernel] * 2, [s.stride] * 2, [s.padding] * 2, [1, 1]
-    layer = prepared(s.out, s.k, 4, rank, s.channels, *pads)
+    return _run_conv(s, prepared(s.out, s.k, 4, rank, s.channels, *pads), x, codes)
+
+
+def _merged_conv(s: Conv, x: Tensor, codes: bool) -> Call | None:
+    """As `cora.fuse` runs the layer with its adapter where it merges both: on 8-bit codes. None: it does not."""
+    conv = nn.Conv2d(s.channels, s.out, s.kernel, s.stride, s.padding, groups=s.groups)
+    layer = packed_layer(conv)
+    if not (merging_is_faster() and is_worth_merging(layer, s.output)):
+        return None
+    return _run_conv(s, merged(layer).prepared, x, codes)
+
+
+def _run_conv(s: Conv, layer: Tensor, x: Tensor, codes: bool) -> Call:
+    pads = [s.kernel] * 2, [s.stride] * 2, [s.padding] * 2, [1, 1]
     geometry = [s.out, *pads[0], *pads[1], *pads[2], *pads[3]]
     if not codes:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -208,6 +223,8 @@ def _conv(s: Conv, codes: bool, threads: int) -> Contest:
         "cora no adapter": _our_conv(s, 0, x, codes),
         f"cora rank {heavy}, --rank-budget {SHARE}": _our_conv(s, heavy, x, codes),
     }
+    if (call := _merged_conv(s, x, codes)) is not None:
+        ours[MERGED] = call
     if not codes:
         ours[f"cora rank {rank} unfused"] = _unfused_conv(s, rank, x)
     weight = torch.randn(s.out, s.channels // s.groups, s.kernel, s.kernel) * 0.02

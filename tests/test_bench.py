@@ -226,6 +226,15 @@ def test_an_adapter_may_cost_eight_percent() -> None:
     assert verdict(found, "no adapter").reached == 0
 
 
+def test_a_merged_adapter_is_judged_beside_the_one_that_is_not() -> None:
+    seconds = {"cora W4A8 rank 3": 1.2, "cora no adapter": 1.0, rows.MERGED: 0.9}
+    found = verdicts.verdicts([record("conv3x3-codes", seconds | {"OpenVINO int8": 0.9})], {})
+    adapter = [v.worst for v in found if v.target.against == "no adapter"]
+    assert adapter == pytest.approx([0.2, -0.1])
+    peers = [v.worst for v in found if v.target.against.startswith("best of")]
+    assert peers == pytest.approx([0.75, 1.0])
+
+
 def test_page_names_what_is_absent_and_every_time() -> None:
     seconds = {"cora W4A8 rank 32": 250e-6, "torch float32": 6e-3}
     case = record("linear", seconds, bytes=5e6, absent={"ggml q4_0": "no library"})

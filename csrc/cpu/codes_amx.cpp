@@ -44,7 +44,9 @@ class ByPairs : Kind {
   /// pieces: that it is asked for, at least.
   static constexpr bool kOfHidden = Kind::kOfHidden;
   ByPairs(const Finish& f, int64_t pieces)
-      : Kind(f), end_((Kind::count(f) + 1) & ~1), piece_(static_cast<int>((end_ + 2 * pieces - 1) / (2 * pieces)) * 2) {}
+      : Kind(f),
+        end_((Kind::count(f) + 1) & ~1),
+        piece_(static_cast<int>((end_ + 2 * pieces - 1) / (2 * pieces)) * 2) {}
   CORA_INLINE void some() {
     for (const int end = std::min(at_ + piece_, end_); at_ < end; at_ += 2) Kind::pair(at_);
   }
@@ -384,18 +386,18 @@ void finish_all(CodesTile&, const Finish& pending) {
   {CORA_ADDED(Run, up, Out::kFloats), CORA_ADDED(Run, up, Out::kByRow), CORA_ADDED(Run, up, Out::kCodes), \
    CORA_ADDED(Run, up, Out::kBounded)}
 #define CORA_HIDDEN(Run, Zeros) {Run<ByPairs<HiddenRows<false, Zeros>>>, Run<ByPairs<HiddenRows<true, Zeros>>>}
-#define CORA_SELECT(Run)                                                                             \
-  [&] {                                                                                              \
-    using Fn = void(CodesTile&, const Finish&);                                                      \
-    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};          \
-    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)};    \
-    if (pending.panel == nullptr) return static_cast<Fn*>(Run<Nothing>);                             \
-    const CodesPanel& of = *pending.panel;                                                           \
-    const bool by_row = of.wsum != nullptr;                                                          \
-    if (of.result == Result::kHidden) return kHidden[by_row][of.lanes <= 16];                        \
-    const Out codes = of.result == Result::kBounded ? Out::kBounded : Out::kCodes;                   \
-    const Out out = of.result != Result::kFloats ? codes : by_row ? Out::kByRow : Out::kFloats;      \
-    return kOutputs[of.b != nullptr][static_cast<int>(out)][static_cast<int>(of.added)];             \
+#define CORA_SELECT(Run)                                                                          \
+  [&] {                                                                                           \
+    using Fn = void(CodesTile&, const Finish&);                                                   \
+    static constexpr Fn* kOutputs[2][4][3] = {CORA_OUTS(Run, false), CORA_OUTS(Run, true)};       \
+    static constexpr Fn* kHidden[2][2] = {CORA_HIDDEN(Run, NoZeros), CORA_HIDDEN(Run, RowZeros)}; \
+    if (pending.panel == nullptr) return static_cast<Fn*>(Run<Nothing>);                          \
+    const CodesPanel& of = *pending.panel;                                                        \
+    const bool by_row = of.wsum != nullptr;                                                       \
+    if (of.result == Result::kHidden) return kHidden[by_row][of.lanes <= 16];                     \
+    const Out codes = of.result == Result::kBounded ? Out::kBounded : Out::kCodes;                \
+    const Out out = of.result != Result::kFloats ? codes : by_row ? Out::kByRow : Out::kFloats;   \
+    return kOutputs[of.b != nullptr][static_cast<int>(out)][static_cast<int>(of.added)];          \
   }()
 
 }  // namespace

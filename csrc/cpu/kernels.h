@@ -289,8 +289,8 @@ struct CodesRows {
   int block, blocks;
   const int64_t* tap;
   int64_t taps;
-  void* hidden;  // as store_hidden leaves them: written by A's panels, read by the weight's
-  int count;     // rows that become outputs
+  void* hidden;                // as store_hidden leaves them: written by A's panels, read by the weight's
+  int count;                   // rows that become outputs
   const uint8_t* from;         // which, [count], the last one twice where count is odd: so are the next two
   const int64_t *at, *add_at;  // where to in y, from where in add
   const int32_t* zx;

@@ -180,7 +180,7 @@ class Tiles {
     Buffer<int32_t> acc[2];
     Buffer<float> sum[2], up[2];
     cpu::Pending pending;
-    bool packed;  // panels are not expanded here but tile by tile, B's panel by panel
+    bool packed;                             // panels are not expanded here but tile by tile, B's panel by panel
     Buffer<cpu::CodesPanel> fused, a_fused;  // fused: the task's panels, A's chunks and located tiles
     std::unique_ptr<cpu::CodesRows[]> fused_rows;
     cpu::CodesTile tile{};
