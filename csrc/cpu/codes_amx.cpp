@@ -6,6 +6,8 @@
 // up to K = 256 the epilogue is what an output costs, and it is kept short: sums start at what would be subtracted
 // from them, the hidden values' products at the bias; codes are clamped as bytes, and from above only where they could
 // pass the integers; everything is in units of the codes' scale from the start.
+#include "bits.h"
+#include "cpu/codes_avx512.h"
 #include "cpu/hidden_amx.h"
 #include "cpu/kernels.h"
 
@@ -212,21 +214,22 @@ struct OutputRows : std::conditional_t<kOut == Out::kByRow, RowZeros, NoZeros> {
   }
 };
 
-/// A step of two blocks (or one) by 32 lanes; `between` after the multiplications of each.
+/// A step of two blocks (or one) by 32 lanes; between(0) after the first multiplication, 1 and 2 after a block's last.
 template <int kBlocks, typename Between>
 CORA_INLINE void multiply_step(const int8_t* w, const uint8_t* x0, const uint8_t* x1, int64_t stride,
                                const Between& between) {
   _tile_loadd(6, w, kWeightRow);
   _tile_loadd(4, x0, stride);
   _tile_dpbusd(0, 4, 6);
+  between(std::integral_constant<int, 0>());
   _tile_loadd(7, w + kRowBytes, kWeightRow);
   _tile_dpbusd(1, 4, 7);
-  between();
+  between(std::integral_constant<int, 1>());
   if (kBlocks > 1) {
     _tile_loadd(5, x1, stride);
     _tile_dpbusd(2, 5, 6);
     _tile_dpbusd(3, 5, 7);
-    between();
+    between(std::integral_constant<int, 2>());
   }
 }
 
@@ -241,7 +244,8 @@ CORA_INLINE void multiply_all(CodesTile& t, Work& work) {
   for (const int64_t* tap = r.tap; tap < end; ++tap) {
     const uint8_t *x0 = r.x[0] + *tap, *x1 = r.x[1] + *tap;
     for (int64_t s = steps; s > 0; --s, w += kStepWeights, x0 += kRowBytes, x1 += kRowBytes) {
-      multiply_step<kBlocks>(w, x0, x1, stride, [&]() __attribute__((always_inline)) {
+      multiply_step<kBlocks>(w, x0, x1, stride, [&](auto place) __attribute__((always_inline)) {
+        if (place == 0) return;
         work.some();
         if (kAhead) {
           for (int i = 0; i < ahead[0].lines; ++i, ahead[0].from += 64) __builtin_prefetch(ahead[0].from);
@@ -270,26 +274,34 @@ CORA_INLINE void multiply(CodesTile& t, Work& work) {
     multiply_all<kBlocks, false>(t, work);
 }
 
-/// The same by a packed panel. A step's weights are expanded some steps before they are used, on the integer units and
-/// into a buffer that stays in L1: to write the whole panel to L2 and read it from there takes longer than the products
-/// of a few tiles.
-template <int kBlocks>
+/// The same by a packed panel. A step's weights are expanded some steps before they are used, a third of them after
+/// each product (an eighth faster than all at once), and into a buffer that stays in L1: to write the whole panel to L2
+/// and read it from there takes longer than the products of a few tiles.
+template <int kBlocks, int kBits>
 void multiply_packed(const CodesPanel& p, const CodesRows& r) {
-  constexpr int kQuadRows = kStepWeights / kQuadRow;  // of a step
-  constexpr int64_t kRing = 4, kBefore = 3;           // steps
+  constexpr int kQuadRows = kStepWeights / kQuadRow, kBytes = quad_row_bytes(kBits);  // of a step, of a quad-row
+  constexpr int64_t kRing = 4, kBefore = 3;                                           // steps
   alignas(64) int8_t ring[kRing * kStepWeights];
-  const int64_t all = r.taps * p.steps, bytes = kQuadRows * quad_row_bytes(p.bits);
-  const auto expand_step = [&](int64_t s) {
-    avx512::expand(p.packed + s * bytes, p.bits, kQuadRows, p.offset, ring + s % kRing * kStepWeights);
+  const int64_t stride = r.x_stride, all = r.taps * p.steps;
+  const Expander<kBits> expander(p.offset);
+  const auto expand = [&](int64_t s, int first, int end) __attribute__((always_inline)) {
+    const uint8_t* const from = p.packed + std::min(s, all - 1) * kQuadRows * kBytes;  // behind the last one, it again
+    int8_t* const to = ring + s % kRing * kStepWeights;
+    prefetch_packed<kPanelAhead>(from + first * kBytes, (end - first) * kBytes);
+#pragma GCC unroll 16
+    for (int q = first; q < end; ++q) expander.quad_row(from + q * kBytes, to + q * kQuadRow);
   };
   start_products<kBlocks>(p.start);
-  for (int64_t s = 0; s < std::min(kBefore, all); ++s) expand_step(s);
+  for (int64_t s = 0; s < kBefore; ++s) expand(s, 0, kQuadRows);
   int64_t s = 0;
   for (int64_t tap = 0; tap < r.taps; ++tap) {
     const uint8_t *x0 = r.x[0] + r.tap[tap], *x1 = r.x[1] + r.tap[tap];
     for (const int64_t end = s + p.steps; s < end; ++s, x0 += kRowBytes, x1 += kRowBytes) {
-      if (s + kBefore < all) expand_step(s + kBefore);
-      multiply_step<kBlocks>(ring + s % kRing * kStepWeights, x0, x1, r.x_stride, [] {});
+      multiply_step<kBlocks>(ring + s % kRing * kStepWeights, x0, x1, stride,
+                             [&](auto part) __attribute__((always_inline)) {
+                               constexpr int kParts = kBlocks + 1;
+                               expand(s + kBefore, kQuadRows * part / kParts, kQuadRows * (part + 1) / kParts);
+                             });
     }
   }
 }
@@ -346,12 +358,13 @@ void run(CodesTile& t, const Finish& pending) {
   const bool up = p.b != nullptr, own = Work::kOfHidden && up;  // what is pending may be read by this
   const int64_t steps = r.taps * p.steps;
   Work work(pending, (kNarrow ? steps : kBlocks * steps) + 2 * kBlocks + (up && !own ? 3 * kBlocks : 0));
-  if (std::is_same_v<Work, Nothing> && !kNarrow && p.packed != nullptr)
-    multiply_packed<kBlocks>(p, r);
-  else if (kNarrow)
+  if (std::is_same_v<Work, Nothing> && !kNarrow && p.packed != nullptr) {
+    CORA_DISPATCH_BITS(p.bits, [&] { multiply_packed<kBlocks, kBits>(p, r); });
+  } else if (kNarrow) {
     multiply_narrow<kBlocks>(p, r, work);
-  else
+  } else {
     multiply<kBlocks>(t, work);
+  }
   store_sums<kBlocks>(r.block, t.sum, work);
   if (kNarrow && p.result != Result::kHidden)
     for (int k = 0; k < kBlocks * r.block * kLanes; k += kLanes)

@@ -3,6 +3,7 @@
 // operand, so each loaded panel vector feeds 12 FMAs (or vpdpbusd: unsigned codes of x times signed
 // weights, four of K a lane).
 #include "bits.h"
+#include "cpu/codes_avx512.h"
 #include "cpu/kernels.h"
 
 #if CORA_X86
@@ -36,56 +37,13 @@ inline int32_t sum_epi32(__m512i v) {
   return _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32(pair, 0xb1)));
 }
 
-/// The two vectors of a quad-row's codes: lanes 0..15 and 16..31.
-template <int kBits>
-inline void load_codes(const uint8_t* packed, __m512i codes[2]) {
-  constexpr Planes planes = planes_of(kBits);
-#pragma GCC unroll 3
-  for (int p = 0; p < planes.count; ++p) {
-    const int width = planes.width[p], shift = planes.shift[p];
-    __m512i part[2];
-    if (width == 8) {
-      part[0] = _mm512_loadu_si512(packed);
-      part[1] = _mm512_loadu_si512(packed + 64);
-      packed += 128;
-    } else if (width == 4) {
-      const __m512i mask = _mm512_set1_epi8(0x0f), v = _mm512_loadu_si512(packed);
-      part[0] = _mm512_and_si512(v, mask);
-      part[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-      packed += 64;
-    } else if (width == 2) {
-      const __m512i mask = _mm512_set1_epi8(3);
-      const __m512i v = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-      const __m512i low = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(2), 1);
-      part[0] = _mm512_and_si512(_mm512_srlv_epi16(v, low), mask);
-      part[1] = _mm512_and_si512(_mm512_srlv_epi16(v, _mm512_add_epi16(low, _mm512_set1_epi16(4))), mask);
-      packed += 32;
-    } else {
-      uint64_t bits[2];
-      std::memcpy(bits, packed, 16);
-      const __m512i one = _mm512_set1_epi8(static_cast<char>(1 << shift));
-      for (int h = 0; h < 2; ++h) codes[h] = _mm512_or_si512(codes[h], _mm512_maskz_mov_epi8(bits[h], one));
-      return;  // the narrowest plane is the last
-    }
-    for (int h = 0; h < 2; ++h)
-      codes[h] = p == 0 ? part[h] : _mm512_or_si512(codes[h], _mm512_slli_epi16(part[h], shift));
-  }
-}
-
 template <int kBits>
 void expand_fixed(const uint8_t* packed, int64_t rows, const uint8_t* offset, int8_t* panel) {
-  // A lane's offset to the four bytes of its dword.
-  const __m512i spread = _mm512_set1_epi32(0x01010101);
-  const __m512i o[2] = {
-      _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset))), spread),
-      _mm512_mullo_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(offset + 16))), spread)};
+  const Expander<kBits> expander(offset);
 #pragma GCC unroll 2
   for (int64_t r = 0; r < rows; ++r, packed += quad_row_bytes(kBits), panel += kQuadRow) {
-    __m512i codes[2];
     prefetch_packed<kPanelAhead>(packed, quad_row_bytes(kBits));
-    load_codes<kBits>(packed, codes);
-    _mm512_storeu_si512(panel, _mm512_sub_epi8(codes[0], o[0]));
-    _mm512_storeu_si512(panel + 64, _mm512_sub_epi8(codes[1], o[1]));
+    expander.quad_row(packed, panel);
   }
 }
 
