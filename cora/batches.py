@@ -67,8 +67,8 @@ class Batch:
             self.args, self.kwargs = (inputs,), {}
         if not self.tensors():
             raise TypeError(
-                f"{name}: a batch must hold tensors (a tensor, a tuple or a dict of them), "
-                f"got {type(batch).__name__}"
+                f"{name}: a batch must hold tensors (a tensor, a tuple or a dict of them; of an array: "
+                f"torch.from_numpy), got {type(batch).__name__}"
             )
 
     def tensors(self) -> list[Tensor]:

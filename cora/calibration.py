@@ -23,7 +23,7 @@ from .batches import (
 )
 from .fold import FoldedBatchNorm, fold_batch_norms, fold_pairs, same_outputs
 from .lowrank import FloatLayer, LayerShape, unfold
-from .modules import QUANT_LAYERS, copied
+from .modules import QUANT_LAYERS, QuantLayer, copied
 from .moments import (
     add_products,
     draw,
@@ -125,13 +125,26 @@ class Calibration:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                f"model: expected the module that {type(model).__name__} holds, pass model.module"
+            )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise ValueError(
+                "model: expected the Python module that the ScriptModule was made of: its layers can be replaced"
+            )
         whole = copied(model).requires_grad_(False)
         self.restructured = hides_layers(whole)
         self.model = restructure(copied(whole)) if self.restructured else whole
         self.layers, self.kept_float = quantizable_layers(self.model)
         if not self.layers:
             kinds = ", ".join(kind.__name__ for kind in QUANT_LAYERS)
-            raise ValueError(f"model: expected at least one layer of {kinds}, found none")
+            if any(isinstance(module, QuantLayer) for module in whole.modules()):
+                raise ValueError("model: expected a float model, got one that is packed already")
+            why = "".join(
+                f"; {name or 'it'}: {text}" for name, text in [*self.kept_float.items()][:3]
+            )
+            raise ValueError(f"model: expected at least one layer of {kinds}, found none{why}")
         for name, layer in self.layers.items():
             if layer.weight.dtype not in _FLOATS:
                 raise ValueError(
@@ -298,7 +311,8 @@ class Calibration:
                 f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in batch.tensors()
             )
             raise ValueError(
-                f"calibration: the model does not run on a batch of {tensors}: {error}"
+                f"calibration: the model does not run on a batch of {tensors} (its first dimension is that of "
+                f"samples): {error}"
             ) from error
 
     @contextmanager

@@ -115,7 +115,7 @@ class Chooser:
 
             return fit_within_budget(ladders, planned, fitted, self.evaluator())
 
-        changed = None
+        changed = answers = None
         if max_drop is None:
             budget = budget_for_bits(ladders, target_bits)
             result, fitted = fit_for_bits(budget, ladders.least, attempt)
@@ -124,10 +124,12 @@ class Chooser:
             result, fitted, changed = fit_within_drop(
                 ladders, max_drop / 100, judge, attempt, self.progress
             )
+            answers = judge.answers
         return fitted, {
             "method": "joint",
             "target_bits": ladders.bits(result.budget),
             "changed": changed,
+            "answers": answers,
             "front": [
                 {"bits_per_weight": ladders.bits(plan.stored), "predicted": plan.loss}
                 for plan in result.front

@@ -67,6 +67,7 @@ class Evaluator:
             held_out.setdefault(index[i][0], []).append(index[i][1])
         self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
         self.generator = generator
+        self.answers = 0  # that `changed` judged
         self._queue: list[tuple[int, list[int]]] = []
 
     def resize(self, batch_size: int) -> None:
@@ -164,6 +165,7 @@ class Evaluator:
                     raise ValueError("max_drop needs a model whose output holds logits of classes")
                 differ = expected.argmax(-1) != got.argmax(-1)
                 changed, answers = changed + int(differ.sum()), answers + differ.numel()
+        self.answers = answers
         return changed / answers
 
 

@@ -211,15 +211,24 @@ class Report:
                 f"{changed:.2%} of the held-out answers changed before tuning, "
                 f"{self.settings['max_drop']:g} % were allowed"
             )
+            answers = self.search.get("answers")
+            if answers and answers * self.settings["max_drop"] < 100:
+                lines.append(
+                    f"with {answers} held-out answers that allows none to change: more calibration samples "
+                    "would allow fewer bits"
+                )
         tuning = self.search.get("tuning", {})
         if tuning.get("step"):
             lines.append(
                 f"tuned {tuning['step']} steps: loss on held-out samples {tuning['before']:.4g} -> "
-                f"{tuning['after']:.4g} ({tuning['train']:.4g} on its own)"
+                f"{tuning['after']:.4g} ({tuning['train']:.4g} on those it was tuned with)"
             )
         if tuning.get("alarm"):
-            advice = "try a lower learning rate" if tuning["step"] else "nothing of it was kept"
-            lines.append(f"tuning raised the held-out loss on its way: {advice}")
+            lines.append(
+                "tuning raised the held-out loss on its way: try a lower learning rate"
+                if tuning["step"]
+                else "tuning did not bring held-out samples closer: nothing of it was kept"
+            )
         return "\n".join(lines)
 
 

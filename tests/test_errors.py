@@ -128,7 +128,7 @@ def test_a_model_that_fails_on_the_way_is_not_changed(failing: str) -> None:
         (lambda q, p: cora.dequantize(Net()), "qmodel: expected a model with packed layers"),
         (lambda q, p: cora.save(Net(), p), "qmodel: expected a model with packed layers"),
         (lambda q, p: cora.compare(Net(), cora.Calibration(Net(), batches(1)), Net()), "report"),
-        (lambda q, p: cora.quantize(q, batches(1)), "model: expected at least one layer"),
+        (lambda q, p: cora.quantize(q, batches(1)), "model: expected a float model"),
     ],
 )  # fmt: skip
 def test_wrong_kinds_of_model(
@@ -158,3 +158,21 @@ def test_labels_are_not_needed() -> None:
         trained_net(), batches(labels=True), rank_budget=0.1, search=config, progress=False
     )
     assert plain.report.search == labelled.report.search
+
+
+def test_a_model_that_cannot_be_quantized_says_why() -> None:
+    x = torch.randn(8, 3, 8, 8)
+
+    class Own(nn.Linear):
+        pass
+
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    with pytest.raises(ValueError, match="found none; 1: Own is a subclass"):
+        cora.Calibration(nn.Sequential(nn.Flatten(), Own(192, 4)), x)
+    with pytest.raises(ValueError, match="holds, pass model.module"):
+        cora.Calibration(nn.DataParallel(net), x)
+    with pytest.raises(ValueError, match="Python module that the ScriptModule"):
+        cora.Calibration(torch.jit.trace(net, x), x)
+    packed = cora.quantize(net, x, target_bits=6, progress=False)
+    with pytest.raises(ValueError, match="float model, got one that is packed already"):
+        cora.quantize(packed, x, progress=False)

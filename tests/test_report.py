@@ -205,6 +205,17 @@ def test_settings_do_not_depend_on_the_container_of_skip() -> None:
     assert one.report.settings["skip"] == ["head"]
 
 
+def test_answers_too_few_for_the_drop_are_said(qnet: nn.Module) -> None:
+    def text(answers: int) -> str:
+        report = Report.from_dict(qnet.report.to_dict())
+        report.search |= {"changed": 0.0, "answers": answers}
+        report.settings["max_drop"] = 0.5
+        return str(report)
+
+    assert "with 64 held-out answers that allows none to change" in text(64)
+    assert "allows none" not in text(200)
+
+
 def test_what_tuning_did_is_said(qnet: nn.Module) -> None:
     def text(**tuning: Any) -> str:
         report = Report.from_dict(qnet.report.to_dict())
