@@ -31,6 +31,11 @@ class Conv:
         return self.kernel // 2
 
     @property
+    def window(self) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Kernel, stride, padding and dilation, as the ops take them."""
+        return [self.kernel] * 2, [self.stride] * 2, [self.padding] * 2, [1, 1]
+
+    @property
     def k(self) -> int:
         return self.channels // self.groups * self.kernel**2
 

@@ -173,8 +173,7 @@ def linear_cases() -> list[Case]:
 
 
 def _our_conv(s: Conv, rank: int, x: Tensor, codes: bool) -> Call:
-    pads = [s.kernel] * 2, [s.stride] * 2, [s.padding] * 2, [1, 1]
-    return _run_conv(s, prepared(s.out, s.k, 4, rank, s.channels, *pads), x, codes)
+    return _run_conv(s, prepared(s.out, s.k, 4, rank, s.channels, *s.window), x, codes)
 
 
 def _merged_conv(s: Conv, x: Tensor, codes: bool) -> Call | None:
@@ -187,8 +186,7 @@ def _merged_conv(s: Conv, x: Tensor, codes: bool) -> Call | None:
 
 
 def _run_conv(s: Conv, layer: Tensor, x: Tensor, codes: bool) -> Call:
-    pads = [s.kernel] * 2, [s.stride] * 2, [s.padding] * 2, [1, 1]
-    geometry = [s.out, *pads[0], *pads[1], *pads[2], *pads[3]]
+    geometry = [s.out, *(size for pair in s.window for size in pair)]
     if not codes:
         x = x.contiguous(memory_format=torch.channels_last)
         return partial(ops.run_layer, x, layer, geometry, 1 / 255, 0, 8)

@@ -194,4 +194,6 @@ def allocate(
         method: a name in `ALLOCATORS`.
         sensitivity: gives `curvature.sensitivity`, where the method asks for it.
     """
+    if not budget.bits:  # nothing to divide: sensitivities take a backward pass a sample
+        method = "uniform"
     return ALLOCATORS[method](fits, budget, sensitivity)

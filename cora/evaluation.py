@@ -67,7 +67,6 @@ class Evaluator:
             held_out.setdefault(index[i][0], []).append(index[i][1])
         self.held_out = [(i, torch.tensor(sorted(rows))) for i, rows in sorted(held_out.items())]
         self.generator = generator
-        self.answers = 0  # that `changed` judged
         self._queue: list[tuple[int, list[int]]] = []
 
     def resize(self, batch_size: int) -> None:
@@ -165,8 +164,15 @@ class Evaluator:
                     raise ValueError("max_drop needs a model whose output holds logits of classes")
                 differ = expected.argmax(-1) != got.argmax(-1)
                 changed, answers = changed + int(differ.sum()), answers + differ.numel()
-        self.answers = answers
         return changed / answers
+
+    @property
+    def answers(self) -> int:
+        """How many answers `changed` judges; 0 where the output has no classes."""
+        found = (
+            self.calibration.logits(self.part(index, rows)[1]) for index, rows in self.held_out
+        )
+        return sum(logits.shape[:-1].numel() for logits in found if logits is not None)
 
 
 def is_better(gain: Tensor, errors: float = 1.0) -> bool:

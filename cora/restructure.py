@@ -65,9 +65,8 @@ def _makes_its_weight(module: nn.Module) -> bool:
 
 def _keep_weight(module: Any) -> None:
     """The tensors that a layer makes become its own, as they are."""
-    if parametrize.is_parametrized(
-        module
-    ):  # torch's own removal changes the class, which copies share
+    if parametrize.is_parametrized(module):
+        # Not by torch's own removal: it changes the class, which copies share.
         made = {name: getattr(module, name).detach() for name in module.parametrizations}
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations

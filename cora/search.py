@@ -191,9 +191,7 @@ def search_ranks(
     weights = partial(sensitivity, calibration)
     if config.method != "gate" or not budget.bits or budget.used(budget.full) <= budget.bits:
         method = config.method if config.method != "gate" else "uniform"
-        # Nothing to divide: sensitivities, a backward pass a sample, would be made for nothing.
-        ranks = allocate(method if budget.bits else "uniform", fits, budget, weights)
-        return SearchResult(ranks, method)
+        return SearchResult(allocate(method, fits, budget, weights), method)
     result = SearchResult({}, "gate")
     evaluator = _Ranks(calibration, fits, config, simulate, adapter_bits)
     predicted = _predictor(fits, weights())

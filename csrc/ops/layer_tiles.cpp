@@ -386,7 +386,7 @@ class Tiles {
     s.tile.rows = &s.fused_rows[static_cast<size_t>(slot)];
     s.tile.sum = s.acc[s.turn].get();
     s.tile.up = s.up[s.turn].get();
-    cpu::k_codes_tile.kernels[static_cast<int>(Isa::kAmx)](s.tile, s.finish[s.turn ^ 1]);
+    cpu::k_codes_tile.at(Isa::kAmx)(s.tile, s.finish[s.turn ^ 1]);
     cpu::Finish& finish = s.finish[s.turn];
     finish.panel = s.tile.panel;
     finish.rows = s.tile.rows;

@@ -26,7 +26,8 @@ struct Grid {
   int64_t blocks() const { return count * per_line; }
 };
 
-constexpr int kListed = 16;  // rows of a block that are listed at a time, whether all are wanted or not
+// Rows that are listed at a time, whether all are wanted or not: a block's, of the level that has two to a tile.
+constexpr int kListed = cpu::kMaxTileM / 2;
 
 /// One tile's rows, for the kernels.
 template <typename X>
